@@ -1,0 +1,249 @@
+"""Frozen dataclasses for every setting, the model presets, and the rates derived from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+SAMPLE_RATE_HZ = 24_000
+HOP_SAMPLES = 320  # one step: the stride of the EnCodec encoder, 2 * 4 * 5 * 8
+STEP_RATE_HZ = SAMPLE_RATE_HZ / HOP_SAMPLES  # 75 steps per second
+CODEBOOK_SIZE = 1024
+
+assert STEP_RATE_HZ == 75.0
+
+HEAD_DIMS = (32, 64, 128)
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule; the message names the field, the rule, and what came."""
+
+
+def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
+    if not holds:
+        raise ConfigError(f"{owner}: {name} must be {rule}, got {got!r}")
+
+
+def _documented(default: Any, doc: str) -> Any:
+    """A dataclass field that carries the sentence `--help` prints."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class MelConfig:
+    """Log-mel settings. Slice t may see samples before (t+1) * hop_samples only (no leak)."""
+
+    sample_rate_hz: int = _documented(SAMPLE_RATE_HZ, "sample rate of the wave, Hz")
+    hop_samples: int = _documented(HOP_SAMPLES, "samples per step")
+    window_samples: int = _documented(1024, "length of the periodic Hann window, samples")
+    n_mels: int = _documented(64, "mel bins M")
+    f_min_hz: float = _documented(0.0, "lower edge of the first mel band, Hz")
+    f_max_hz: float = _documented(12_000.0, "upper edge of the last mel band, Hz")
+    frames_per_step: int = _documented(1, "mel frames r per step; the frame hop is hop / r")
+    floor: float = _documented(1e-5, "smallest mel power; the logarithm is of max(power, floor)")
+    centered: bool = _documented(False, "centre windows on their hop instead of ending there")
+    leaky: bool = _documented(False, "allow a centred window that sees past its token's end")
+
+    def __post_init__(self) -> None:
+        def check(name: str, rule: str, holds: bool) -> None:
+            _require("mel", name, rule, getattr(self, name), holds)
+
+        check("sample_rate_hz", "positive", self.sample_rate_hz > 0)
+        check("hop_samples", "positive", self.hop_samples > 0)
+        check("window_samples", "at least 2", self.window_samples >= 2)
+        check("n_mels", "at least 1", self.n_mels >= 1)
+        check("f_min_hz", "at least 0", self.f_min_hz >= 0)
+        check(
+            "f_max_hz",
+            f"above f_min_hz and at most {self.sample_rate_hz / 2:g}",
+            self.f_min_hz < self.f_max_hz <= self.sample_rate_hz / 2,
+        )
+        check(
+            "frames_per_step",
+            f"a positive divisor of hop_samples {self.hop_samples}",
+            self.frames_per_step >= 1 and self.hop_samples % self.frames_per_step == 0,
+        )
+        check("floor", "positive", self.floor > 0)
+        limit = 2 * self.frame_hop_samples
+        if self.centered and self.window_samples > limit and not self.leaky:
+            ahead = self.window_samples // 2 - self.frame_hop_samples
+            raise ConfigError(
+                f"mel: a centred window of {self.window_samples} samples sees {ahead} samples past "
+                "the end of its token, "
+                f"so the model would be told part of the answer; at most {limit} samples are safe. "
+                "Use centered=False, or say leaky=True for a deliberately leaky experiment"
+            )
+
+    @property
+    def frame_hop_samples(self) -> int:
+        """Samples between two mel frames."""
+        return self.hop_samples // self.frames_per_step
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model. A token-only model is one with mel_dim = 0; everything else is shared."""
+
+    token_dim: int = _documented(128, "channels Ct of the token embedding")
+    mel_dim: int = _documented(128, "channels Cm of the mel branch; 0 for a token-only model")
+    n_layers: int = _documented(4, "causal blocks after the fusion, at width Ct + Cm")
+    n_mel_layers: int = _documented(2, "light causal blocks in the mel branch, at width Cm")
+    head_dim: int = _documented(64, "channels per head after the fusion (32, 64 or 128)")
+    mel_head_dim: int = _documented(32, "channels per head in the mel branch (32, 64 or 128)")
+    ffn_dim: int = _documented(1024, "hidden channels of the feed-forward layers")
+    mel_ffn_dim: int = _documented(512, "hidden channels of the mel branch's feed-forward layers")
+    codebook_size: int = _documented(CODEBOOK_SIZE, "entries V of the predicted codebook")
+    n_mels: int = _documented(64, "mel bins M of a slice")
+    frames_per_step: int = _documented(1, "mel frames r per step")
+    mel_context_frames: int = _documented(0, "further frames c a slice embedding sees, c % r == 0")
+    window_steps: int = _documented(0, "sliding attention window in steps; 0 for none")
+    rope_base: float = _documented(10_000.0, "base of the rotary position angles")
+    dropout: float = _documented(0.0, "dropout on the residual branches while training")
+
+    def __post_init__(self) -> None:
+        def check(name: str, rule: str, holds: bool) -> None:
+            _require("model", name, rule, getattr(self, name), holds)
+
+        for name in ("token_dim", "mel_dim", "n_mel_layers", "mel_context_frames", "window_steps"):
+            check(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("n_layers", "ffn_dim", "codebook_size", "frames_per_step", "n_mels"):
+            check(name, "at least 1", getattr(self, name) >= 1)
+        check("token_dim", "positive when mel_dim is 0", self.width > 0)
+        check("head_dim", f"one of {HEAD_DIMS}", self.head_dim in HEAD_DIMS)
+        check(
+            "head_dim",
+            f"a divisor of token_dim + mel_dim = {self.width}",
+            not self.width % self.head_dim,
+        )
+        if self.mel_dim:
+            check("mel_head_dim", f"one of {HEAD_DIMS}", self.mel_head_dim in HEAD_DIMS)
+            check(
+                "mel_head_dim",
+                f"a divisor of mel_dim {self.mel_dim}",
+                not self.mel_dim % self.mel_head_dim,
+            )
+            check("mel_ffn_dim", "at least 1", self.mel_ffn_dim >= 1)
+            check(
+                "mel_context_frames",
+                f"a multiple of frames_per_step {self.frames_per_step}",
+                self.mel_context_frames % self.frames_per_step == 0,
+            )
+        check("rope_base", "above 1", self.rope_base > 1)
+        check("dropout", "in [0, 1)", 0 <= self.dropout < 1)
+
+    @property
+    def width(self) -> int:
+        """Channels C = Ct + Cm after the fusion."""
+        return self.token_dim + self.mel_dim
+
+    @property
+    def bos_token(self) -> int:
+        """The token that stands before a clip's first: one past the codebook."""
+        return self.codebook_size
+
+
+PRESETS: dict[str, tuple[ModelConfig, str]] = {
+    "hybrid": (ModelConfig(), "mel slices and tokens, 4.0 M parameters (the paper's hybrid)"),
+    "gpt-s": (ModelConfig(token_dim=256, mel_dim=0), "tokens only, 3.7 M (the paper's small one)"),
+    "gpt-s-matched": (
+        ModelConfig(token_dim=256, mel_dim=0, ffn_dim=1160),
+        "tokens only, as many parameters as hybrid",
+    ),
+    "gpt-l": (
+        ModelConfig(token_dim=640, mel_dim=0, n_layers=8, ffn_dim=2560),
+        "tokens only, 40 M (the paper's large one)",
+    ),
+    "hybrid-xs": (
+        ModelConfig(token_dim=64, mel_dim=64, head_dim=32, ffn_dim=512, mel_ffn_dim=256),
+        "mel slices and tokens, 1.1 M: a demo in minutes",
+    ),
+    "gpt-xs": (
+        ModelConfig(token_dim=128, mel_dim=0, head_dim=32, ffn_dim=512),
+        "tokens only, 1.1 M: the twin of hybrid-xs",
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name][0]
+
+
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. Each field is a flag of `wgpt train`."""
+
+    max_steps: int = _documented(2000, "optimizer steps")
+    batch_size: int = _documented(8, "windows per step, over all processes together")
+    context_s: float = _documented(10.0, "length of a training window, seconds")
+    lr: float = _documented(1e-3, "peak learning rate")
+    min_lr_ratio: float = _documented(0.1, "final learning rate over the peak")
+    warmup_steps: int = _documented(100, "steps of linear warm-up")
+    weight_decay: float = _documented(0.1, "AdamW decay of the weight matrices")
+    beta1: float = _documented(0.9, "AdamW first-moment decay")
+    beta2: float = _documented(0.95, "AdamW second-moment decay")
+    grad_clip: float = _documented(1.0, "largest global gradient norm; 0 for no clipping")
+    seed: int = _documented(0, "seed of the initialisation, the data order and dropout")
+    dtype: str = _documented("fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters")
+    device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
+    mel_source: str = _documented("wave", "which prepared mel the hybrid reads")
+    eval_every: int = _documented(250, "steps between validations; 0 for only the last")
+    eval_audio_s: float = _documented(300.0, "validation audio scored while training, s; 0: all")
+    save_every: int = _documented(250, "steps between checkpoints; 0 for only the last")
+    sample_every: int = _documented(0, "steps between audio samples; 0 for only the last")
+    sample_s: float = _documented(3.0, "length of an audio sample, seconds; 0 for none")
+    keep_checkpoints: int = _documented(2, "newest checkpoints kept")
+
+    def __post_init__(self) -> None:
+        def check(name: str, rule: str, holds: bool) -> None:
+            _require("train", name, rule, getattr(self, name), holds)
+
+        for name in ("max_steps", "batch_size", "keep_checkpoints"):
+            check(name, "at least 1", getattr(self, name) >= 1)
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
+            check(name, "at least 0", getattr(self, name) >= 0)
+        for name in ("sample_every", "sample_s", "seed", "eval_audio_s"):
+            check(name, "at least 0", getattr(self, name) >= 0)
+        check("context_s", "at least one step (1/75 s)", self.context_steps >= 1)
+        check("lr", "positive", self.lr > 0)
+        check("min_lr_ratio", "in [0, 1]", 0 <= self.min_lr_ratio <= 1)
+        check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)
+        check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)
+        check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
+
+    @property
+    def context_steps(self) -> int:
+        """Length T of a training window, steps."""
+        return round(self.context_s * STEP_RATE_HZ)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[Config], values: Any, source: str) -> Config:
+    """The configuration `kind` from parsed JSON; `source` names the file in errors."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{source}: unknown {kind.__name__} fields {', '.join(unknown)}")
+    for name, value in values.items():
+        expected = type(known[name].default)
+        fits = type(value) is expected or (expected is float and type(value) is int)
+        if not fits:
+            raise ConfigError(f"{source}: {name} must be {expected.__name__}, got {value!r}")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
