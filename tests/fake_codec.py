@@ -1,0 +1,68 @@
+"""A deterministic stand-in for the codec, importable by spawned workers, and audio to feed it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+HOP = 320
+
+
+class FakeCodec:
+    """Codes from each hop's mean power; decodes to a constant per step.
+
+    delay_s: seconds slept per encode, so that a test can kill the process in the middle.
+    die_at_power: encoding a step louder than this kills the process, like a decoder crash.
+    """
+
+    n_codebooks = 4
+    codebook_size = 1024
+    sample_rate_hz = 24_000
+    hop_samples = HOP
+
+    def __init__(self, name: str = "fake", delay_s: float = 0.0, die_at_power: float = 9.0):
+        self.identity: dict[str, Any] = {"name": name, "sha256": "0" * 64}
+        self.delay_s, self.die_at_power = delay_s, die_at_power
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """float32 (L,) -> int64 (4, ceil(L / 320))."""
+        time.sleep(self.delay_s)
+        n_steps = -(-wave.shape[0] // HOP)
+        padded = torch.nn.functional.pad(wave, (0, n_steps * HOP - wave.shape[0]))
+        power = padded.reshape(n_steps, HOP).double().square().mean(dim=1)
+        if bool((power > self.die_at_power).any()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.stack([(power * 997 * (k + 1)).long() % 1024 for k in range(4)])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 (k, T) -> float32 (T * 320,)."""
+        return (codes[0].float() / 1024).repeat_interleave(HOP)
+
+
+def make_audio(folder: Path, n_files: int = 10, seconds: float = 0.5) -> Path:
+    """Noise of differing lengths in two groups, in three formats."""
+    rng = np.random.default_rng(0)
+    for i in range(n_files):
+        suffix = ("wav", "flac", "ogg")[i % 3]
+        path = folder / ("speech" if i % 3 else "music") / f"{i:02d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = rng.standard_normal(int(24_000 * seconds * (1 + i % 4))) * 0.05 * (1 + i % 5)
+        soundfile.write(path, x, 24_000)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

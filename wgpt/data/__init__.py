@@ -1,0 +1,1 @@
+"""Prepared data: `prepare` writes it, `shards` opens it, `loader` draws batches from it."""

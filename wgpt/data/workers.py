@@ -1,0 +1,158 @@
+"""Encoding many files, here or in worker processes, with the same bytes either way.
+
+Every encoder runs torch on one thread, so that the number of processes never changes a sum's
+order; processes, not threads, use the cores.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wgpt.config import MelConfig
+from wgpt.data.encode import Codec, Done, Encoder, Job
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that a process needs to build its encoder; `codec` is a name, a path, or an object."""
+
+    codec: str | Path | Codec
+    mel: MelConfig
+    mel_sources: tuple[str, ...]
+    max_seconds: float
+    download: bool
+
+    def build(self) -> Encoder:
+        """Load the codec and the mel front ends."""
+        return Encoder(
+            load_codec(self.codec, self.download), self.mel, self.mel_sources, self.max_seconds
+        )
+
+
+def load_codec(codec: str | Path | Codec, download: bool) -> Codec:
+    """A codec by name or path; an object is returned as it is."""
+    if not isinstance(codec, (str, Path)):
+        return codec
+    import wgpt.codec  # loading it costs seconds that `--help` should not pay
+
+    loaded: Codec = wgpt.codec.load(str(codec), download=download)
+    return loaded
+
+
+def encode_here(encoder: Encoder, jobs: list[Job], finished: Callable[[Job, Done], None]) -> None:
+    """Encode one after another in this process, calling `finished` for each."""
+    with _one_thread():
+        for job in jobs:
+            finished(job, encoder.encode_file(job))
+
+
+def encode_in_processes(
+    spec: EncoderSpec, jobs: list[Job], n_workers: int, finished: Callable[[Job, Done], None]
+) -> None:
+    """Encode in `n_workers` processes, calling `finished` here for each in order of completion.
+
+    If a worker dies (killed, out of memory, a crash in a decoder), the files in flight are tried
+    again, each alone in a fresh process; one that kills it again is reported as bad.
+
+    Raises:
+        Whatever building an encoder or writing a result raises.
+    """
+    waiting = list(reversed(jobs))
+    while waiting:
+        # Few in flight, so that a crash makes few suspects.
+        suspects = _run_pool(spec, waiting, n_workers, 2 * n_workers, finished)
+        if suspects:
+            names = ", ".join(job.path for job in suspects)
+            logger.warning("a worker process died; trying one at a time: %s", names)
+        while suspects:
+            for job in _run_pool(spec, suspects, 1, 1, finished):
+                reason = "its worker process died twice (killed, out of memory, or a crash)"
+                finished(job, Done(job.sha256, reason=reason))
+
+
+def _run_pool(
+    spec: EncoderSpec,
+    waiting: list[Job],
+    n_workers: int,
+    n_ahead: int,
+    finished: Callable[[Job, Done], None],
+) -> list[Job]:
+    """Empty `waiting` from its end; returns early with the jobs in flight if a worker dies."""
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(n_workers, len(waiting)), context, initializer=_start_worker, initargs=(spec,)
+    )
+    flying: dict[concurrent.futures.Future[Done], Job] = {}
+    lost: list[Job] = []
+    try:
+        while (waiting or flying) and not lost:
+            while waiting and len(flying) < n_ahead and not lost:
+                job = waiting.pop()
+                try:
+                    flying[pool.submit(_encode, job)] = job
+                except BrokenProcessPool:
+                    lost.append(job)
+            landed, _ = concurrent.futures.wait(
+                flying, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in landed:
+                job = flying.pop(future)
+                try:
+                    finished(job, future.result())
+                except BrokenProcessPool:
+                    lost.append(job)
+        return [*lost, *flying.values()]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# In a worker process: its encoder, or the exception that building it raised.
+_built: Encoder | BaseException | None = None
+
+
+def _start_worker(spec: EncoderSpec) -> None:
+    global _built
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        _built = spec.build()
+    except Exception as error:  # raised by the first task instead: a pool hides it here
+        _built = error
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone; a killed parent cannot say goodbye."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode(job: Job) -> Done:
+    if isinstance(_built, Encoder):
+        return _built.encode_file(job)
+    raise _built if _built is not None else RuntimeError("worker: no encoder was built")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
