@@ -1,0 +1,97 @@
+"""Fixtures every test may use: the device, the CPU target, a fixed seed."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def _missing_cuda() -> str | None:
+    """Why CUDA tests cannot run here, or None when they can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU (WGPT_REQUIRE_CUDA=1 makes this a failure)"
+    from wgpt import ops
+
+    if not ops.info()["cuda_ops"]:
+        return "this build of wgpt has no CUDA kernels (WGPT_REQUIRE_CUDA=1 makes this a failure)"
+    return None
+
+
+def require_cuda() -> None:
+    """Skip the test without a usable GPU, or fail it where one is required."""
+    reason = _missing_cuda()
+    if reason is None:
+        return
+    if os.environ.get("WGPT_REQUIRE_CUDA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        require_cuda()
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> str:
+    require_cuda()
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def restore_cpu_target() -> Iterator[None]:
+    from wgpt import ops
+
+    target = ops.info()["cpu_target"]
+    yield
+    ops.set_cpu_target(target)
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory):
+    """A folder of real audio files: eight clips of rendered music, WAV and FLAC, 24 s in all."""
+    from wgpt import audio, synth
+
+    folder = tmp_path_factory.mktemp("recordings")
+    for seed in range(8):
+        suffix = "flac" if seed % 2 else "wav"
+        audio.write(folder / f"{seed}.{suffix}", synth.render_music(3.0, seed=seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(recordings, tmp_path_factory):
+    """The recordings prepared with the mini codec, with the mel of codebook 0 as well."""
+    from wgpt.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(
+        recordings, out, mel_sources=("wave", "decoded-1"), valid_fraction=0.3, progress=False
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_run(prepared, tmp_path_factory):
+    """A run of a few steps of hybrid-xs."""
+    from wgpt.train import train
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    train(prepared, out, "hybrid-xs", max_steps=3, batch_size=2, context_s=0.5, sample_s=0.2,
+          eval_audio_s=3.0, warmup_steps=1, device="cpu")  # fmt: skip
+    return out

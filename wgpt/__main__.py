@@ -1,0 +1,7 @@
+"""`python -m wgpt` = `wgpt`."""
+
+import sys
+
+from wgpt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,187 @@
+"""The whole way in minutes: shipped speech and rendered music in; table, sounds and report out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wgpt import audio, codec, evaluate, plots, study, synth
+from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
+from wgpt.data.prepare import prepare
+from wgpt.data.shards import Dataset
+from wgpt.generate import Sampling, Speaker
+from wgpt.mel import MelFrontend
+
+log = logging.getLogger(__name__)
+
+PROMPT_S = 3.0
+CONTINUATION_S = 5.0
+MUSIC_CLIPS = 24
+MUSIC_CLIP_S = 15.0
+# Windows of 3.4 s and a high rate suit a million parameters and 25 minutes of sound.
+SETTINGS: dict[str, Any] = {
+    "batch_size": 8,
+    "context_s": 256 / STEP_RATE_HZ,
+    "lr": 2e-3,
+    "warmup_steps": 50,
+    "eval_every": 100,
+    "eval_audio_s": 60.0,
+    "save_every": 0,
+    "sample_s": 0.0,
+}
+
+
+def demo(out: str | Path, steps: int, device: str = "auto") -> dict[str, Any]:
+    """Runs everything into `out` (which must be new or empty). Returns the study's result."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out: {out} is not empty; name a new folder, or remove it first")
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def done(stage: str) -> None:
+        seconds[stage] = time.monotonic() - began - sum(seconds.values())
+        log.info("%s took %.0f s", stage, seconds[stage])
+
+    gather_audio(out / "audio")
+    done("gathering audio")
+    prepare(out / "audio", out / "data", codec="mini", mel_sources=("wave", "decoded-1"))
+    done("preparing")
+    result = study.study(
+        out / "data", out / "runs", size="xs", max_steps=steps, device=device, **SETTINGS
+    )
+    done("training and scoring")
+    result["sounds"] = [sounds(out, group) for group in ("speech", "music")]
+    result["codec"] = _ceiling(out)
+    done("sampling")
+    result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
+    (out / "report.md").write_text(report(result, steps))
+    return result
+
+
+def gather_audio(folder: Path) -> None:
+    """The package's speech and freshly rendered music, as folder/speech and folder/music."""
+    (folder / "speech").mkdir(parents=True)
+    (folder / "music").mkdir()
+    with resources.as_file(resources.files("wgpt") / "assets" / "speech") as shipped:
+        for path in sorted(shipped.glob("*.opus")):
+            shutil.copy(path, folder / "speech" / path.name)
+    for seed in range(MUSIC_CLIPS):
+        wave = synth.render_music(MUSIC_CLIP_S, seed=seed)
+        audio.write(folder / "music" / f"music-{seed:03d}.flac", wave)
+
+
+def sounds(out: Path, group: str) -> dict[str, Any]:
+    """Writes a validation prompt, its codec round trips and the hybrid's continuation, and their
+    spectrograms. Returns their paths, relative to `out`."""
+    dataset = Dataset(out / "data")
+    source = next(
+        s
+        for s in dataset.manifest["sources"]
+        if s["split"] == "valid" and s["group"] == group and s["steps"] > PROMPT_S * STEP_RATE_HZ
+    )
+    prompt = audio.read(out / "audio" / source["path"])[: int(PROMPT_S * SAMPLE_RATE_HZ)]
+    speaker = Speaker.open(out / "runs" / "hybrid")
+    codes = speaker.codec.encode(torch.from_numpy(prompt))
+    coarse = speaker.codec.decode(codes[:1]).numpy()
+    continuation = speaker.continue_wave(prompt, CONTINUATION_S, Sampling(top_k=100), seed=0)
+    waves = {
+        "prompt": prompt,
+        "all_codebooks": speaker.codec.decode(codes).numpy(),
+        "codebook_0": coarse,
+        "continuation": np.concatenate([coarse, continuation]),
+    }
+    folder = out / "sounds"
+    folder.mkdir(exist_ok=True)
+    for name, wave in waves.items():
+        audio.write(folder / f"{group}_{name}.wav", wave)
+    titles = {
+        "prompt": f"{group}: prompt",
+        "all_codebooks": "codec round trip, all codebooks",
+        "codebook_0": "codec round trip, codebook 0",
+        "continuation": f"codebook 0 of the prompt, then the model from {PROMPT_S:g} s on",
+    }
+    mels = [
+        (titles[name], speaker.frontend(torch.from_numpy(wave)).numpy())
+        for name, wave in waves.items()
+    ]
+    picture = plots.spectrograms(mels, folder / f"{group}.png")
+    return {
+        "group": group,
+        "source": source["path"],
+        "picture": str(picture.relative_to(out)),
+        "waves": {name: f"sounds/{group}_{name}.wav" for name in waves},
+    }
+
+
+def _ceiling(out: Path) -> list[dict[str, Any]]:
+    dataset = Dataset(out / "data")
+    return evaluate.codec_ceiling(
+        dataset.split("valid"), codec.load("mini"), MelFrontend(dataset.mel_config)
+    )
+
+
+def report(result: dict[str, Any], steps: int) -> str:
+    """report.md: the table, the curves, the pictures and links to the sounds."""
+    totals = Dataset(result["data"]).manifest["totals"]
+    minutes = sum(totals[name]["steps"] for name in totals) / STEP_RATE_HZ / 60
+    lines = [
+        "# wgpt demo",
+        "",
+        f"{minutes:.0f} minutes of audio; each model about 1.1 M parameters, {steps} steps. "
+        "The numbers are those of this run on this machine: small models, briefly trained.",
+        "",
+        "`hybrid` reads tokens and mel slices, `tokens` is its token-only twin, `decoded-1` reads "
+        "the mel of audio decoded from codebook 0, which adds no information to the tokens.",
+        "",
+        study.as_markdown(result),
+        "",
+        "Codec ceiling, mean log-mel error of the decoded validation audio: "
+        + ", ".join(
+            f"{row['log_mel_error_db']:.2f} dB with {row['codebooks']} codebook(s)"
+            for row in result["codec"]
+        )
+        + ".",
+        "",
+        "![loss curves](runs/loss.png)",
+    ]
+    for item in result["sounds"]:
+        lines += ["", f"## {item['group']}", "", f"![spectrograms]({item['picture']})", ""]
+        lines += [f"- [{name}]({path})" for name, path in item["waves"].items()]
+    lines += ["", "## Time", ""]
+    lines += [f"- {stage}: {value:.0f} s" for stage, value in result["seconds"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `wgpt demo`."""
+    parser.add_argument("--out", default="demo", help="new folder to write (default: demo)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each model")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`wgpt demo`."""
+    result = demo(args.out, args.steps, args.device)
+    if args.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        sys.stdout.write(study.as_markdown(result) + f"\n\n{Path(args.out) / 'report.md'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from wgpt.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

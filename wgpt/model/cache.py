@@ -1,0 +1,79 @@
+"""The key/value cache: what a block must remember of the past, bounded when there is a window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FIRST_CAPACITY_STEPS = 256
+
+
+class LayerCache:
+    """Keys and values of one attention layer, (B, n, H, D), the newest last.
+
+    With a window W only the last W - 1 steps can matter to a later query, so older ones are
+    dropped: memory and the cost of a step stay constant. The buffer has room for twice what is kept, so
+    the move to its front costs one copied step per step on average. Else it doubles.
+    """
+
+    def __init__(self, window_steps: int = 0) -> None:
+        self.window_steps = window_steps
+        self._buffer: Tensor | None = None  # (2, B, capacity, H, D)
+        self._start = 0
+        self._end = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, n, H, D) keys and values; returns views of all that the newest queries need."""
+        n = k.shape[1]
+        if self.window_steps:
+            self._start = max(self._start, self._end - (self.window_steps - 1))
+        if self._buffer is None or self._end + n > self._buffer.shape[2]:
+            self._make_room(k, n)
+        assert self._buffer is not None
+        self._buffer[0, :, self._end : self._end + n] = k
+        self._buffer[1, :, self._end : self._end + n] = v
+        self._end += n
+        kept = self._buffer[:, :, self._start : self._end]
+        return kept[0], kept[1]
+
+    def _make_room(self, like: Tensor, n: int) -> None:
+        batch, _, heads, head_dim = like.shape
+        kept = self._end - self._start
+        capacity = max(_FIRST_CAPACITY_STEPS, 2 * (kept + n))
+        old = self._buffer
+        if old is None or old.shape[2] < capacity:
+            self._buffer = like.new_empty(2, batch, capacity, heads, head_dim)
+        assert self._buffer is not None
+        if old is not None:
+            # A copy first: the kept part may overlap its new place.
+            self._buffer[:, :, :kept] = old[:, :, self._start : self._end].clone()
+        self._start, self._end = 0, kept
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by the buffers."""
+        return 0 if self._buffer is None else self._buffer.numel() * self._buffer.element_size()
+
+
+class Cache:
+    """The state of one generation: a LayerCache per attention layer and the recent mel frames."""
+
+    def __init__(self, n_mel_layers: int, n_layers: int, window_steps: int = 0) -> None:
+        self.mel_layers = [LayerCache(window_steps) for _ in range(n_mel_layers)]
+        self.layers = [LayerCache(window_steps) for _ in range(n_layers)]
+        self.mel_context: Tensor | None = None  # (B, <= c, M), the newest frames
+        self.position = 0  # steps seen
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.n_bytes for layer in (*self.mel_layers, *self.layers))
+
+    def remember_mel(self, frames: Tensor, context_frames: int) -> Tensor:
+        """(B, n, M) new frames behind up to `context_frames` earlier ones; keeps the newest."""
+        if not context_frames:
+            return frames
+        if self.mel_context is not None:
+            frames = torch.cat([self.mel_context, frames], dim=1)
+        self.mel_context = frames[:, -context_frames:]
+        return frames

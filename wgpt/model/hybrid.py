@@ -1,0 +1,220 @@
+"""The model: early fusion of mel slices and tokens, causal blocks, logits of the next token."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wgpt.config import STEP_RATE_HZ, ConfigError, ModelConfig, from_json, to_json
+from wgpt.model.block import Block, rotary_angles
+from wgpt.model.cache import Cache
+from wgpt.model.embed import Fusion
+
+_FORMAT = "wgpt-model-1"
+
+
+class HybridModel(nn.Module):
+    """Next-token model over (token, mel slice) pairs; token-only when config.mel_dim is 0.
+
+    Position i reads token i and mel slice i (both of the past) and predicts the token after them.
+
+    Initialisation (std of a normal; L counts all blocks on the path of the layer's stream):
+
+    ==================  ==========================  =============================================
+    parameter           value                       why
+    ==================  ==========================  =============================================
+    fusion.table        0.1                         both halves of the fusion start equally loud
+    mel.norm.weight     0.1 (constant)              the same, for the other half
+    mel.weight          1 / sqrt(fan-in)            normalised slices give unit pre-activations
+    mel.bias            0
+    qkv, up             1 / sqrt(fan-in)            keeps the scale of the normed input
+    attention.out,      1 / sqrt(fan-in) /          the residual stream's variance does not grow
+    ffn.down            sqrt(2 L)                   with depth (Radford et al., GPT-2)
+    other norms         1 (constant)
+    head                0.5 / sqrt(fan-in)          logits start near uniform
+    ==================  ==========================  =============================================
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fusion = Fusion(config)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width, config.head_dim, config.ffn_dim, config.window_steps, config.dropout
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew by the table above, from torch's current seed."""
+        nn.init.normal_(self.fusion.table, std=0.1)
+        streams: list[tuple[nn.ModuleList, int]] = [(self.blocks, self.config.n_layers)]
+        if self.fusion.mel is not None:
+            mel = self.fusion.mel
+            nn.init.normal_(mel.weight, std=mel.weight.shape[1] ** -0.5)
+            nn.init.zeros_(mel.bias)
+            nn.init.constant_(mel.norm.weight, 0.1)
+            streams.append((mel.blocks, self.config.n_mel_layers))
+        for blocks, depth in streams:
+            for block in blocks:
+                assert isinstance(block, Block)
+                for layer in (block.attention.qkv, block.ffn.up):
+                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                for layer in (block.attention.out, block.ffn.down):
+                    nn.init.normal_(layer.weight, std=(layer.in_features * 2 * depth) ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
+
+    def set_mel_normalisation(self, mean: Tensor, inv_std: Tensor) -> None:
+        """Stores the training split's constants, each (M,). No-op for a token-only model."""
+        if self.fusion.mel is not None:
+            self.fusion.mel.mean.copy_(mean)
+            self.fusion.mel.inv_std.copy_(inv_std)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this model."""
+        return Cache(
+            self.config.n_mel_layers if self.config.mel_dim else 0,
+            self.config.n_layers,
+            self.config.window_steps,
+        )
+
+    def forward(
+        self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of the token that follows each step.
+
+        Args:
+            tokens: (B, T) int64 in [0, V]; V is the begin-of-clip token.
+            frames: (B, T*r, M) log-mel frames of the same steps; None for a token-only model.
+            cache: if given, T counts only the steps after those it has seen; it is extended.
+
+        Raises ValueError when the shapes do not fit the configuration.
+        """
+        self._check_inputs(tokens, frames)
+        config = self.config
+        x = self.fusion(tokens, frames, cache)
+        position = cache.position if cache is not None else 0
+        angles = rotary_angles(position, tokens.shape[1], config.head_dim, config.rope_base, x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, angles, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.position += tokens.shape[1]
+        return self.head(self.norm(x))
+
+    def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
+        """Mean NLL in nats over the targets (B, T) int64 that are not -1."""
+        logits = self(tokens, frames)
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1
+        )
+
+    def _check_inputs(self, tokens: Tensor, frames: Tensor | None) -> None:
+        config = self.config
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
+        if not config.mel_dim:
+            if frames is not None:
+                raise ValueError("frames must be None for a token-only model (mel_dim = 0)")
+            return
+        batch, steps = tokens.shape
+        expected = (batch, steps * config.frames_per_step, config.n_mels)
+        if frames is None or tuple(frames.shape) != expected:
+            got = None if frames is None else tuple(frames.shape)
+            raise ValueError(f"frames must be (B, T*r, M) = {expected} for these tokens, got {got}")
+
+    # -- accounting ---------------------------------------------------------------------------
+
+    def n_parameters(self) -> int:
+        """Trained parameters (the mel constants are not)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_step(self, context_steps: int) -> float:
+        """Forward FLOPs of one step, averaged over a causal window of `context_steps`.
+
+        Two per weight of a matrix product, and 4 C per visible (query, key) pair and layer. A
+        training step costs about three times as much.
+        """
+        config = self.config
+        lookups = self.fusion.table.numel()
+        flops = 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2) - 2.0 * lookups
+        window = min(config.window_steps or context_steps, context_steps)
+        # Step i sees min(i + 1, window) keys.
+        seen = (window * (window + 1) / 2 + (context_steps - window) * window) / context_steps
+        channels = config.n_layers * config.width
+        if config.mel_dim:
+            channels += config.n_mel_layers * config.mel_dim
+        return flops + 4.0 * channels * seen
+
+    def cache_bytes_per_step(self, bytes_per_element: int = 4) -> int:
+        """Bytes a cached step adds per sequence (constant in all once a window is full)."""
+        config = self.config
+        channels = config.n_layers * config.width
+        if config.mel_dim:
+            channels += config.n_mel_layers * config.mel_dim
+        return 2 * channels * bytes_per_element
+
+    # -- folders ------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, folder: str | Path, card: str = "", extra: dict | None = None
+    ) -> None:
+        """Writes config.json, model.safetensors and README.md (the card) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {"format": _FORMAT, "model": to_json(self.config), **(extra or {})}
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        state = {
+            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        }
+        safetensors.torch.save_file(state, folder / "model.safetensors")
+        (folder / "README.md").write_text(card or self.describe() + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:
+        """The model of a folder written by save_pretrained; nothing is downloaded.
+
+        Raises ConfigError naming the file when it is missing, is not ours, or does not fit.
+        """
+        config_path = Path(folder) / "config.json"
+        weights_path = Path(folder) / "model.safetensors"
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise ConfigError(
+                    f"{path}: no such file; a model folder holds config.json and model.safetensors"
+                )
+        try:
+            description = json.loads(config_path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{config_path}: not JSON: {error}") from None
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise ConfigError(f"{config_path}: expected the format {_FORMAT!r}")
+        model = cls(from_json(ModelConfig, description.get("model"), str(config_path)))
+        try:
+            state = safetensors.torch.load_file(weights_path)
+            model.load_state_dict(state)
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            raise ConfigError(f"{weights_path}: does not hold this model: {error}") from None
+        return model.to(device).eval()
+
+    def describe(self) -> str:
+        """One line for logs and cards."""
+        config = self.config
+        kind = "mel slices and tokens" if config.mel_dim else "tokens only"
+        per_second = self.flops_per_step(round(10 * STEP_RATE_HZ)) * STEP_RATE_HZ
+        return (
+            f"{kind}, {self.n_parameters() / 1e6:.2f} M parameters, "
+            f"{per_second / 1e9:.2f} GFLOP per second of audio, "
+            f"uniform NLL {math.log(config.codebook_size):.3f} nats"
+        )

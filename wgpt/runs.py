@@ -1,0 +1,159 @@
+"""A run folder: what a training run was asked to do, where its files lie, and how to open it again.
+
+RUN/config.json        preset, model, training settings, data folder and codec identity
+    metrics.csv        one row per training step and per validation
+    plots/loss.png     loss curves by step and by epoch
+    samples/           audio sampled while training
+    checkpoints/       for --resume
+    model/             config.json, model.safetensors and a card: for from_pretrained
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wgpt import codec as codecs
+from wgpt.config import ConfigError, ModelConfig, TrainConfig, from_json, to_json
+from wgpt.data.shards import DataError, Dataset
+
+_FORMAT = "wgpt-run-1"
+METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its config.json says."""
+
+    folder: Path
+    preset: str
+    model: ModelConfig
+    config: TrainConfig
+    data: dict[str, Any]  # {"path", "codec": source and identity}
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, preset: str, model: ModelConfig, config: TrainConfig, data: Dataset
+    ) -> Run:
+        """Starts a new run folder. Raises ConfigError when the folder already holds a run."""
+        folder = Path(folder)
+        path = folder / "config.json"
+        if path.exists():
+            raise ConfigError(
+                f"{path}: this folder already holds a run; add --resume to go on with it, "
+                "or choose another --out"
+            )
+        facts = {"path": str(data.path.resolve()), "codec": data.manifest["codec"]}
+        run = cls(folder, preset, model, config, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format": _FORMAT,
+            "preset": preset,
+            "model": to_json(model),
+            "train": to_json(config),
+            "data": facts,
+        }
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        os.replace(temporary, path)
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Reads a run folder. Raises ConfigError naming the file that is missing or wrong."""
+        path = Path(folder) / "config.json"
+        try:
+            description = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; RUN is the --out of `wgpt train`") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not JSON: {error}") from None
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise ConfigError(f"{path}: expected the format {_FORMAT!r}; is this a run folder?")
+        try:
+            return cls(
+                Path(folder),
+                str(description["preset"]),
+                from_json(ModelConfig, description["model"], str(path)),
+                from_json(TrainConfig, description["train"], str(path)),
+                dict(description["data"]),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{path}: has no {error}") from None
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model is, in from_pretrained's layout."""
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def dataset(self, path: str | Path | None = None) -> Dataset:
+        """The data of the run, or another folder whose tokens mean the same.
+
+        Raises DataError when that folder was made with another codec.
+        """
+        dataset = Dataset(path or self.data["path"])
+        expected = self.data["codec"]["identity"]
+        if dataset.codec_identity != expected:
+            raise DataError(
+                f"{dataset.path}: its tokens come from the codec {dataset.codec_identity}, "
+                f"this run's from {expected}; prepare it with the same codec"
+            )
+        return dataset
+
+    def codec(self, device: str = "cpu") -> codecs.Codec:
+        """The codec of the run. Raises CodecError when its weights are no longer the same."""
+        source = self.data["codec"]["source"]
+        codec = codecs.load(source, device=device)
+        expected = self.data["codec"]["identity"]
+        if codec.identity["sha256"] != expected["sha256"]:
+            raise codecs.CodecError(
+                f"codec: the weights of {source} changed since the data were prepared: sha256 "
+                f"must be {expected['sha256']}, got {codec.identity['sha256']}"
+            )
+        return codec
+
+
+class Metrics:
+    """metrics.csv, appended row by row; no timings, so that a resumed run repeats its bytes."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        """Opens the file, dropping rows of steps later than `after_step` (they are done again)."""
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= after_step]
+        temporary = path.with_suffix(".csv.tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
+        self._file = open(path, "a", newline="")
+        self._writer = csv.DictWriter(self._file, METRICS, lineterminator="\n")
+
+    def add(self, **values: Any) -> None:
+        """One row; floats keep every digit."""
+        self._writer.writerow(values)
+
+    def flush(self) -> None:
+        """Rows so far reach the file."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none if there is no file. A row cut short by a kill is dropped."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row.get(name) is not None for name in METRICS)]

@@ -1,0 +1,443 @@
+"""Trains a model on prepared data: `wgpt train`, in one process or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from wgpt import checkpoint, config, evaluate, plots
+from wgpt.config import PRESETS, STEP_RATE_HZ, ConfigError, ModelConfig, TrainConfig
+from wgpt.data.loader import Batch, Batches, prefetch
+from wgpt.data.shards import Dataset
+from wgpt.model import HybridModel
+from wgpt.runs import Metrics, Run, read_metrics
+
+log = logging.getLogger(__name__)
+
+
+class TrainError(RuntimeError):
+    """Training cannot go on; the message says at which step and on which batch."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those of torchrun; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def join(device: str) -> World:
+        """Reads torchrun's environment and, if there are several processes, joins them."""
+        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        name = resolve_device(device)
+        if name == "cuda" and size > 1:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        chosen = torch.device(name)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if size > 1 and not dist.is_initialized():
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
+        return World(rank, size, chosen)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return (
+            flag
+            if self.size == 1
+            else bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        )
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes cuda if there is one, else cpu. Raises ConfigError for what is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(f"device must be auto, cpu, or an available cuda device, got {name!r}")
+    return name
+
+
+def learning_rate(step: int, settings: TrainConfig) -> float:
+    """Linear warm-up to lr, then a half cosine to lr * min_lr_ratio at max_steps. step from 0."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    span = max(settings.max_steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps) / span, 1.0)
+    low = settings.lr * settings.min_lr_ratio
+    return low + (settings.lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True
+    )
+
+
+class Trainer:
+    """One run: model, optimizer, data and files. `fit` does the rest."""
+
+    def __init__(self, run: Run, data: Dataset, world: World) -> None:
+        self.run, self.data, self.world, self.settings = run, data, world, run.config
+        settings = self.settings
+        if data.codebook_size != run.model.codebook_size:
+            raise ConfigError(
+                f"model: codebook_size must be the data's {data.codebook_size}, "
+                f"got {run.model.codebook_size}"
+            )
+        mel = data.mel_config
+        if run.model.mel_dim and (run.model.n_mels, run.model.frames_per_step) != (
+            mel.n_mels,
+            mel.frames_per_step,
+        ):
+            raise ConfigError(
+                f"model: n_mels, frames_per_step must be the data's {mel.n_mels}, "
+                f"{mel.frames_per_step}, got {run.model.n_mels}, {run.model.frames_per_step}"
+            )
+        torch.manual_seed(settings.seed)
+        self.model = HybridModel(run.model)
+        self.mel_source = settings.mel_source if run.model.mel_dim else None
+        if self.mel_source:
+            self.model.set_mel_normalisation(*data.normalisation(self.mel_source))
+        self.model.to(world.device)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.batches = Batches(
+            data.split("train"),
+            batch_size=settings.batch_size,
+            context_steps=settings.context_steps,
+            seed=settings.seed,
+            mel_source=self.mel_source,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.interrupted = False
+        self.last_validation: dict[str, float] = {}
+
+    def epoch(self, step: int) -> float:
+        """Training audio seen after `step` steps, in passes over the split (padding aside)."""
+        seen = step * self.settings.batch_size * self.settings.context_steps
+        return seen / max(self.data.split("train").n_steps, 1)
+
+    def fit(self, resume: bool) -> dict[str, Any]:
+        """Trains to max_steps. Returns the summary that `wgpt train --json` prints.
+
+        Raises TrainError when the loss is not finite, Interrupted after Ctrl-C or SIGTERM.
+        """
+        start = 0
+        if resume:
+            start = checkpoint.load_newest(self.run.checkpoints, self.model, self.optimizer)
+            log.info("resumed from step %d", start)
+        is_first = self.world.rank == 0
+        metrics = Metrics(self.run.folder / "metrics.csv", start) if is_first else None
+        old_handlers = {
+            s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        began = time.monotonic()
+        try:
+            self._loop(start, metrics)
+        finally:
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
+            if metrics:
+                metrics.close()
+        if is_first:
+            plots.loss_curves(self.run.folder)
+        seconds = time.monotonic() - began
+        n_tokens = (self.settings.max_steps - start) * self.settings.batch_size
+        n_tokens *= self.settings.context_steps
+        return {
+            "run": str(self.run.folder),
+            "preset": self.run.preset,
+            "n_parameters": self.model.n_parameters(),
+            "steps": self.settings.max_steps,
+            "context_steps": self.settings.context_steps,
+            "seconds": round(seconds, 3),
+            "tokens_per_s": round(n_tokens / max(seconds, 1e-9), 1),
+            "valid": self.last_validation,
+        }
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+
+    def _loop(self, start: int, metrics: Metrics | None) -> None:
+        settings = self.settings
+        if start == 0:
+            self._validate(0, metrics)
+        bar = tqdm(
+            prefetch(self.batches.batch, start, settings.max_steps),
+            initial=start,
+            total=settings.max_steps,
+            unit="step",
+            disable=None if self.world.rank == 0 else True,
+            file=sys.stderr,
+        )
+        began = time.monotonic()
+        for step, batch in enumerate(bar, start + 1):
+            values = self._step(step, batch)
+            if metrics:
+                metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
+            speed = (step - start) * settings.batch_size * settings.context_steps
+            speed /= time.monotonic() - began
+            bar.set_postfix_str(
+                f"nll {values['nll_nats']:.3f}, {speed:.0f} tokens/s", refresh=False
+            )
+            last = step == settings.max_steps
+            if last or (settings.eval_every and step % settings.eval_every == 0):
+                self._validate(step, metrics)
+            stop = self.world.any(self.interrupted)
+            if last or stop or (settings.save_every and step % settings.save_every == 0):
+                self._save(step, metrics)
+            if last or (settings.sample_every and step % settings.sample_every == 0):
+                self._sample(step)
+            if stop and not last:
+                bar.close()
+                raise Interrupted(
+                    f"stopped at step {step} of {settings.max_steps}, everything is saved; go on "
+                    f"with: wgpt train --out {self.run.folder} --resume"
+                )
+
+    def _step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One optimizer step; `step` counts from 1."""
+        settings, device = self.settings, self.world.device
+        if self.run.model.dropout:  # seeded by the step, so that a resumed run repeats its masks
+            torch.manual_seed((settings.seed << 32) + step * self.world.size + self.world.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, settings)
+        batch = batch.to(device)
+        n_scored = self.world.sum((batch.targets >= 0).sum())
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
+            logits = self.model(batch.tokens, batch.frames)
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1, reduction="sum"
+        )
+        loss = losses / n_scored
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        _sum_gradients(parameters, self.world)
+        limit = settings.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        correct = ((logits.detach().argmax(-1) == batch.targets) & (batch.targets >= 0)).sum()
+        facts = self.world.sum(torch.stack([loss.detach(), (correct / n_scored).float()])).tolist()
+        if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
+            rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))
+            raise TrainError(
+                f"step {step}: loss {facts[0]}, gradient norm {norm.item()}: not finite; the batch "
+                f"was (clip, first step) {rows} of {self.data.path}; lower --lr, raise "
+                "--warmup-steps, or look at these clips"
+            )
+        self.optimizer.step()
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"nll_nats": facts[0], "accuracy": facts[1], "lr": rate, "grad_norm": norm.item()}
+
+    def _validate(self, step: int, metrics: Metrics | None) -> None:
+        split = self.data.split("valid")
+        if metrics is None or split.n_clips == 0:
+            return
+        result = evaluate.score(
+            self.run.preset,
+            self.model,
+            split,
+            context_steps=self.settings.context_steps,
+            mel_source=self.mel_source,
+            clips=_spread_clips(split, self.settings.eval_audio_s),
+            dtype=self.settings.dtype,
+        )
+        row = result.row()
+        self.last_validation = {k: row[k] for k in ("nll_nats", "accuracy", "perplexity")}
+        metrics.add(
+            step=step,
+            epoch=self.epoch(step),
+            split="valid",
+            nll_nats=row["nll_nats"],
+            accuracy=row["accuracy"],
+            lr="",
+            grad_norm="",
+        )
+        metrics.flush()
+        log.info(
+            "step %d: validation NLL %.4f, accuracy %.4f", step, row["nll_nats"], row["accuracy"]
+        )
+
+    def _save(self, step: int, metrics: Metrics | None) -> None:
+        if metrics is None:
+            return
+        metrics.flush()
+        checkpoint.save(
+            self.run.checkpoints, step, self.model, self.optimizer, self.settings.keep_checkpoints
+        )
+        self.model.save_pretrained(
+            self.run.model_folder,
+            card=self._card(step),
+            extra={
+                "preset": self.run.preset,
+                "step": step,
+                "mel": config.to_json(self.data.mel_config),
+                "mel_source": self.mel_source,
+                "codec": self.run.data["codec"],
+            },
+        )
+
+    def _sample(self, step: int) -> None:
+        if self.world.rank or not self.settings.sample_s or not self.data.split("valid").n_clips:
+            return
+        from wgpt import generate
+
+        generate.sample_into(self.run, self.model, self.data, step)
+
+    def _card(self, step: int) -> str:
+        validation = ", ".join(f"{k} {v:.4f}" for k, v in self.last_validation.items())
+        return (
+            f"# {self.run.preset}, trained with wgpt\n\n{self.model.describe()}.\n\n"
+            f"Step {step} of {self.settings.max_steps}; validation: {validation or 'none'}.\n\n"
+            f"Codec: `{self.data.codec_identity}`. Mel source: {self.mel_source}.\n\n"
+            "Load with `wgpt.model.HybridModel.from_pretrained(folder)`.\n"
+        )
+
+
+def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Sums gradients over processes, in one flat message."""
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = world.sum(torch.cat([g.flatten() for g in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _spread_clips(split: Any, audio_s: float) -> list[int] | None:
+    """Clips spread evenly over the split, about `audio_s` seconds of them; None for all."""
+    total_s = split.n_steps / STEP_RATE_HZ
+    if not audio_s or total_s <= audio_s:
+        return None
+    n_clips = max(1, round(split.n_clips * audio_s / total_s))
+    return [i * split.n_clips // n_clips for i in range(n_clips)]
+
+
+def train(
+    data: str | Path | None,
+    out: str | Path,
+    preset: str = "hybrid",
+    *,
+    resume: bool = False,
+    model: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Trains (or resumes) a run and returns its summary.
+
+    Args:
+        data: prepared data folder; on resume None for the one the run was started on.
+        out: run folder; must not hold a run yet unless `resume`.
+        preset: a name of config.PRESETS.
+        model: ModelConfig fields to change from the preset.
+        settings: TrainConfig fields. On resume all of them come from the run's config.json.
+
+    Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
+    """
+    if resume:
+        run = Run.open(out)
+        dataset = run.dataset(data)
+        world = World.join(run.config.device)
+    else:
+        if data is None:
+            raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
+        dataset = Dataset(data)
+        shape = dataclasses.replace(config.preset(preset), **(model or {}))
+        chosen = TrainConfig(**settings)
+        world = World.join(chosen.device)
+        run = Run(Path(out), preset, shape, chosen, {"codec": dataset.manifest["codec"]})
+        if world.rank == 0:
+            run = Run.create(out, preset, shape, chosen, dataset)
+    trainer = Trainer(run, dataset, world)
+    log.info("%s: %s", run.preset, trainer.model.describe())
+    return trainer.fit(resume)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `wgpt train`: a flag for every TrainConfig and ModelConfig field."""
+    parser.add_argument("--data", help="folder written by `wgpt prepare`")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
+    parser.add_argument("--preset", default="hybrid", choices=tuple(PRESETS))
+    parser.add_argument("--resume", action="store_true", help="go on from RUN's newest checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    training = parser.add_argument_group("training")
+    shape = parser.add_argument_group("model", "fields of the model, instead of the preset's")
+    for group, kind in ((training, TrainConfig), (shape, ModelConfig)):
+        for field in dataclasses.fields(kind):
+            default = f" (default {field.default})" if kind is TrainConfig else ""
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=type(field.default),
+                metavar=type(field.default).__name__.upper(),
+                default=None,
+                help=f"{field.metadata['doc']}{default}".replace("%", "%%"),
+            )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`wgpt train`."""
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    settings = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
+    shape = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
+    if args.resume and (settings or shape):
+        raise ConfigError(
+            f"--resume takes every setting from {args.out}/config.json; leave out "
+            + ", ".join(f"--{name.replace('_', '-')}" for name in (*settings, *shape))
+        )
+    summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
+    if args.json:
+        sys.stdout.write(json.dumps(summary) + "\n")
+    else:
+        rows = [
+            row for row in read_metrics(Path(args.out) / "metrics.csv") if row["split"] == "valid"
+        ]
+        for row in rows[-1:]:
+            sys.stdout.write(
+                f"step {row['step']}: validation NLL {float(row['nll_nats']):.4f} nats, accuracy "
+                f"{100 * float(row['accuracy']):.2f} %\n"
+            )
+        sys.stdout.write(f"{args.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from wgpt.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
