@@ -1,0 +1,197 @@
+"""The layers of a streaming EnCodec: each takes new samples and the state the last call left.
+
+One frame is hardly any arithmetic, so the cost is the number of tensor operations. Sound is kept
+time-major, (B, n, C): a convolution is then one matrix product over a strided view of its input,
+
+    inputs   [ context | new samples ]      a window of k samples: k*C neighbouring numbers
+    outputs            [ one per hop ]      windows (B*n, k*C) @ weight (k*C, C_out) + bias
+
+and a transposed convolution with kernel 2r and stride r is the same with windows of two samples
+and r*C_out outputs, read as r samples. Weight normalisation is folded in at construction.
+States are replaced by every step and never written to, so copies of a stream can share them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = Any  # a tensor (B, ...) or a tuple of them
+
+
+def _left_context(x: Tensor, n_context: int, reflect: bool) -> Tensor:
+    """What stands before the first samples x (B, n, C): zeros, or x mirrored about x[:, 0].
+
+    Too short an x is continued by zeros before it is mirrored, as in transformers.
+    """
+    if not reflect:
+        return x.new_zeros(x.shape[0], n_context, x.shape[2])
+    missing = n_context + 1 - x.shape[1]
+    if missing > 0:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x[:, 1 : n_context + 1].flip(1)
+
+
+class Layer(Protocol):
+    """One stage of a stream: parameters only, since the state belongs to the stream."""
+
+    n_start: int  # samples that must be there before the first step
+    up: int  # samples out for `down` samples in
+    down: int
+
+    def start(self, x: Tensor) -> State:
+        """The state before the first samples x (B, n, C)."""
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Samples (B, n, C) to samples (B, n * up // down, C_out), and the next state."""
+
+
+class Convolution:
+    """ELU or nothing, then a causal convolution, or a transposed one as a convolution of pairs."""
+
+    def __init__(self, conv: nn.Module, elu: bool, reflect: bool) -> None:
+        assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d) and conv.bias is not None
+        weight, bias = conv.weight.detach().float(), conv.bias.detach().float()
+        (kernel,), (stride,), (dilation,) = conv.kernel_size, conv.stride, conv.dilation
+        if isinstance(conv, nn.ConvTranspose1d):
+            if kernel != 2 * stride:
+                raise ValueError(
+                    "codec_stream: a transposed convolution must have a kernel of twice its "
+                    f"stride {stride}, got {kernel}"
+                )
+            # Tap 0 is the previous input: the second half of its kernel falls on this output.
+            weight = weight.unflatten(2, (2, stride)).flip(2)  # (C, C_out, 2, r)
+            weight = weight.permute(2, 0, 3, 1)  # (2, C, r, C_out)
+            self.kernel, self.dilation, self.down, self.up = 2, 1, 1, stride
+            self.weight, self.bias = weight.flatten(2).flatten(0, 1), bias.repeat(stride)
+            reflect = False
+        else:
+            self.kernel, self.dilation, self.down, self.up = kernel, dilation, stride, 1
+            self.weight, self.bias = weight.permute(2, 1, 0).flatten(0, 1), bias.clone()
+        self.weight = self.weight.contiguous()  # (k * C, r * C_out)
+        self.n_context = (self.kernel - 1) * self.dilation + 1 - self.down
+        self.elu, self.reflect = elu, reflect
+        self.n_start = self.n_context + 1 if reflect and self.n_context else 1
+
+    def start(self, x: Tensor) -> Tensor:
+        context = _left_context(x, self.n_context, self.reflect)
+        return F.elu(context) if self.elu else context
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        n_batch, n_in, n_channels = x.shape
+        if self.elu:
+            x = F.elu(x)
+        if self.kernel > 1:
+            x = torch.cat((state, x), 1)
+            row, sample, channel = x.stride()
+            windows = x.as_strided(
+                (n_batch, n_in // self.down, self.kernel, n_channels),
+                (row, self.down * sample, self.dilation * sample, channel),
+            ).reshape(-1, self.weight.shape[0])
+            state = x[:, n_in:]
+        else:
+            windows = x.reshape(-1, n_channels)
+        out = torch.addmm(self.bias, windows, self.weight)
+        return out.view(n_batch, n_in // self.down * self.up, -1), state
+
+
+class ResidualBlock:
+    """x or a 1x1 convolution of it, plus ELU, convolution, ELU, 1x1 convolution of x."""
+
+    up = down = 1
+
+    def __init__(self, block: Any, reflect: bool) -> None:
+        self.inner = Convolution(block.block[1].conv, True, reflect)
+        self.n_start = self.inner.n_start
+        outer = Convolution(block.block[3].conv, True, reflect)
+        if outer.kernel != 1:
+            raise ValueError(
+                "codec_stream: the second convolution of a residual block must have a kernel of "
+                f"1, got {outer.kernel}"
+            )
+        self.weight, self.bias = outer.weight, outer.bias
+        self.shortcut = None
+        if not isinstance(block.shortcut, nn.Identity):
+            shortcut = Convolution(block.shortcut.conv, False, reflect)
+            self.shortcut, self.bias = shortcut.weight, self.bias + shortcut.bias
+
+    def start(self, x: Tensor) -> Tensor:
+        return self.inner.start(x)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, state = self.inner.step(x, state)
+        hidden = F.elu_(hidden).flatten(0, 1)  # hidden is ours alone
+        flat = x.reshape(-1, x.shape[2])
+        if self.shortcut is None:
+            out = torch.addmm(flat, hidden, self.weight).add_(self.bias)
+        else:
+            out = torch.addmm(self.bias, flat, self.shortcut).addmm_(hidden, self.weight)
+        return out.view(x.shape), state
+
+
+class LstmStack:
+    """x plus a stack of LSTM layers over x."""
+
+    n_start = up = down = 1
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        self.width = lstm.hidden_size
+        self.layers = []
+        for i in range(lstm.num_layers):
+            names = (f"weight_ih_l{i}", f"weight_hh_l{i}", f"bias_ih_l{i}", f"bias_hh_l{i}")
+            w_in, w_hidden, b_in, b_hidden = (getattr(lstm, n).detach().float() for n in names)
+            # torch orders the gates i, f, g, o; the three sigmoids go side by side here.
+            order = torch.arange(4 * self.width, device=w_in.device).view(4, -1)
+            order = order[[0, 1, 3, 2]].flatten()
+            self.layers.append(
+                (
+                    w_in[order].t().contiguous(),
+                    w_hidden[order].t().contiguous(),
+                    (b_in + b_hidden)[order],
+                )
+            )
+
+    def start(self, x: Tensor) -> State:
+        return (x.new_zeros(x.shape[0], self.width),) * (2 * len(self.layers))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        width, sequence, after = self.width, x, []
+        for i, (w_in, w_hidden, bias) in enumerate(self.layers):
+            hidden, cell = state[2 * i : 2 * i + 2]
+            gates_in = torch.addmm(bias, sequence.reshape(-1, width), w_in)
+            outputs = []
+            for gate_in in gates_in.view(*x.shape[:2], -1).unbind(1):
+                gates = torch.addmm(gate_in, hidden, w_hidden)
+                update, keep, show = gates[:, : 3 * width].sigmoid().chunk(3, 1)
+                cell = torch.addcmul(keep * cell, update, gates[:, 3 * width :].tanh())
+                hidden = show * cell.tanh()
+                outputs.append(hidden)
+            sequence = torch.stack(outputs, 1)
+            after += [hidden, cell]
+        return sequence + x, tuple(after)
+
+
+def build(modules: nn.ModuleList, reflect: bool) -> list[Layer]:
+    """Layers for the modules of a transformers EncodecEncoder or EncodecDecoder, in order.
+
+    reflect says whether convolutions start from mirrored samples instead of zeros. Parameters are
+    copied as float32. Raises ValueError for a kernel that the architecture does not have.
+    """
+    layers: list[Layer] = []
+    elu = False
+    module: Any
+    for module in modules:
+        if isinstance(module, nn.ELU):
+            elu = True
+            continue
+        if hasattr(module, "lstm"):
+            layers.append(LstmStack(module.lstm))
+        elif hasattr(module, "block"):
+            layers.append(ResidualBlock(module, reflect))
+        else:
+            layers.append(Convolution(module.conv, elu, reflect))
+        elu = False
+    return layers
