@@ -13,7 +13,7 @@ def _missing_cuda() -> str | None:
         return "needs a CUDA GPU (WGPT_REQUIRE_CUDA=1 makes this a failure)"
     from wgpt import ops
 
-    if not ops.info()["cuda_ops"]:
+    if not ops.info()["cuda_archs"]:
         return "this build of wgpt has no CUDA kernels (WGPT_REQUIRE_CUDA=1 makes this a failure)"
     return None
 
@@ -80,9 +80,7 @@ def prepared(recordings, tmp_path_factory):
     from wgpt.data.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(
-        recordings, out, mel_sources=("wave", "decoded-1"), valid_fraction=0.3, progress=False
-    )
+    prepare(recordings, out, mel_sources=("wave", "decoded-1"), valid_fraction=0.3, progress=False)
     return out
 
 

@@ -30,13 +30,20 @@ def test_cli_usage_errors_exit_2(capsys):
 
 def test_cli_presets_lists_all(capsys):
     assert cli.main(["presets", "--json"]) == 0
-    listing = json.loads(capsys.readouterr().out)
-    assert {"hybrid", "gpt-s", "gpt-s-matched", "gpt-l", "hybrid-xs", "gpt-xs"} <= set(listing)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])}
+    assert {"hybrid", "gpt-s", "gpt-s-matched", "gpt-l", "hybrid-xs", "gpt-xs"} <= set(rows)
+    assert rows["hybrid"]["parameters"] == 3_943_552
+    assert cli.main(["presets"]) == 0
+    assert "3,943,552 parameters" in capsys.readouterr().out
 
 
 def test_cli_module_and_script_are_the_same_program():
     out = subprocess.run(
-        [sys.executable, "-m", "wgpt", "--version"], capture_output=True, text=True, cwd="/", check=True
+        [sys.executable, "-m", "wgpt", "--version"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=True,
     ).stdout
     assert out.startswith("wgpt ")
 

@@ -14,7 +14,9 @@ from wgpt.model import HybridModel
     [("gpt-s", 3.7), ("gpt-l", 40.0), ("hybrid", 4.0), ("hybrid-xs", 1.1), ("gpt-xs", 1.05)],
 )
 def test_preset_has_the_parameters_it_promises(name, millions):
-    assert HybridModel(config.preset(name)).n_parameters() == pytest.approx(millions * 1e6, rel=0.02)
+    assert HybridModel(config.preset(name)).n_parameters() == pytest.approx(
+        millions * 1e6, rel=0.02
+    )
 
 
 def test_preset_twins_are_as_large_as_the_hybrids():

@@ -25,7 +25,7 @@ def test_baselines_by_hand():
     np.testing.assert_allclose(uniform.nll, [2 * math.log(4), math.log(4)])
     # Six tokens, 0 four times, 1 twice; plus one each: 5/10, 3/10, 1/10, 1/10.
     np.testing.assert_allclose(unigram.nll, [-math.log(0.5) - math.log(0.3), -math.log(0.1)])
-    # BOS is followed by 0 twice (one kind): (2 + 1 * 0.5) / 3. After 0: 1 twice, 0 once (two kinds).
+    # After BOS: 0 twice (one kind), (2 + 1 * 0.5) / 3. After 0: 1 twice, 0 once (two kinds).
     first = -math.log(2.5 / 3) - math.log((2 + 2 * 0.3) / 5)
     np.testing.assert_allclose(bigram.nll, [first, -math.log(0.1 / 3)])
     assert bigram.correct.tolist() == [2, 0]

@@ -1,4 +1,4 @@
-"""Generation: same seed, same samples; cached equals uncached; the mel branch hears its own output."""
+"""Generation: same seed, same samples; cached equals uncached; the model hears its own output."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_generate_sound_is_the_decoded_tokens_after_the_prompt(speaker, prompt):
 
 @torch.inference_mode()
 def test_generate_tokens_are_those_of_an_uncached_model(speaker, prompt):
-    """Greedy tokens, checked one by one against a full pass over the true prompt and decoded sound."""
+    """Greedy tokens against one full pass over the true prompt and the decoded sound."""
     speaker.continue_wave(prompt, 0.2, Sampling(temperature=0))
     tokens = speaker.tokens
     cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
@@ -104,5 +104,7 @@ def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
     assert main([*arguments, "--out", str(out), "--with-prompt"]) == 0
     assert len(audio.read(out)) == len(audio.read(prompt)) + 15 * 320
     assert main([*arguments[:2], "--seconds", "0", "--out", str(out)]) == 2
-    assert main([*arguments[:2], "--prompt", "nothing.wav", "--seconds", "1", "--out", "x.wav"]) == 1
+    assert (
+        main([*arguments[:2], "--prompt", "nothing.wav", "--seconds", "1", "--out", "x.wav"]) == 1
+    )
     assert "nothing.wav" in capsys.readouterr().err

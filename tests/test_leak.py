@@ -33,7 +33,9 @@ def models() -> dict[int, HybridModel]:
     torch.manual_seed(0)
     shape = config.preset("hybrid-xs")
     return {
-        r: HybridModel(dataclasses.replace(shape, frames_per_step=r, mel_context_frames=2 * r)).eval()
+        r: HybridModel(
+            dataclasses.replace(shape, frames_per_step=r, mel_context_frames=2 * r)
+        ).eval()
         for r in (1, 2)
     }
 

@@ -130,7 +130,6 @@ def test_model_mel_normalisation_is_applied_and_saved(tmp_path):
     mean, inv_std = torch.full((8,), 2.0), torch.full((8,), 0.5)
     constants.set_mel_normalisation(mean, inv_std)
     tokens, frames = inputs(shape, 12)
-    # A slice of zeros after normalisation stands before the start in both, so shift and scale match.
     torch.testing.assert_close(plain(tokens, (frames - 2.0) * 0.5), constants(tokens, frames))
     constants.save_pretrained(tmp_path)
     again = HybridModel.from_pretrained(tmp_path)
@@ -145,6 +144,12 @@ def test_model_folder_errors_name_the_file(tmp_path):
     description["model"]["ffn_dim"] = 65
     (tmp_path / "config.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match=r"model\.safetensors: does not hold this model"):
+        HybridModel.from_pretrained(tmp_path)
+    build(SMALL).save_pretrained(tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-9] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: sha256 must be"):
         HybridModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="expected the format"):
@@ -180,7 +185,7 @@ def test_model_accounting_agrees_with_what_happens():
 
     with FlopCounterMode(display=False) as counter:
         model(tokens, frames)
-    # torch counts the linear layers; attention and the slice embedding are our ops, counted by hand.
+    # torch counts the linear layers; attention and slice embedding are ours, counted by hand.
     channels = 3 * shape.width + shape.n_mel_layers * shape.mel_dim
     attention = 4 * channels * sum(range(1, 65))
     embedding = 2 * 64 * shape.n_mels * shape.mel_dim

@@ -1,6 +1,7 @@
 """Training: it learns, resumes bit for bit after a kill or Ctrl-C, and stops with a reason."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from wgpt import checkpoint, train
 from wgpt.config import ConfigError, TrainConfig
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
-from wgpt.runs import Run, read_metrics
+from wgpt.runs import METRICS, Run, read_metrics
 from wgpt.train import TrainError, learning_rate
 
 SETTINGS = {
@@ -124,14 +125,15 @@ def test_train_two_processes_equal_one(prepared, whole, tmp_path):
     out = tmp_path / "two"
     shape = [f"--{k.replace('_', '-')}={v}" for k, v in {**TINY, "dropout": 0.0}.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "wgpt.train", f"--data={prepared}", "--preset=hybrid-xs", *FLAGS, *shape]  # fmt: skip
+    while len([r for r in read_metrics(out / "metrics.csv") if r["split"] == "valid"]) < 2:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, f"--out={out}"], check=True, cwd="/", env=environment,
                    capture_output=True, timeout=240)  # fmt: skip
     one = tmp_path / "one"
     train.train(prepared, one, "hybrid-xs", model={**TINY, "dropout": 0.0}, **SETTINGS)
     losses = [
-        [float(r["nll_nats"]) for r in read_metrics(folder / "metrics.csv")] for folder in (one, out)
+        [float(r["nll_nats"]) for r in read_metrics(folder / "metrics.csv")]
+        for folder in (one, out)
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
 
@@ -180,14 +182,15 @@ def test_train_learning_rate_warms_up_and_decays():
     rates = [learning_rate(step, settings) for step in range(110)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[60] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_train_metrics_row_cut_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("step,epoch,split,nll_nats,accuracy,lr,grad_norm\n1,0.1,train,5.0,0.1,0.1,1.0\n2,0.2,tr")
+    header = ",".join(METRICS)
+    path.write_text(f"{header}\n1,0.1,train,5.0,0.1,0.1,1.0\n2,0.2,tr")
     assert [row["step"] for row in read_metrics(path)] == ["1"]
 
 
@@ -203,7 +206,27 @@ def test_run_checks_codec_of_other_data(prepared, whole, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="prepare it with the same codec"):
         Run.open(whole).dataset(other)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["mel"]["window_samples"] = 600
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="prepare it with the same settings"):
+        Run.open(whole).dataset(other)
     assert Dataset(prepared).codec_identity == Run.open(whole).dataset().codec_identity
+
+
+def test_train_finds_damaged_data(prepared, tmp_path):
+    import shutil
+
+    from wgpt.data.shards import DataError
+
+    other = tmp_path / "data"
+    shutil.copytree(prepared, other)
+    path = other / "train" / "tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"tokens\.npy: must have sha256"):
+        train.train(other, tmp_path / "run", "gpt-xs", **SETTINGS)
 
 
 def test_metrics_are_csv_that_others_can_read(whole):

@@ -39,19 +39,31 @@ def parser_for(command: str | None = None) -> argparse.ArgumentParser:
         if name == command:
             importlib.import_module(module).add_arguments(sub)
     presets = commands.add_parser("presets", help="list the model presets")
-    presets.add_argument("--json", action="store_true", help="print one JSON object")
+    presets.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 
 
 def _print_presets(as_json: bool) -> int:
-    from wgpt.config import PRESETS, to_json
+    import torch
 
+    from wgpt.config import PRESETS, to_json
+    from wgpt.model import HybridModel
+
+    rows = []
+    for name, (shape, summary) in PRESETS.items():
+        with torch.device("meta"):
+            parameters = HybridModel(shape).n_parameters()
+        rows.append({"name": name, "parameters": parameters, "summary": summary, **to_json(shape)})
     if as_json:
-        listing = {name: {**to_json(c), "summary": doc} for name, (c, doc) in PRESETS.items()}
-        sys.stdout.write(json.dumps(listing) + "\n")
-    else:
-        for name, (_, doc) in PRESETS.items():
-            sys.stdout.write(f"{name:14} {doc}\n")
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return 0
+    for row in rows:
+        widths = f"{row['token_dim']}+{row['mel_dim']}"
+        layers = f"{row['n_mel_layers'] if row['mel_dim'] else 0}+{row['n_layers']}"
+        sys.stdout.write(
+            f"{row['name']:14} {row['parameters']:>11,} parameters  token+mel width {widths:8} "
+            f"mel+fused layers {layers:4} {row['summary']}\n"
+        )
     return 0
 
 

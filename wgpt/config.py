@@ -234,7 +234,7 @@ def from_json(kind: type[Config], values: Any, source: str) -> Config:
     """The configuration `kind` from parsed JSON; `source` names the file in errors."""
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a JSON object, got {type(values).__name__}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"{source}: unknown {kind.__name__} fields {', '.join(unknown)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -55,7 +56,8 @@ def demo(out: str | Path, steps: int, device: str = "auto") -> dict[str, Any]:
 
     gather_audio(out / "audio")
     done("gathering audio")
-    prepare(out / "audio", out / "data", codec="mini", mel_sources=("wave", "decoded-1"))
+    jobs = os.cpu_count() or 1
+    prepare(out / "audio", out / "data", mel_sources=("wave", "decoded-1"), jobs=jobs)
     done("preparing")
     result = study.study(
         out / "data", out / "runs", size="xs", max_steps=steps, device=device, **SETTINGS
@@ -74,7 +76,7 @@ def gather_audio(folder: Path) -> None:
     (folder / "speech").mkdir(parents=True)
     (folder / "music").mkdir()
     with resources.as_file(resources.files("wgpt") / "assets" / "speech") as shipped:
-        for path in sorted(shipped.glob("*.opus")):
+        for path in audio.find(shipped):
             shutil.copy(path, folder / "speech" / path.name)
     for seed in range(MUSIC_CLIPS):
         wave = synth.render_music(MUSIC_CLIP_S, seed=seed)

@@ -91,7 +91,8 @@ def score(
         losses = losses.view_as(scored).double().sum(1)
         correct = ((logits.argmax(-1) == on_device.targets) & scored).sum(1)
         per_row = torch.stack([losses, correct.double(), scored.sum(1).double()]).cpu().numpy()
-        np.add.at(sums, (slice(None), batch.clips.numpy()), per_row)
+        for row, clip in enumerate(batch.clips.tolist()):
+            sums[:, clip] += per_row[:, row]
     model.train(was_training)
     return _to_score(name, sums, split, clips)
 
@@ -218,6 +219,7 @@ def evaluate(
     """
     trained = Run.open(run)
     dataset = trained.dataset(data)
+    dataset.verify()
     model = HybridModel.from_pretrained(trained.model_folder, device)
     split = dataset.split(split_name)
     source = trained.config.mel_source

@@ -33,7 +33,7 @@ class Run:
     preset: str
     model: ModelConfig
     config: TrainConfig
-    data: dict[str, Any]  # {"path", "codec": source and identity}
+    data: dict[str, Any]  # facts_of(data)
 
     @classmethod
     def create(
@@ -47,7 +47,7 @@ class Run:
                 f"{path}: this folder already holds a run; add --resume to go on with it, "
                 "or choose another --out"
             )
-        facts = {"path": str(data.path.resolve()), "codec": data.manifest["codec"]}
+        facts = facts_of(data)
         run = cls(folder, preset, model, config, facts)
         folder.mkdir(parents=True, exist_ok=True)
         description = {
@@ -98,7 +98,7 @@ class Run:
     def dataset(self, path: str | Path | None = None) -> Dataset:
         """The data of the run, or another folder whose tokens mean the same.
 
-        Raises DataError when that folder was made with another codec.
+        Raises DataError when that folder was made with another codec or mel.
         """
         dataset = Dataset(path or self.data["path"])
         expected = self.data["codec"]["identity"]
@@ -106,6 +106,11 @@ class Run:
             raise DataError(
                 f"{dataset.path}: its tokens come from the codec {dataset.codec_identity}, "
                 f"this run's from {expected}; prepare it with the same codec"
+            )
+        if to_json(dataset.mel_config) != self.data["mel"]:
+            raise DataError(
+                f"{dataset.path}: its mel slices were made with {to_json(dataset.mel_config)}, "
+                f"this run's with {self.data['mel']}; prepare it with the same settings"
             )
         return dataset
 
@@ -120,6 +125,15 @@ class Run:
                 f"must be {expected['sha256']}, got {codec.identity['sha256']}"
             )
         return codec
+
+
+def facts_of(data: Dataset) -> dict[str, Any]:
+    """What a run remembers of its data: where they are, and what their tokens and slices mean."""
+    return {
+        "path": str(data.path.resolve()),
+        "codec": data.manifest["codec"],
+        "mel": to_json(data.mel_config),
+    }
 
 
 class Metrics:

@@ -26,7 +26,7 @@ from wgpt.config import PRESETS, STEP_RATE_HZ, ConfigError, ModelConfig, TrainCo
 from wgpt.data.loader import Batch, Batches, prefetch
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
-from wgpt.runs import Metrics, Run, read_metrics
+from wgpt.runs import Metrics, Run, facts_of, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -210,8 +210,8 @@ class Trainer:
             values = self._step(step, batch)
             if metrics:
                 metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
-            speed = (step - start) * settings.batch_size * settings.context_steps
-            speed /= time.monotonic() - began
+            seen = (step - start) * settings.batch_size * settings.context_steps
+            speed = seen / (time.monotonic() - began)
             bar.set_postfix_str(
                 f"nll {values['nll_nats']:.3f}, {speed:.0f} tokens/s", refresh=False
             )
@@ -379,9 +379,11 @@ def train(
         shape = dataclasses.replace(config.preset(preset), **(model or {}))
         chosen = TrainConfig(**settings)
         world = World.join(chosen.device)
-        run = Run(Path(out), preset, shape, chosen, {"codec": dataset.manifest["codec"]})
+        run = Run(Path(out), preset, shape, chosen, facts_of(dataset))
         if world.rank == 0:
             run = Run.create(out, preset, shape, chosen, dataset)
+    if world.rank == 0:
+        dataset.verify()
     trainer = Trainer(run, dataset, world)
     log.info("%s: %s", run.preset, trainer.model.describe())
     return trainer.fit(resume)

@@ -12,8 +12,9 @@ class LayerCache:
     """Keys and values of one attention layer, (B, n, H, D), the newest last.
 
     With a window W only the last W - 1 steps can matter to a later query, so older ones are
-    dropped: memory and the cost of a step stay constant. The buffer has room for twice what is kept, so
-    the move to its front costs one copied step per step on average. Else it doubles.
+    dropped: memory and the cost of a step stay constant. The buffer has room for twice what is
+    kept, so the move to its front costs one copied step a step on average. Without a window it
+    doubles.
     """
 
     def __init__(self, window_steps: int = 0) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -168,18 +171,31 @@ class HybridModel(nn.Module):
     # -- folders ------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | Path, card: str = "", extra: dict | None = None
+        self, folder: str | Path, card: str = "", extra: dict[str, Any] | None = None
     ) -> None:
-        """Writes config.json, model.safetensors and README.md (the card) into `folder`."""
+        """Writes model.safetensors, config.json and README.md (the card) into `folder`.
+
+        Each file is replaced whole; config.json holds the sha256 of the weights.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = {"format": _FORMAT, "model": to_json(self.config), **(extra or {})}
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        state = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        state = {n: value.detach().cpu().contiguous() for n, value in self.state_dict().items()}
+        weights = safetensors.torch.save(state)
+        description = {
+            "format": _FORMAT,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "model": to_json(self.config),
+            **(extra or {}),
         }
-        safetensors.torch.save_file(state, folder / "model.safetensors")
-        (folder / "README.md").write_text(card or self.describe() + "\n")
+        files = {
+            "model.safetensors": weights,
+            "config.json": (json.dumps(description, indent=2) + "\n").encode(),
+            "README.md": (card or self.describe() + "\n").encode(),
+        }
+        for name, content in files.items():
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(content)
+            os.replace(temporary, folder / name)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:
@@ -201,9 +217,15 @@ class HybridModel(nn.Module):
         if not isinstance(description, dict) or description.get("format") != _FORMAT:
             raise ConfigError(f"{config_path}: expected the format {_FORMAT!r}")
         model = cls(from_json(ModelConfig, description.get("model"), str(config_path)))
+        weights = weights_path.read_bytes()
+        got = hashlib.sha256(weights).hexdigest()
+        if got != description.get("sha256"):
+            raise ConfigError(
+                f"{weights_path}: sha256 must be {description.get('sha256')} (config.json), got "
+                f"{got}; the file was damaged or changed"
+            )
         try:
-            state = safetensors.torch.load_file(weights_path)
-            model.load_state_dict(state)
+            model.load_state_dict(safetensors.torch.load(weights))
         except (safetensors.SafetensorError, RuntimeError) as error:
             raise ConfigError(f"{weights_path}: does not hold this model: {error}") from None
         return model.to(device).eval()
