@@ -1,0 +1,98 @@
+# One word a task. On a fresh machine they need Python >= 3.10 and a C++ compiler, nothing more.
+#
+#   make build   a virtual environment with wgpt and its test tools installed
+#   make test    the test suite against that installed package      (ARGS=... goes to pytest)
+#   make check   ruff, mypy, clang-format; `make format` applies what they can
+#   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
+#   make bench   the CPU benchmarks
+#   make gpu     build with CUDA, test with a GPU required, benchmark
+#   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+# Compiling CUDA kernels for five architectures takes minutes: only where a GPU could run them, or
+# where WGPT_CUDA says so. (A plain `pip install .` compiles them wherever nvcc is.)
+WGPT_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
+ARGS ?=
+
+VENV_PYTHON = $(abspath $(VENV))/bin/python
+STAMP = $(VENV)/.wgpt-installed
+SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
+          CMakeLists.txt pyproject.toml
+
+.PHONY: build test test-all check format bench demo gpu dev clean
+
+build: $(STAMP)
+
+# torch is large: one in $(PYTHON)'s own environment is used if it is new enough.
+HAS_TORCH = import sys, importlib.metadata as m; \
+  new = tuple(map(int, m.version("torch").split(".")[:2])) >= (2, 10); sys.exit(not new)
+IS_VENV = import sys; sys.exit(sys.prefix == sys.base_prefix)
+
+$(VENV)/bin/python:
+	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && ! $(PYTHON) -c '$(IS_VENV)'; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(VENV_PYTHON) -m pip install --quiet --upgrade pip
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(VENV_PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(VENV_PYTHON) -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(STAMP): $(VENV)/.torch $(SOURCES)
+	WGPT_CUDA=$(WGPT_CUDA) CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(VENV_PYTHON) -m pip install ".[test]"
+	touch $@
+
+# Plain `pytest`, not `python -m pytest`: the latter puts the source wgpt/, which has no _C, first.
+test: build
+	$(VENV)/bin/pytest $(ARGS)
+
+test-all: build
+	$(VENV)/bin/pytest -m "" $(ARGS)
+
+# The tools need no build of wgpt; mypy sees torch.
+$(VENV)/.tools: $(VENV)/.torch
+	$(VENV_PYTHON) -m pip install --quiet "ruff>=0.9" "mypy>=1.14" "clang-format>=16"
+	touch $@
+
+CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+check: $(VENV)/.tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.tools
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
+
+bench: build
+	for script in benchmarks/bench_*.py; do $(VENV_PYTHON) $$script $(ARGS) || exit 1; done
+
+demo: build
+	$(VENV)/bin/wgpt demo $(ARGS)
+
+gpu:
+	JOBS=$${JOBS:-$$(nproc)} bash benchmarks/gpu.sh
+
+# Development: for $(DEV_PYTHON), which must have torch, pybind11, cmake and ninja. Warnings are
+# errors. Put the source tree on PYTHONPATH (or in a .pth file) to use it. flock: two builds at once
+# would clash.
+DEV_PYTHON ?= python
+DEV_CUDA ?= OFF
+DEV_BUILD ?= build/dev
+dev:
+	@mkdir -p $(DEV_BUILD)
+	PATH="$$(dirname $$($(DEV_PYTHON) -c 'import sys; print(sys.executable)')):$$PATH" \
+	flock $(DEV_BUILD).lock sh -ec ' \
+	  cmake -S . -B $(DEV_BUILD) -G Ninja -DWGPT_IN_PLACE=ON -DWGPT_WERROR=ON -DWGPT_CUDA=$(DEV_CUDA) \
+	    -DPython_EXECUTABLE=$$($(DEV_PYTHON) -c "import sys; print(sys.executable)") \
+	    -Dpybind11_DIR=$$($(DEV_PYTHON) -m pybind11 --cmakedir) >$(DEV_BUILD)/configure.log \
+	    || { cat $(DEV_BUILD)/configure.log; exit 1; }; \
+	  ninja -C $(DEV_BUILD) -j$(JOBS)'
+
+clean:
+	rm -rf build dist $(VENV) wgpt/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+// The CPU kernels of every instruction set behind one table: which targets there are, which one runs, how to force it.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/flash_attention.h"
+#include "kernels/mel_embed.h"
+#include "kernels/token_concat.h"
+
+namespace wgpt::cpu {
+
+struct Kernels {
+  const char* target;  // "generic", "avx2", "avx512", "avx512_bf16", "neon"
+  void (*flash_attention_forward)(const FlashAttentionForward&, const Executor&);
+  void (*flash_attention_backward)(const FlashAttentionBackward&, const Executor&);
+  size_t (*flash_attention_forward_workspace_bytes)(const FlashAttentionShape&);
+  size_t (*flash_attention_backward_workspace_bytes)(const FlashAttentionShape&);
+  void (*mel_embed_forward)(const MelEmbedForward&, const Executor&);
+  void (*mel_embed_backward)(const MelEmbedBackward&, const Executor&);
+  size_t (*mel_embed_backward_workspace_bytes)(const MelEmbedShape&);
+  void (*token_concat_forward)(const TokenConcatForward&, const Executor&);
+  void (*token_concat_backward)(const TokenConcatBackward&, const Executor&);
+  size_t (*token_concat_backward_workspace_bytes)(const TokenConcatShape&);
+};
+
+// The targets compiled in that this machine can run, best first; ends with nullptr.
+const Kernels* const* available();
+
+// The target in use: $WGPT_CPU_TARGET if set, else the best. An unknown or unsupported name throws
+// std::invalid_argument that lists the available ones.
+const Kernels& active();
+
+// Forces a target by name from now on (nullptr or "" goes back to the best). Throws like active().
+void set_active(const char* target);
+
+}  // namespace wgpt::cpu

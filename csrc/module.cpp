@@ -1,0 +1,76 @@
+// Names only: what Python can ask of the binary (build facts, the CPU target), and the ops'
+// schemas.
+//
+// No tensor passes through pybind11. The ops are torch operators behind LibTorch's stable ABI, so
+// one binary runs under torch 2.10 and every later version, with or without CUDA.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["torch_target"] = "2.10";
+  info["compiler"] = WGPT_COMPILER;
+  info["cuda_archs"] = WGPT_CUDA_ARCHS;
+  info["cuda_toolkit"] = WGPT_CUDA_TOOLKIT;
+  return info;
+}
+
+std::vector<std::string> cpu_targets() {
+  std::vector<std::string> names;
+  for (auto target = wgpt::cpu::available(); *target != nullptr; ++target)
+    names.emplace_back((*target)->target);
+  return names;
+}
+
+void set_cpu_target(const std::optional<std::string>& name) {
+  wgpt::cpu::set_active(name.has_value() ? name->c_str() : nullptr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "wgpt's compiled ops; importing it registers torch.ops.wgpt.* (import torch first).";
+  m.def("build_info", &build_info,
+        "What this binary was built with: torch, compiler, CUDA toolkit and architectures.");
+  m.def("cpu_targets", &cpu_targets,
+        "CPU targets compiled in that this machine can run, best first.");
+  m.def(
+      "cpu_target", [] { return std::string(wgpt::cpu::active().target); },
+      "The CPU target in use.");
+  m.def("set_cpu_target", &set_cpu_target, py::arg("name").none(true),
+        "Forces a CPU target by name; None goes back to the best one.");
+}
+
+// SymInt where a size may be unknown while torch.compile traces.
+STABLE_TORCH_LIBRARY(wgpt, m) {
+  m.def(
+      "mel_embed(Tensor frames, Tensor mean, Tensor inv_std, Tensor weight, Tensor bias, "
+      "Tensor? pos, int frames_per_step, int context_frames) -> Tensor");
+  m.def(
+      "mel_embed_backward(Tensor d_y, Tensor frames, Tensor mean, Tensor inv_std, "
+      "Tensor weight, Tensor bias, SymInt pos_rows, int frames_per_step, int context_frames) "
+      "-> (Tensor d_weight, Tensor d_bias, Tensor d_pos)");
+  m.def("token_concat(Tensor tokens, Tensor table, Tensor? mel_hidden, Tensor? pos) -> Tensor");
+  m.def(
+      "token_concat_backward(Tensor d_y, Tensor tokens, SymInt vocab, SymInt token_channels, "
+      "SymInt pos_rows) -> (Tensor d_table, Tensor d_pos)");
+  m.def(
+      "flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "flash_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, float scale, bool causal, int window) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+}

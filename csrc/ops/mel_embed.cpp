@@ -1,0 +1,185 @@
+// mel_embed for torch: checks, allocation and launch; the formula stands in kernels/mel_embed.h.
+#include "kernels/mel_embed.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cuda/launch.h"
+#include "ops/runtime.h"
+
+namespace wgpt {
+namespace {
+
+constexpr const char* kOp = "mel_embed";
+constexpr const char* kBackward = "mel_embed_backward";
+
+void launch(const MelEmbedForward& call, const Tensor& where) {
+  if (!where.is_cuda()) return cpu::active().mel_embed_forward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kOp, where);
+  check_launch(kOp, cuda::mel_embed_forward(call, scope.stream()));
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+void launch(MelEmbedBackward& call, const Tensor& where) {
+  if (!where.is_cuda()) {
+    const auto& kernels = cpu::active();
+    const Tensor scratch = workspace(where, kernels.mel_embed_backward_workspace_bytes(call.shape));
+    call.workspace = scratch.mutable_data_ptr();
+    return kernels.mel_embed_backward(call, torch_executor());
+  }
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kBackward, where);
+  const Tensor scratch = workspace(where, cuda::mel_embed_backward_workspace_bytes(call.shape));
+  call.workspace = scratch.mutable_data_ptr();
+  check_launch(kBackward, cuda::mel_embed_backward(call, scope.stream()));
+#else
+  fail_without_cuda(kBackward);
+#endif
+}
+
+DType frames_type(const char* op, const Tensor& frames, const Tensor& weight) {
+  const ScalarType dtype = frames.scalar_type();
+  if (dtype == ScalarType::Float) return DType::kFloat32;
+  if (dtype == ScalarType::Half) return DType::kFloat16;
+  if (dtype == weight.scalar_type()) return element_type(op, "frames", frames);
+  fail(op, "frames must be float32, float16 or, like weight, ", dtype_text(weight.scalar_type()),
+       ", got ", dtype_text(dtype));
+}
+
+// The arguments forward and backward share, in the form that kernels read.
+struct Inputs {
+  MelEmbedShape shape{};
+  Tensor frames, mean, inv_std, weight, bias;
+};
+
+Inputs check_inputs(const char* op, const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
+                    const Tensor& weight, const Tensor& bias, int64_t frames_per_step,
+                    int64_t context_frames) {
+  check_at_least(op, "frames_per_step", frames_per_step, 1);
+  check_at_least(op, "context_frames", context_frames, 0);
+  check_shape(op, "frames", frames, "(B, F, M)", {kAny, kAny, kAny});
+  const int64_t n_frames = frames.size(1), mels = frames.size(2);
+  if (n_frames % frames_per_step != 0) {
+    fail(op, "the number of frames F must be a multiple of frames_per_step = ", frames_per_step,
+         ", got ", n_frames);
+  }
+  check_shape(op, "weight", weight, "(Cm, (context_frames + frames_per_step) * M)",
+              {kAny, (context_frames + frames_per_step) * mels});
+  Inputs in{{},
+            with_dense_rows(frames),
+            contiguous(mean),
+            contiguous(inv_std),
+            contiguous(weight),
+            contiguous(bias)};
+  in.shape.dtype = element_type(op, "weight", weight);
+  in.shape.frames_dtype = frames_type(op, frames, weight);
+  check_shape(op, "bias", bias, "(Cm,)", {weight.size(0)});
+  check_dtype(op, "bias", bias, weight.scalar_type(), " like weight");
+  const ScalarType statistics = accumulation_type(in.shape.dtype);
+  const struct {
+    const char* name;
+    const Tensor& tensor;
+  } constants[] = {{"mean", mean}, {"inv_std", inv_std}};
+  for (const auto& constant : constants) {
+    check_shape(op, constant.name, constant.tensor, "(M,)", {mels});
+    check_dtype(op, constant.name, constant.tensor, statistics);
+    check_same_device(op, constant.name, constant.tensor, "weight", weight);
+  }
+  check_same_device(op, "frames", frames, "weight", weight);
+  check_same_device(op, "bias", bias, "weight", weight);
+
+  in.shape.batch = frames.size(0);
+  in.shape.steps = n_frames / frames_per_step;
+  in.shape.mels = mels;
+  in.shape.channels = weight.size(0);
+  in.shape.frames_per_step = frames_per_step;
+  in.shape.context_frames = context_frames;
+  in.shape.frames_batch_stride = in.frames.stride(0);
+  in.shape.frames_frame_stride = in.frames.stride(1);
+  return in;
+}
+
+// frames (B, T r, M), weight (Cm, (c + r) M), pos (>= T, Cm) or none -> (B, T, Cm)
+Tensor forward(const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
+               const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& pos_in,
+               int64_t frames_per_step, int64_t context_frames) {
+  const Inputs in =
+      check_inputs(kOp, frames, mean, inv_std, weight, bias, frames_per_step, context_frames);
+  MelEmbedForward call{};
+  call.shape = in.shape;
+  std::optional<Tensor> pos;
+  if (pos_in.has_value()) {
+    check_shape(kOp, "pos", *pos_in, "(>= T, Cm)", {kAny, in.shape.channels});
+    check_at_least(kOp, "the number of rows of pos", pos_in->size(0), in.shape.steps);
+    check_dtype(kOp, "pos", *pos_in, weight.scalar_type(), " like weight");
+    check_same_device(kOp, "pos", *pos_in, "weight", weight);
+    pos = contiguous(*pos_in);
+    call.pos = pos->const_data_ptr();
+  }
+  Tensor y = empty(weight, {in.shape.batch, in.shape.steps, in.shape.channels});
+  if (y.numel() == 0) return y;
+  call.frames = in.frames.const_data_ptr();
+  call.mean = in.mean.const_data_ptr();
+  call.inv_std = in.inv_std.const_data_ptr();
+  call.weight = in.weight.const_data_ptr();
+  call.bias = in.bias.const_data_ptr();
+  call.y = y.mutable_data_ptr();
+  launch(call, weight);
+  return y;
+}
+
+// pos_rows < 0: there was no pos, and d_pos comes back as (0, Cm).
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& frames,
+                                            const Tensor& mean, const Tensor& inv_std,
+                                            const Tensor& weight, const Tensor& bias,
+                                            int64_t pos_rows, int64_t frames_per_step,
+                                            int64_t context_frames) {
+  const Inputs in =
+      check_inputs(kBackward, frames, mean, inv_std, weight, bias, frames_per_step, context_frames);
+  check_shape(kBackward, "d_y", d_y_in, "(B, T, Cm)",
+              {in.shape.batch, in.shape.steps, in.shape.channels});
+  check_dtype(kBackward, "d_y", d_y_in, weight.scalar_type(), " like weight");
+  check_same_device(kBackward, "d_y", d_y_in, "weight", weight);
+  if (pos_rows >= 0) check_at_least(kBackward, "pos_rows", pos_rows, in.shape.steps);
+  const Tensor d_y = contiguous(d_y_in);
+
+  MelEmbedBackward call{};
+  call.shape = in.shape;
+  call.pos_rows = std::max<int64_t>(pos_rows, 0);
+  Tensor d_weight = empty(weight, {weight.size(0), weight.size(1)});
+  Tensor d_bias = empty(weight, {in.shape.channels});
+  Tensor d_pos = empty(weight, {call.pos_rows, in.shape.channels});
+  if (d_y.numel() == 0) return {zeroed(d_weight), zeroed(d_bias), zeroed(d_pos)};
+  call.frames = in.frames.const_data_ptr();
+  call.mean = in.mean.const_data_ptr();
+  call.inv_std = in.inv_std.const_data_ptr();
+  call.weight = in.weight.const_data_ptr();
+  call.bias = in.bias.const_data_ptr();
+  call.d_y = d_y.const_data_ptr();
+  call.d_weight = d_weight.mutable_data_ptr();
+  call.d_bias = d_bias.mutable_data_ptr();
+  call.d_pos = pos_rows < 0 ? nullptr : d_pos.mutable_data_ptr();
+  launch(call, weight);
+  return {d_weight, d_bias, d_pos};
+}
+
+}  // namespace
+}  // namespace wgpt
+
+STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
+  m.impl("mel_embed", TORCH_BOX(&wgpt::forward));
+  m.impl("mel_embed_backward", TORCH_BOX(&wgpt::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(wgpt, CUDA, m) {
+  m.impl("mel_embed", TORCH_BOX(&wgpt::forward));
+  m.impl("mel_embed_backward", TORCH_BOX(&wgpt::backward));
+}

@@ -1,0 +1,59 @@
+// What every op needs of torch besides its arguments: memory, torch's thread pool, and the current
+// CUDA stream.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+
+#include "checks.h"
+#include "kernels/common.h"
+
+namespace wgpt {
+
+// An uninitialised contiguous tensor on the device of `like`.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(like, sizes, like.scalar_type());
+}
+
+// `tensor`, or a copy of it, with contiguous memory.
+Tensor contiguous(const Tensor& tensor);
+
+// `tensor` filled with zeros: the gradient of what no step used.
+Tensor zeroed(Tensor tensor);
+
+// `tensor`, or a contiguous copy where its last axis is strided. Alignment is for kernels to check.
+Tensor with_dense_rows(const Tensor& tensor);
+
+// Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
+inline Tensor workspace(const Tensor& like, size_t n_bytes) {
+  return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);
+}
+
+// torch's intra-op thread pool. It cuts [0, n) into at most one contiguous range per thread.
+Executor torch_executor();
+
+// The device of `tensor` made current for a scope, and torch's stream there.
+class CudaScope {
+ public:
+  CudaScope(const char* op, const Tensor& tensor);
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Launchers answer nullptr or what failed.
+void check_launch(const char* op, const char* failure);
+
+[[noreturn]] inline void fail_without_cuda(const char* op) {
+  fail(op,
+       "this build of wgpt has no CUDA kernels for tensors on CUDA devices. Build it where nvcc is "
+       "found: "
+       "WGPT_CUDA=ON pip install .");
+}
+
+}  // namespace wgpt

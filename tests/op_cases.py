@@ -1,0 +1,202 @@
+"""Random calls of each op, and how to run one in a given type with its gradients."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numerics import assert_as_accurate_as_torch, nudge
+from torch import Tensor
+
+from wgpt import ops
+
+CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LSE_PLACES_16_BIT = 1 / 32  # measured: 1/108 of a bfloat16's last place with vdpbf16ps kernels
+
+
+def skip_float64_on_cuda(device: str, dtype: torch.dtype) -> None:
+    import pytest
+
+    if device == "cuda" and dtype not in CUDA_DTYPES:
+        pytest.skip("float64 runs on the CPU only")
+
+
+@dataclass
+class Call:
+    """One call: tensors by argument name in order, which are parameters, and the options."""
+
+    name: str
+    tensors: dict[str, Tensor | None]
+    parameters: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        return getattr(ops, self.name)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(ops.reference, self.name)
+
+    def converted(self, dtype: torch.dtype) -> "Call":
+        """The same numbers in another type; integer tensors stay."""
+        tensors = {
+            name: t if t is None or not t.is_floating_point() else t.to(dtype)
+            for name, t in self.tensors.items()
+        }
+        return Call(self.name, tensors, self.parameters, self.options)
+
+
+def _output_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        .to(torch.bfloat16)  # representable in every type, so that all see the same gradient
+        .to(y.device, y.dtype)
+        for y in outputs
+    ]
+
+
+def _round_attention_backward(
+    d_outputs: list[Tensor], out: Tensor, lse: Tensor, dtype: torch.dtype
+) -> None:
+    """Moves the output gradients (float64) by what a backward without a T x T matrix must round.
+
+    It subtracts d_out . out, a sum over D that is rounded; to the gradients that is an error of
+    d_lse. And it recomputes exp(s - lse) from a rounded lse, which is a relative error like one of
+    d_out, |lse| roundings large.
+    """
+    d_out, d_lse = d_outputs
+    magnitude = (d_out * out).abs().sum(-1).transpose(1, 2)  # (B, H, Tq)
+    d_lse += nudge(magnitude, dtype) - magnitude
+    scale = (1 + lse.abs()).transpose(1, 2)[..., None]  # (B, Tq, H, 1)
+    d_out += (nudge(d_out, dtype) - d_out) * scale
+
+
+def run(
+    function: Callable[..., Any], call: Call, nudged_as: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Outputs and, for fixed random output gradients, the gradients of all parameters, by name.
+
+    nudged_as: move every input (float64) by one rounding of that type's accumulation.
+    """
+    leaves: dict[str, Tensor | None] = {}
+    for name, tensor in call.tensors.items():
+        if tensor is not None and nudged_as and tensor.is_floating_point():
+            tensor = nudge(tensor, nudged_as)
+        wants_grad = tensor is not None and name in call.parameters
+        leaves[name] = (
+            tensor.detach().requires_grad_() if wants_grad and tensor is not None else tensor
+        )
+    result = function(*leaves.values(), **call.options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    d_outputs = _output_gradients(outputs)
+    if nudged_as and call.name == "flash_attention" and len(outputs) == 2:
+        _round_attention_backward(d_outputs, outputs[0].detach(), outputs[1].detach(), nudged_as)
+    wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
+    grads = torch.autograd.grad(outputs, list(wanted.values()), d_outputs)
+    values = dict(zip(("y", "lse"), (y.detach() for y in outputs), strict=False))
+    values.update({f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)})
+    return values
+
+
+def check_accuracy(call: Call) -> None:
+    """The op against its reference in the same type, both against the reference in float64."""
+    ours, plain = run(call.op, call), run(call.reference, call)
+    double = call.converted(torch.float64)
+    exact = run(call.reference, double)
+    nudged = run(call.reference, double, nudged_as=ours["y"].dtype)
+    if "lse" in ours and ours["lse"].dtype != plain["lse"].dtype:
+        # lse is float32 for 16-bit inputs: hold it to what torch gets in float32, but let it show
+        # that weights which are going to be 16-bit numbers need no float32 exponentials.
+        plain["lse"] = run(call.reference, call.converted(torch.float32))["lse"]
+        nudged["lse"] += LSE_PLACES_16_BIT * torch.finfo(ours["y"].dtype).eps
+    for name, value in ours.items():
+        assert_as_accurate_as_torch(
+            f"{call.name} {name}", value, plain[name], exact[name], nudged[name]
+        )
+
+
+def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        same = torch.equal(torch.nan_to_num(a[name]), torch.nan_to_num(b[name]))
+        assert same and a[name].dtype == b[name].dtype, f"{name} differs"
+
+
+def attention_call(
+    batch: int = 2,
+    q_steps: int = 7,
+    kv_steps: int | None = None,
+    heads: int = 3,
+    head_dim: int = 32,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: Any,
+) -> Call:
+    kv_steps = q_steps if kv_steps is None else kv_steps
+    q, k, v = (
+        torch.randn(batch, steps, heads, head_dim, dtype=torch.float64).to(device, dtype)
+        for steps in (q_steps, kv_steps, kv_steps)
+    )
+    options.setdefault("return_lse", True)
+    return Call("flash_attention", {"q": q, "k": k, "v": v}, ("q", "k", "v"), options)
+
+
+def mel_call(
+    batch: int = 2,
+    steps: int = 7,
+    mels: int = 13,
+    channels: int = 5,
+    frames_per_step: int = 1,
+    context_frames: int = 0,
+    *,
+    pos_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    frames_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Call:
+    width = (frames_per_step + context_frames) * mels
+    constants = torch.float64 if dtype == torch.float64 else torch.float32
+    frames = 3 * torch.randn(batch, steps * frames_per_step, mels) - 4  # log-mel's habitual offset
+    tensors: dict[str, Tensor | None] = {
+        "frames": frames.to(device, frames_dtype or constants),
+        "mean": torch.full((mels,), -4.0).add(torch.randn(mels)).to(device, constants),
+        "inv_std": torch.rand(mels).add(0.2).to(device, constants),
+        "weight": torch.randn(channels, width).mul(width**-0.5).to(device, dtype),
+        "bias": torch.randn(channels).to(device, dtype),
+        "pos": None if pos_rows is None else torch.randn(pos_rows, channels).to(device, dtype),
+    }
+    options = {"frames_per_step": frames_per_step, "context_frames": context_frames}
+    return Call("mel_embed", tensors, ("weight", "bias", "pos"), options)
+
+
+def token_call(
+    batch: int = 2,
+    steps: int = 7,
+    vocab: int = 13,
+    token_channels: int = 5,
+    mel_channels: int = 3,
+    *,
+    pos_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Call:
+    channels = token_channels + mel_channels
+    mel = torch.randn(batch, steps, mel_channels) if mel_channels else None
+    tensors: dict[str, Tensor | None] = {
+        "tokens": torch.randint(vocab, (batch, steps)).to(device),
+        "table": torch.randn(vocab, token_channels).to(device, dtype),
+        "mel_hidden": None if mel is None else mel.to(device, dtype),
+        "pos": None if pos_rows is None else torch.randn(pos_rows, channels).to(device, dtype),
+    }
+    return Call("token_concat", tensors, ("table", "mel_hidden", "pos"))
+
+
+MAKERS: dict[str, Callable[..., Call]] = {
+    "flash_attention": attention_call,
+    "mel_embed": mel_call,
+    "token_concat": token_call,
+}

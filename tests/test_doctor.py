@@ -1,0 +1,48 @@
+"""wgpt doctor: it finds what is there, and says so where something is broken."""
+
+import json
+import sys
+
+import pytest
+
+from wgpt import doctor, ops
+
+
+def test_doctor_reports_json_with_the_cpu_target(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--json"])
+    report = json.loads(capsys.readouterr().out)
+    findings = {finding["subject"]: finding for finding in report["findings"]}
+    assert findings["cpu"]["status"] == "ok"
+    assert ops.info()["cpu_target"] in findings["cpu"]["detail"]
+    assert findings["torch"]["status"] == "ok"
+
+
+def test_doctor_notes_a_broken_torchaudio_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    (tmp_path / "torchaudio.py").write_text("raise OSError('libc10_cuda.so: cannot open')")
+    info = tmp_path / "torchaudio-2.11.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchaudio\nVersion: 2.11.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
+    (finding,) = doctor.check_torchaudio()
+    assert finding.status == "note"
+    assert "libc10_cuda.so" in finding.detail and "ignored" in finding.detail
+
+
+def test_doctor_fails_where_an_op_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = ops.token_concat
+    monkeypatch.setattr(ops, "token_concat", lambda *tensors: right(*tensors) + 1)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_ops,))
+    assert doctor.main([]) == 1
+    assert "token_concat is off by 1" in capsys.readouterr().out
+
+
+def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", ("no-such-package",))
+    findings = {finding.subject: finding for finding in doctor.check_packages()}
+    assert findings["no-such-package"].status == "problem"
+    assert "pip install no-such-package" in findings["no-such-package"].detail

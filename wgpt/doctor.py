@@ -1,0 +1,253 @@
+"""`wgpt doctor`: what is installed, and what will run.
+
+Each finding is "ok", a "note" (something optional is missing, or present and ignored) or a
+"problem" (wgpt will not work as it is). The ops are not only imported: each runs once against its
+reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+from wgpt import __version__
+
+REQUIRED: tuple[str, ...] = (
+    "torch",
+    "numpy",
+    "soundfile",
+    "soxr",
+    "safetensors",
+    "tqdm",
+    "transformers",
+    "matplotlib",
+)
+OPTIONAL = {
+    "encodec": "the second codec implementation (pip install 'wgpt[encodec]')",
+    "gradio": "`wgpt serve` (pip install 'wgpt[demo]')",
+    "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
+}
+# A check of agreement, not of accuracy (that is the tests'): float32 on inputs of order one.
+SELF_TEST_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    status: str  # "ok", "note" or "problem"
+    detail: str
+
+
+def _ok(subject: str, detail: str) -> Finding:
+    return Finding(subject, "ok", detail)
+
+
+def _note(subject: str, detail: str) -> Finding:
+    return Finding(subject, "note", detail)
+
+
+def _problem(subject: str, detail: str) -> Finding:
+    return Finding(subject, "problem", detail)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages() -> Iterator[Finding]:
+    """wgpt, Python, and the packages it needs or can use."""
+    yield _ok("wgpt", f"{__version__} on Python {platform.python_version()}, {platform.platform()}")
+    for package in REQUIRED:
+        version = _version(package)
+        if version is None:
+            yield _problem(package, f"not installed (pip install {package})")
+            continue
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a broken shared library raises OSError, among others
+            yield _problem(package, f"{version} does not import: {_first_line(error)}")
+        else:
+            yield _ok(package, version)
+    for package, use in OPTIONAL.items():
+        version = _version(package)
+        yield _ok(package, version) if version else _note(package, f"not installed; only for {use}")
+
+
+def check_torchaudio() -> Iterator[Finding]:
+    """Its wheels often cannot load beside the installed torch. Nothing of ours uses it."""
+    version = _version("torchaudio")
+    if version is None:
+        return
+    try:
+        importlib.import_module("torchaudio")
+    except Exception as error:
+        detail = f"{version} does not import ({_first_line(error)}); ignored, wgpt does not use it"
+        yield _note("torchaudio", detail)
+    else:
+        yield _note("torchaudio", f"{version}; ignored, wgpt does not use it")
+
+
+def _self_test(device: str) -> list[str]:
+    """Runs every op and its reference on `device`; returns what disagrees."""
+    import torch
+
+    from wgpt import ops
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    tokens = torch.arange(10).view(2, 5).to(device)
+    calls: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
+        "flash_attention": ((random(1, 9, 2, 32), random(1, 9, 2, 32), random(1, 9, 2, 32)), {}),
+        "mel_embed": (
+            (random(2, 10, 8), random(8), random(8), random(6, 24), random(6)),
+            {"frames_per_step": 2, "context_frames": 1},
+        ),
+        "token_concat": ((tokens, random(10, 4), random(2, 5, 3)), {}),
+    }
+    failures = []
+    for name, (arguments, options) in calls.items():
+        ours = getattr(ops, name)(*arguments, **options)
+        reference = getattr(ops.reference, name)(*arguments, **options)
+        error = (ours - reference).abs().max().item()
+        if not error <= SELF_TEST_TOLERANCE * max(1.0, reference.abs().max().item()):
+            failures.append(f"{name} is off by {error:.2g}")
+    return failures
+
+
+def check_ops() -> Iterator[Finding]:
+    """The compiled module: its build, which CPU target runs, and whether its answers are right."""
+    try:
+        from wgpt import ops
+
+        info = ops.info()
+    except Exception as error:
+        yield _problem("ops", _first_line(error))
+        return
+    built = f"built against torch {info['torch_built']} with {info['compiler']}"
+    yield _ok("ops", f"{built}, runs with torch >= {info['torch_oldest']}")
+    others = [target for target in info["cpu_targets"] if target != info["cpu_target"]]
+    failures = _self_test("cpu")
+    target = f"{info['cpu_target']} (also here: {', '.join(others) or 'none'})"
+    if failures:
+        yield _problem("cpu", f"{target}: {'; '.join(failures)}")
+    else:
+        yield _ok(
+            "cpu", f"{target}, {info['cpu_threads']} threads; every op agrees with its reference"
+        )
+    yield from _check_cuda(info)
+
+
+def _check_cuda(info: dict[str, Any]) -> Iterator[Finding]:
+    import torch
+
+    kernels = ", ".join(info["cuda_archs"])
+    if not info["cuda_available"]:
+        compiled = f"kernels for sm {kernels}" if kernels else "no kernels compiled"
+        yield _note("cuda", f"no GPU that torch {torch.__version__} can use; {compiled}")
+        return
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        subject = f"cuda:{index}"
+        if not kernels:
+            yield _problem(
+                subject, f"{name}, but wgpt was built without CUDA: WGPT_CUDA=ON pip install ."
+            )
+            continue
+        try:
+            failures = _self_test(subject)
+        except Exception as error:
+            failures = [_first_line(error)]
+        if failures:
+            yield _problem(subject, f"{name}: {'; '.join(failures)} (kernels for sm {kernels})")
+        else:
+            yield _ok(subject, f"{name}; every op agrees with its reference (sm {kernels})")
+
+
+def check_assets() -> Iterator[Finding]:
+    """The codec and recordings that the package carries, and the released codec if it is here."""
+    try:
+        from wgpt import codec
+    except Exception as error:
+        yield _problem("codec", _first_line(error))
+        return
+    try:
+        mini = codec.load("mini")
+    except Exception as error:
+        yield _problem("codec mini", _first_line(error))
+    else:
+        yield _ok(
+            "codec mini",
+            f"{mini.n_codebooks} codebooks of {mini.codebook_size}, {mini.sample_rate_hz} Hz",
+        )
+    try:
+        codec.load("encodec_24khz")
+    except Exception as error:
+        yield _note("codec encodec_24khz", str(error))
+    else:
+        yield _ok("codec encodec_24khz", "found")
+    speech = resources.files("wgpt") / "assets" / "speech"
+    clips = speech.iterdir() if speech.is_dir() else ()
+    n_clips = sum(clip.name.endswith((".ogg", ".opus")) for clip in clips)
+    status = _ok if n_clips else _note
+    yield status("speech", f"{n_clips} recordings in the package")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    check_packages,
+    check_torchaudio,
+    check_ops,
+    check_assets,
+)
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order of `CHECKS`."""
+    return [finding for check in CHECKS for finding in check()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the findings; 0 without problems, else 1."""
+    findings = examine()
+    healthy = all(finding.status != "problem" for finding in findings)
+    if args.json:
+        report = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        for finding in findings:
+            sys.stdout.write(f"{finding.status:8} {finding.subject:20} {finding.detail}\n")
+    return 0 if healthy else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="wgpt doctor", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The three fused ops, and what runs them.
+
+The device of the arguments decides between CPU and CUDA kernels; there is no fallback. On CPUs the
+best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
+`set_cpu_target` names another. `reference` specifies each op in plain torch and runs only when
+asked.
+"""
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch  # first: wgpt._C resolves its symbols in the libtorch this loads
+
+try:
+    from wgpt import _C
+except ImportError as error:
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    if (Path(__file__).parents[1] / f"_C{suffix}").exists():
+        raise  # it is there but does not load: the loader's own words say why
+    raise ImportError(
+        "wgpt._C is not built for this Python. Install the package (pip install .), or in a source "
+        "tree run: make dev"
+    ) from error
+
+from wgpt.ops import reference
+from wgpt.ops.flash_attention import flash_attention
+from wgpt.ops.mel_embed import mel_embed
+from wgpt.ops.token_concat import token_concat
+
+__all__ = ["flash_attention", "info", "mel_embed", "reference", "set_cpu_target", "token_concat"]
+
+
+def info() -> dict[str, Any]:
+    """What runs the ops: CPU target and alternatives, CUDA architectures, torch versions."""
+    build = _C.build_info()
+    return {
+        "cpu_target": _C.cpu_target(),
+        "cpu_targets": _C.cpu_targets(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_archs": build["cuda_archs"].split(),
+        "cuda_toolkit": build["cuda_toolkit"] or None,
+        "cuda_available": torch.cuda.is_available(),
+        "torch_running": torch.__version__,
+        "torch_built": build["torch"],
+        "torch_oldest": build["torch_target"],
+        "compiler": build["compiler"],
+    }
+
+
+def set_cpu_target(name: str | None) -> None:
+    """Force the CPU target `name` (one of `info()["cpu_targets"]`); None goes back to the best.
+
+    Raises ValueError for a target that is not compiled in or that this machine cannot run.
+    """
+    _C.set_cpu_target(name)

@@ -1,0 +1,36 @@
+"""How the ops behave under torch.autocast; the same rules as torch's own ops of their kind.
+
+Products (flash_attention, mel_embed's weights) run in the autocast type, as matmul does. Gathering
+and concatenating (token_concat) runs in the widest type among its arguments, as cat does. float64
+is left alone, and outside autocast nothing is cast: mixed types are then an error. The casts stand
+in the public functions, not in `torch.library.register_autocast`: that casts every floating
+argument, also constants that must stay float32, and to a type fixed at registration.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _castable(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def cast_to_autocast_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the type that the enclosing autocast wants for products, if there is one."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and _castable(t) else t for t in tensors)
+
+
+def cast_to_widest_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in their widest common type, under autocast only."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)

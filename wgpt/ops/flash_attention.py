@@ -1,0 +1,86 @@
+"""flash_attention: softmax attention in O(T) memory, differentiable also through its lse."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_autocast_type
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    return_lse: bool = False,
+) -> Any:
+    """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
+
+    q (B, Tq, H, D), k and v (B, Tk, H, D) with D in {32, 64, 128}, float32, bfloat16 or float16
+    (float64 on CPU). Slices of a fused projection are read in place; only a strided last axis costs
+    a copy. Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step,
+    against a key/value cache.
+
+    scale: factor of the scores; None is 1 / sqrt(D).
+    causal: query at position p sees keys j <= p; needs Tq <= Tk.
+    window: > 0: only keys with p - window < j (not causal: also j < p + window) are seen.
+
+    Returns out (B, Tq, H, D), contiguous, in the type of q; with `return_lse` also the natural
+    log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64). Accumulates in float32 and
+    gives the same bits for any number of threads. Raises ValueError for arguments outside these.
+    Source: Dao et al., FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691.
+    """
+    q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
+    if scale is None:
+        scale = max(q.shape[-1], 1) ** -0.5
+    out, lse = torch.ops.wgpt.flash_attention(q, k, v, scale, causal, window)
+    return (out, lse) if return_lse else out
+
+
+def _statistic_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("wgpt::flash_attention")
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    batch, q_steps, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=_statistic_dtype(q))
+
+
+@torch.library.register_fake("wgpt::flash_attention_backward")
+def _fake_backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.causal, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # an unused lse costs nothing: its gradient stays None
+
+
+def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None and d_lse is None:
+        return (None,) * 6
+    q, k, v, out, lse = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    dq, dk, dv = torch.ops.wgpt.flash_attention_backward(
+        d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window
+    )
+    return dq, dk, dv, None, None, None
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("flash_attention: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::flash_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::flash_attention_backward", _double_backward)

@@ -1,0 +1,106 @@
+"""mel_embed: normalise, project and activate each step's mel slice in one pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_autocast_type
+
+
+def mel_embed(
+    frames: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor | None = None,
+    *,
+    frames_per_step: int = 1,
+    context_frames: int = 0,
+) -> Tensor:
+    """gelu(weight x[t] + bias) (+ pos[t]), with x[t] the normalised mel slice of step t.
+
+    A slice is the `frames_per_step` frames that end with the step and `context_frames` more on
+    their left; frames before the first count as the mean (zero after normalisation). No step sees a
+    later frame.
+
+    frames: (B, T * frames_per_step, M), data; float32, float16 or the type of weight.
+    mean, inv_std: (M,), data: x = (frame - mean) * inv_std in float32 (float64 for float64).
+    weight: (Cm, (context_frames + frames_per_step) * M), oldest frame first; bias: (Cm,).
+    pos: (>= T, Cm) or None.
+
+    Returns (B, T, Cm), contiguous, in the type of weight: float32, bfloat16, float16, or float64 on
+    CPU. Differentiable in weight, bias and pos; frames, mean and inv_std are data, and asking for
+    their gradient raises ValueError, as does any argument outside the above.
+    """
+    weight, bias, pos = cast_to_autocast_type(weight, bias, pos)  # type: ignore[assignment]
+    if torch.is_grad_enabled():
+        for name, tensor in (("frames", frames), ("mean", mean), ("inv_std", inv_std)):
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"mel_embed: {name} is data and gets no gradient, but it requires one; "
+                    f"pass {name}.detach()"
+                )
+    statistics = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # Buffers of a model that was moved to bfloat16 as a whole; no copy where the type is right.
+    mean, inv_std = mean.to(statistics), inv_std.to(statistics)
+    return torch.ops.wgpt.mel_embed(
+        frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames
+    )
+
+
+@torch.library.register_fake("wgpt::mel_embed")
+def _fake(
+    frames: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor | None,
+    frames_per_step: int,
+    context_frames: int,
+) -> Tensor:
+    return weight.new_empty((frames.shape[0], frames.shape[1] // frames_per_step, weight.shape[0]))
+
+
+@torch.library.register_fake("wgpt::mel_embed_backward")
+def _fake_backward(
+    d_y: Tensor,
+    frames: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_rows: int,
+    frames_per_step: int,
+    context_frames: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        weight.new_empty((max(pos_rows, 0), weight.shape[0])),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    frames, mean, inv_std, weight, bias, pos, ctx.frames_per_step, ctx.context_frames = inputs
+    ctx.save_for_backward(frames, mean, inv_std, weight, bias)
+    ctx.pos_rows = -1 if pos is None else pos.shape[0]
+
+
+def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    if any(ctx.needs_input_grad[:3]):
+        raise RuntimeError("mel_embed: frames, mean and inv_std are data and get no gradient")
+    d_weight, d_bias, d_pos = torch.ops.wgpt.mel_embed_backward(
+        d_y, *ctx.saved_tensors, ctx.pos_rows, ctx.frames_per_step, ctx.context_frames
+    )
+    return None, None, None, d_weight, d_bias, None if ctx.pos_rows < 0 else d_pos, None, None
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("mel_embed: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::mel_embed", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::mel_embed_backward", _double_backward)

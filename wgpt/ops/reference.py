@@ -1,0 +1,73 @@
+"""What each op computes, in plain torch: the specification that the kernels are tested against.
+
+Written for reading, not for speed; differentiable, on any device and in any floating-point type.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mel_embed(
+    frames: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos: Tensor | None = None,
+    *,
+    frames_per_step: int = 1,
+    context_frames: int = 0,
+) -> Tensor:
+    """See `wgpt.ops.mel_embed`."""
+    batch, n_frames, mels = frames.shape
+    steps = n_frames // frames_per_step
+    x = (frames - mean) * inv_std
+    x = F.pad(x, (0, 0, context_frames, 0))  # an absent frame is the mean: zero once normalised
+    # Step t sees frames [t r - c, t r + r), which the padding has moved to [t r, t r + r + c).
+    slices = [
+        x[:, t * frames_per_step : (t + 1) * frames_per_step + context_frames].reshape(batch, -1)
+        for t in range(steps)
+    ]
+    width = (frames_per_step + context_frames) * mels
+    x = torch.stack(slices, dim=1) if slices else x.new_empty(batch, 0, width)
+    y = F.gelu(F.linear(x.to(weight.dtype), weight, bias))  # (B, T, Cm)
+    return y if pos is None else y + pos[:steps]
+
+
+def token_concat(
+    tokens: Tensor, table: Tensor, mel_hidden: Tensor | None = None, pos: Tensor | None = None
+) -> Tensor:
+    """See `wgpt.ops.token_concat`."""
+    y = F.embedding(tokens, table)
+    if mel_hidden is not None:
+        y = torch.cat([y, mel_hidden], dim=-1)
+    return y if pos is None else y + pos[: tokens.shape[1]]
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `wgpt.ops.flash_attention`; this one writes the Tq x Tk matrix of scores."""
+    q_steps, kv_steps = q.shape[1], k.shape[1]
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    position = torch.arange(q_steps, device=q.device)[:, None] + kv_steps - q_steps
+    key = torch.arange(kv_steps, device=q.device)[None, :]
+    visible = torch.ones(q_steps, kv_steps, dtype=torch.bool, device=q.device)
+    if causal:
+        visible &= key <= position
+    if window > 0:
+        visible &= (key > position - window) & (key < position + window)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
+    out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,68 @@
+"""token_concat: embed the tokens and put the mel representation of the same step beside them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_widest_type
+
+
+def token_concat(
+    tokens: Tensor, table: Tensor, mel_hidden: Tensor | None = None, pos: Tensor | None = None
+) -> Tensor:
+    """cat(table[tokens], mel_hidden) (+ pos[:T]) over the channels, in one pass.
+
+    tokens: (B, T) int64 in [0, V). table: (V, Ct). mel_hidden: (B, T, Cm), or None for tokens only;
+    a slice of a wider tensor is read in place. pos: (>= T, Ct + Cm) or None.
+
+    Returns (B, T, Ct + Cm), contiguous, in the type of table: float32, bfloat16, float16, or
+    float64 on CPU. Differentiable in table, mel_hidden and pos; the gradient of table sums each row
+    in a fixed order, so it has the same bits for any number of threads.
+
+    A token outside [0, V) raises ValueError on the CPU. On CUDA that check would wait for the
+    device, so there the step's token channels become NaN.
+    """
+    table, mel_hidden, pos = cast_to_widest_type(table, mel_hidden, pos)  # type: ignore[assignment]
+    return torch.ops.wgpt.token_concat(tokens, table, mel_hidden, pos)
+
+
+@torch.library.register_fake("wgpt::token_concat")
+def _fake(tokens: Tensor, table: Tensor, mel_hidden: Tensor | None, pos: Tensor | None) -> Tensor:
+    mel_channels = 0 if mel_hidden is None else mel_hidden.shape[2]
+    return table.new_empty((*tokens.shape, table.shape[1] + mel_channels))
+
+
+@torch.library.register_fake("wgpt::token_concat_backward")
+def _fake_backward(
+    d_y: Tensor, tokens: Tensor, vocab: int, token_channels: int, pos_rows: int
+) -> tuple[Tensor, Tensor]:
+    channels = d_y.shape[2]
+    return d_y.new_empty((vocab, token_channels)), d_y.new_empty((max(pos_rows, 0), channels))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, table, _, pos = inputs
+    ctx.save_for_backward(tokens)
+    ctx.vocab, ctx.token_channels = table.shape
+    ctx.pos_rows = -1 if pos is None else pos.shape[0]
+
+
+def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    d_table = d_pos = d_mel_hidden = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        (tokens,) = ctx.saved_tensors
+        d_table, d_pos = torch.ops.wgpt.token_concat_backward(
+            d_y, tokens, ctx.vocab, ctx.token_channels, ctx.pos_rows
+        )
+    if ctx.needs_input_grad[2]:
+        d_mel_hidden = d_y[..., ctx.token_channels :]  # a view: the copy is the next op's business
+    return None, d_table, d_mel_hidden, None if ctx.pos_rows < 0 else d_pos
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("token_concat: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::token_concat", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::token_concat_backward", _double_backward)
