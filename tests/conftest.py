@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+# Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes tests
+# of tiny models many times slower. Test processes that are started inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from waking import awake
 
 from wgpt import codec, config, synth
 from wgpt.config import HOP_SAMPLES, MelConfig
@@ -33,8 +34,8 @@ def models() -> dict[int, HybridModel]:
     torch.manual_seed(0)
     shape = config.preset("hybrid-xs")
     return {
-        r: HybridModel(
-            dataclasses.replace(shape, frames_per_step=r, mel_context_frames=2 * r)
+        r: awake(
+            HybridModel(dataclasses.replace(shape, frames_per_step=r, mel_context_frames=2 * r))
         ).eval()
         for r in (1, 2)
     }

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from waking import awake
 
 from wgpt import config
 from wgpt.config import ConfigError, ModelConfig
@@ -34,7 +35,7 @@ SHAPES = {
 
 def build(shape: ModelConfig, seed: int = 0) -> HybridModel:
     torch.manual_seed(seed)
-    return HybridModel(shape).eval()
+    return awake(HybridModel(shape)).eval()
 
 
 def inputs(shape: ModelConfig, steps: int, batch: int = 2):

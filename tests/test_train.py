@@ -32,6 +32,7 @@ SETTINGS = {
     "device": "cpu",
 }
 FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
+LONG = 80
 TINY = {"n_layers": 1, "n_mel_layers": 1, "ffn_dim": 64, "mel_ffn_dim": 64, "dropout": 0.1}
 
 
@@ -84,48 +85,57 @@ def test_train_learns(prepared, tmp_path):
     assert last < first - 0.5
 
 
-def test_train_killed_and_resumed_is_the_same_to_the_last_bit(prepared, whole, tmp_path):
-    out = tmp_path / "killed"
-    process = start(prepared, out)
+@pytest.fixture(scope="module")
+def long(prepared, tmp_path_factory):
+    """An uninterrupted run, long enough to be interrupted on a fast machine."""
+    out = tmp_path_factory.mktemp("train") / "long"
+    train.train(prepared, out, "hybrid-xs", model=TINY, **{**SETTINGS, "max_steps": LONG})
+    return out
+
+
+def wait_for(process, condition):
     deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "step-00000004" / "state.json").exists():
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
+        time.sleep(0.005)
+
+
+def test_train_killed_and_resumed_is_the_same_to_the_last_bit(prepared, long, tmp_path):
+    out = tmp_path / "killed"
+    process = start(prepared, out, f"--max-steps={LONG}")
+    wait_for(process, (out / "checkpoints" / "step-00000004" / "state.json").exists)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     train.train(None, out, resume=True)
-    expected, got = tree(whole), tree(out)
+    expected, got = tree(long), tree(out)
     assert expected.keys() == got.keys()
     for name in expected:
         if name != "config.json":
             assert expected[name] == got[name], name
 
 
-def test_train_ctrl_c_saves_and_says_how_to_go_on(prepared, whole, tmp_path):
+def test_train_ctrl_c_saves_and_says_how_to_go_on(prepared, long, tmp_path):
     out = tmp_path / "interrupted"
-    process = start(prepared, out, "--save-every=0")
-    deadline = time.monotonic() + 120
-    while len(read_metrics(out / "metrics.csv")) < 2:  # validations are flushed: step 4 is done
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
+    process = start(prepared, out, f"--max-steps={LONG}", "--save-every=0")
+    # Validations are flushed, so the second row says that step 4 is done.
+    wait_for(process, lambda: len(read_metrics(out / "metrics.csv")) >= 2)
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=60)
-    assert process.returncode == 1
-    if "everything is saved" not in words:
-        pytest.fail(f"the run ended before it was interrupted: {words}")
+    assert process.returncode == 1, words
     assert f"wgpt train --out {out} --resume" in words
     train.train(None, out, resume=True)
-    assert (out / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert (out / "metrics.csv").read_bytes() == (long / "metrics.csv").read_bytes()
     name = "model/model.safetensors"
-    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert (out / name).read_bytes() == (long / name).read_bytes()
 
 
 def test_train_two_processes_equal_one(prepared, whole, tmp_path):
     """Two processes of torchrun take halves of the same batches: the same losses to rounding."""
     out = tmp_path / "two"
     shape = [f"--{k.replace('_', '-')}={v}" for k, v in {**TINY, "dropout": 0.0}.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-    while len([r for r in read_metrics(out / "metrics.csv") if r["split"] == "valid"]) < 2:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "wgpt.train", f"--data={prepared}", "--preset=hybrid-xs", *FLAGS, *shape]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, f"--out={out}"], check=True, cwd="/", env=environment,
                    capture_output=True, timeout=240)  # fmt: skip

@@ -28,21 +28,21 @@ class HybridModel(nn.Module):
 
     Position i reads token i and mel slice i (both of the past) and predicts the token after them.
 
-    Initialisation (std of a normal; L counts all blocks on the path of the layer's stream):
+    Initialisation (std of a normal, unless said otherwise):
 
-    ==================  ==========================  =============================================
-    parameter           value                       why
-    ==================  ==========================  =============================================
-    fusion.table        0.1                         both halves of the fusion start equally loud
-    mel.norm.weight     0.1 (constant)              the same, for the other half
-    mel.weight          1 / sqrt(fan-in)            normalised slices give unit pre-activations
+    ==================  ===================  ====================================================
+    parameter           value                why
+    ==================  ===================  ====================================================
+    fusion.table        0.1                  both halves of the fusion start equally loud
+    mel.norm.weight     0.1 (constant)       the same, for the other half
+    mel.weight          1 / sqrt(fan-in)     normalised slices give unit pre-activations
     mel.bias            0
-    qkv, up             1 / sqrt(fan-in)            keeps the scale of the normed input
-    attention.out,      1 / sqrt(fan-in) /          the residual stream's variance does not grow
-    ffn.down            sqrt(2 L)                   with depth (Radford et al., GPT-2)
+    qkv, up             1 / sqrt(fan-in)     keeps the scale of the normed input
+    attention.out,      0                    each block starts as the identity, so the embedding
+    ffn.down                                 is heard from the first step (docs/log.md)
     other norms         1 (constant)
-    head                0.5 / sqrt(fan-in)          logits start near uniform
-    ==================  ==========================  =============================================
+    head                0.5 / sqrt(fan-in)   logits start near uniform
+    ==================  ===================  ====================================================
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,20 +63,19 @@ class HybridModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draws every parameter anew by the table above, from torch's current seed."""
         nn.init.normal_(self.fusion.table, std=0.1)
-        streams: list[tuple[nn.ModuleList, int]] = [(self.blocks, self.config.n_layers)]
+        blocks = list(self.blocks)
         if self.fusion.mel is not None:
             mel = self.fusion.mel
             nn.init.normal_(mel.weight, std=mel.weight.shape[1] ** -0.5)
             nn.init.zeros_(mel.bias)
             nn.init.constant_(mel.norm.weight, 0.1)
-            streams.append((mel.blocks, self.config.n_mel_layers))
-        for blocks, depth in streams:
-            for block in blocks:
-                assert isinstance(block, Block)
-                for layer in (block.attention.qkv, block.ffn.up):
-                    nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-                for layer in (block.attention.out, block.ffn.down):
-                    nn.init.normal_(layer.weight, std=(layer.in_features * 2 * depth) ** -0.5)
+            blocks += mel.blocks
+        for block in blocks:
+            assert isinstance(block, Block)
+            for layer in (block.attention.qkv, block.ffn.up):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            for layer in (block.attention.out, block.ffn.down):
+                nn.init.zeros_(layer.weight)
         nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
 
     def set_mel_normalisation(self, mean: Tensor, inv_std: Tensor) -> None:
