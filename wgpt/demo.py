@@ -33,7 +33,7 @@ MUSIC_CLIP_S = 15.0
 SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "context_s": 256 / STEP_RATE_HZ,
-    "lr": 2e-3,
+    "lr": 3e-3,
     "warmup_steps": 50,
     "eval_every": 100,
     "eval_audio_s": 60.0,
