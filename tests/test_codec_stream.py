@@ -23,7 +23,7 @@ from stream_cases import (
 from transformers.models.encodec.configuration_encodec import EncodecConfig
 from transformers.models.encodec.modeling_encodec import EncodecModel
 
-from wgpt.codec_stream import BLOCK_FRAMES, StreamDecoder, StreamEncoder
+from wgpt.codec.stream import BLOCK_FRAMES, StreamDecoder, StreamEncoder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wgpt import codec_stream_layers
-from wgpt.codec_stream_layers import State
+from wgpt.codec import stream_layers as codec_stream_layers
+from wgpt.codec.stream_layers import State
 
 # Longer pushes are cut into blocks of this many frames (0.85 s), which bounds working memory.
 BLOCK_FRAMES = 64

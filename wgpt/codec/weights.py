@@ -1,0 +1,185 @@
+"""Finding and reading codec weights: Hugging Face folders, original .th files, caches.
+
+Nothing here unpickles objects: .th files are read with ``torch.load(weights_only=True)``.
+Nothing touches the network unless `download` is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MINI_FOLDER = Path(__file__).parents[1] / "assets" / "mini"
+ENCODEC_REPOSITORY = "facebook/encodec_24khz"
+ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
+
+# The codebooks' running means serve training only; a file may leave them out.
+_TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
+
+# Names in the original EnCodec release -> names in transformers, applied in order.
+_RENAMES = (
+    (r"^(encoder|decoder)\.model\.", r"\1.layers."),
+    (r"\.conv\.conv\.", ".conv."),
+    (r"\.convtr\.convtr\.", ".conv."),
+    (r"^quantizer\.vq\.layers", "quantizer.layers"),
+    (r"\._codebook\.", ".codebook."),
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+)
+
+
+class CodecError(ValueError):
+    """Raised when a codec or its input is unusable; the message names the next step."""
+
+
+@dataclass(frozen=True)
+class CodecWeights:
+    """Weights and architecture of an EnCodec model, independent of who runs it.
+
+    Attributes:
+        name: "mini", "encodec_24khz" or the name of the folder.
+        config: the fields of transformers' EncodecConfig.
+        tensors: float32, under transformers' names, without training-only buffers.
+        sha256: of the weights file, 64 hex digits.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+    sha256: str
+
+
+def rename_original(key: str) -> str:
+    """The transformers name of a key of an original EnCodec state dict."""
+    for pattern, replacement in _RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> CodecWeights:
+    """Find and read weights: "mini", "encodec_24khz", a folder or a .th file.
+
+    Raises:
+        CodecError: nothing there, a damaged file, or a model that cannot be used.
+    """
+    text = os.fspath(name_or_path)
+    if "48khz" in Path(text).name:
+        raise CodecError(
+            f"codec: {text} is the 48 kHz EnCodec, which is not causal: its tokens see later "
+            "audio, so a next-token model trained on them would cheat; use encodec_24khz or mini"
+        )
+    if text == "mini":
+        return _read_folder(MINI_FOLDER, "mini")
+    if text == "encodec_24khz":
+        path = _find_encodec_24khz(download)
+        return _read_original(path) if path.suffix == ".th" else _read_folder(path, text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _read_folder(path, path.resolve().name)
+    if path.is_file() and path.suffix == ".th":
+        return _read_original(path)
+    raise CodecError(
+        f"codec: {text!r} is neither 'mini' nor 'encodec_24khz' nor a folder with config.json "
+        "and model.safetensors nor an original .th file"
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_folder(folder: Path, name: str) -> CodecWeights:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise CodecError(
+                f"codec: folder {folder} has no {path.name}; expected config.json and "
+                "model.safetensors as save_pretrained of transformers' EncodecModel writes them"
+            )
+    try:
+        config = json.loads(config_path.read_text())
+        tensors = load_file(str(weights_path))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CodecError(f"codec: {folder} is damaged ({error}); get its files again") from error
+    if not isinstance(config, dict):
+        raise CodecError(f"codec: {config_path} must hold a JSON object")
+    return CodecWeights(name, config, _inference_tensors(tensors), _sha256(weights_path))
+
+
+def _read_original(path: Path) -> CodecWeights:
+    import pickle
+
+    sha256 = _sha256(path)
+    suffix = re.search(r"-([0-9a-f]{8})$", path.stem)
+    if suffix and not sha256.startswith(suffix[1]):
+        raise CodecError(
+            f"codec: {path.name} is damaged: its sha256 should begin with {suffix[1]}, got "
+            f"{sha256[:8]}; get the file again"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CodecError(f"codec: {path} is not an EnCodec .th file: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CodecError(f"codec: {path} must hold a state dict of tensors")
+    tensors = _inference_tensors({rename_original(k): v for k, v in state.items()})
+    return CodecWeights("encodec_24khz", {}, tensors, sha256)  # {}: EncodecConfig's defaults
+
+
+def _inference_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        rename_original(k): v.float()
+        for k, v in tensors.items()
+        if k.rsplit(".", 1)[-1] not in _TRAINING_ONLY
+    }
+
+
+def _hub_cache() -> Path:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+
+
+def _find_encodec_24khz(download: bool) -> Path:
+    """A folder in Hugging Face's cache, or the .th in torch's; downloads only when asked to."""
+    cached = _hub_cache() / ("models--" + ENCODEC_REPOSITORY.replace("/", "--"))
+    main = cached / "refs" / "main"
+    snapshots = [cached / "snapshots" / main.read_text().strip()] if main.is_file() else []
+    snapshots += sorted((cached / "snapshots").glob("*"))
+    for folder in snapshots:
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    original = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
+    if original.is_file():
+        return original
+    places = (
+        f"put the original file {ENCODEC_FILE} (sha256 begins with d7cc33bc) into "
+        f"{original.parent}, or pass the path of that file, or of a folder with config.json and "
+        f"model.safetensors of {ENCODEC_REPOSITORY}; the codec 'mini' needs no download"
+    )
+    if not download:
+        raise CodecError(
+            f"codec: encodec_24khz is not on this machine; pass download=True (--download), or "
+            f"{places}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["config.json", "model.safetensors"]
+        return Path(snapshot_download(ENCODEC_REPOSITORY, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise CodecError(f"codec: download of encodec_24khz failed ({error}); {places}") from error
