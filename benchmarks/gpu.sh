@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU is for, in one call of under nine minutes and without a network: build for the GPU
-# at hand, run all tests with CUDA required, run the GPU benchmarks. What `make gpu` does.
+# at hand, record the golden files the emulator must reproduce, run all tests with CUDA required, run
+# compute-sanitizer where it is, run the GPU benchmarks. What `make gpu` does.
 #
 # PYTHON must hold torch (CUDA), pybind11, cmake, ninja, pytest and wgpt's dependencies. Results go to
 # $OUT, or build/gpu-results. Exit status: 0 when the build and the tests passed.
@@ -25,15 +26,29 @@ WGPT_CUDA_ARCHS=$archs make dev DEV_PYTHON="$PYTHON" DEV_CUDA=ON DEV_BUILD=build
   2>&1 | tee "$OUT/build.log" || exit 1
 "$PYTHON" -m wgpt.doctor | tee "$OUT/doctor.txt"
 
+echo "== golden files: what this GPU answers to each device wrapper's probes"
+nvcc -std=c++17 -O2 -arch=native -Icsrc -Ibenchmarks benchmarks/gpu_golden.cu -o build/gpu_golden \
+  && build/gpu_golden > "$OUT/golden.jsonl" && cp "$OUT/golden.jsonl" tests/simt/golden.jsonl
+
 echo "== tests, CUDA required"
 WGPT_REQUIRE_CUDA=1 timeout "$TEST_LIMIT_S" "$PYTHON" -m pytest -q --maxfail=20 ${ARGS:-} \
   2>&1 | tee "$OUT/tests.log"
 tests=$?
 
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck; do
+    echo "== compute-sanitizer $tool, small shapes"
+    timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
+      tests/test_ops_*.py -k "cuda and hand_computed" 2>&1 \
+      | tee "$OUT/sanitizer-$tool.log" | tail -3
+  done
+fi
+
 echo "== benchmarks"
 for script in benchmarks/bench_*.py; do
   echo "-- $script"
-  timeout "$BENCH_LIMIT_S" "$PYTHON" "$script" --device cuda 2>&1 \
-    | tee "$OUT/$(basename "$script" .py).log" || echo "$script: stopped or failed"
+  name=$(basename "$script" .py)
+  timeout "$BENCH_LIMIT_S" "$PYTHON" "$script" --device cuda --resume --out "$OUT/$name.json" 2>&1 \
+    | tee "$OUT/$name.log" || echo "$script: stopped or failed; run again, finished rows are kept"
 done
 exit "$tests"

@@ -1,0 +1,219 @@
+// flash_attention forward on CUDA. Formulas in kernels/flash_attention.h. Not yet run on hardware.
+//
+// One block owns 16 kWarps queries of one head, one warp 16 of them; keys come in tiles through two stages of shared
+// memory, the next tile on its way (cp.async) while the present one is multiplied:
+//
+//               keys of a tile ->                    per warp and tile:  S = Q K^T   (tensor cores, float32 sums)
+//             +-----------------+                                        P = 2^(c S - c max)  in registers, c = scale log2 e
+//   16 rows   |  S, then P      | warp 0                                 O = O 2^(c (old max - max)) + P V
+//   16 rows   |                 | warp 1             P never leaves the registers: the sums of S are, two tiles wide, the
+//    ...      +-----------------+                    left fragments of P V.
+//
+// Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
+// the longest rows start first. float32 uses three tf32 products for one, which keeps float32 accuracy. O, max and sums
+// are float32; deterministic (no atomics, fixed order). FLOPs: 4 D per visible pair; limit: the tensor cores, and for
+// D = 32 the exponentials (16 per clock and multiprocessor on sm_80 to sm_90).
+//
+// One to kDecodeSteps queries go to the split-key kernel in flash_attention_decode.cuh instead.
+#pragma once
+
+#include "kernels/cuda/flash_attention_decode.cuh"
+#include "kernels/cuda/flash_attention_tiles.cuh"
+
+namespace wgpt::cuda {
+namespace flash {
+
+template <typename T>
+struct ForwardParams {
+  Heads<const T> q, k, v;
+  Heads<T> out;
+  float* lse;
+  Visibility visible;
+  int n_heads, n_batch_heads, n_tiles;
+  float scale, scale_log2;
+  bool aligned;
+};
+
+// Keys per tile: as many as registers (16-bit) and 99 KiB of shared memory (float32, sm_86) allow.
+template <typename T, int D>
+constexpr int kForwardKeys = sizeof(T) == 2 ? 64
+                             : D == 128     ? 16
+                                            : 32;
+
+template <typename T, int D, int kWarps>
+constexpr size_t forward_shared_bytes() {
+  return sizeof(T) * Tile<T, D>::elements(16 * kWarps + 4 * kForwardKeys<T, D>);
+}
+
+template <typename T, int D, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
+  constexpr int kRows = 16 * kWarps, kKeys = kForwardKeys<T, D>, kThreads = kWarps * kWarp,
+                kN = kKeys / 8;
+  using HeadTile = Tile<T, D>;
+  WGPT_DYNAMIC_SHARED(shared);
+  T* const base = reinterpret_cast<T*>(shared);
+  const HeadTile q_tile = {base};
+  const auto k_tile = [&](int stage) {
+    return HeadTile{base + HeadTile::elements(kRows + 2 * stage * kKeys)};
+  };
+  const auto v_tile = [&](int stage) {
+    return HeadTile{base + HeadTile::elements(kRows + (2 * stage + 1) * kKeys)};
+  };
+
+  // Blocks are numbered with the head fastest, so that the last (for causal: longest) rows of all heads start first.
+  const int batch_head = blockIdx.x % p.n_batch_heads;
+  const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
+  const int row0 = (p.n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
+  const Rows<const T> q = p.q.head(b, h), k = p.k.head(b, h), v = p.v.head(b, h);
+  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
+  const int last_row = row0 + kRows < q_steps ? row0 + kRows - 1 : q_steps - 1;
+  const int tile_begin = p.visible.keys_of(row0).lo / kKeys;
+  const int tile_end = ceil_div(p.visible.keys_of(last_row).hi, kKeys);
+
+  // This warp's rows, and what each lane must know of its two.
+  const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
+  const int warp_row0 = row0 + 16 * warp;
+  const int warp_last = warp_row0 + 16 < q_steps ? warp_row0 + 15 : q_steps - 1;
+  const Span first_span = p.visible.keys_of(warp_row0), last_span = p.visible.keys_of(warp_last);
+  const Span row_span[2] = {p.visible.keys_of(warp_row0 + g), p.visible.keys_of(warp_row0 + g + 8)};
+
+  q_tile.template load<kRows, kThreads>(q, row0, q_steps, p.aligned);
+  k_tile(0).template load<kKeys, kThreads>(k, tile_begin * kKeys, kv_steps, p.aligned);
+  v_tile(0).template load<kKeys, kThreads>(v, tile_begin * kKeys, kv_steps, p.aligned);
+  copy_async_commit();
+
+  LeftRows<T, D, sizeof(T) == 2> q_rows = {q_tile, 16 * warp, {}};
+  float out[D / 8][4], row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
+  clear(out);
+
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    const int stage = (tile - tile_begin) % 2;
+    copy_async_wait<0>();
+    __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
+    if (tile + 1 < tile_end) {
+      k_tile(1 - stage).template load<kKeys, kThreads>(k, (tile + 1) * kKeys, kv_steps, p.aligned);
+      v_tile(1 - stage).template load<kKeys, kThreads>(v, (tile + 1) * kKeys, kv_steps, p.aligned);
+      copy_async_commit();
+    }
+    if (tile == tile_begin) q_rows.prepare();
+    const int key0 = tile * kKeys;
+    if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
+
+    float s[kN][4];
+    multiply_by_rows<T, D>(s, q_rows, k_tile(stage));
+    if (key0 < last_span.lo || key0 + kKeys > first_span.hi) {
+      WGPT_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        WGPT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int key = key0 + 8 * n + 2 * t + i % 2;
+          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) s[n][i] = -INFINITY;
+        }
+      }
+    }
+
+    // The running maximum of both rows, over the four lanes that share them; then the old sums at the new scale.
+    WGPT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float top = row_max[half];
+      WGPT_UNROLL
+      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+      // A row that has seen no key yet keeps -inf; 0 in its place makes all its powers 2^-inf = 0.
+      const float shift = top == -INFINITY ? 0.f : top * p.scale_log2;
+      const float shrink = exp2_approx(row_max[half] * p.scale_log2 - shift);
+      row_max[half] = top;
+      row_sum[half] *= shrink;
+      WGPT_UNROLL
+      for (int n = 0; n < D / 8; ++n) {
+        out[n][2 * half] *= shrink;
+        out[n][2 * half + 1] *= shrink;
+      }
+      WGPT_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        WGPT_UNROLL
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = exp2_approx(s[n][i] * p.scale_log2 - shift);
+          row_sum[half] += s[n][i];
+        }
+      }
+    }
+    add_weighted_rows<T, D>(out, s, v_tile(stage));
+  }
+
+  float inverse[2];
+  WGPT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float sum = row_sum[half];
+    sum += __shfl_xor_sync(kFullWarp, sum, 1);
+    sum += __shfl_xor_sync(kFullWarp, sum, 2);
+    inverse[half] = sum > 0.f ? 1.f / sum : 0.f;
+    const int row = warp_row0 + g + 8 * half;
+    if (t == 0 && row < q_steps) {
+      p.lse[static_cast<int64_t>(batch_head) * q_steps + row] = row_max[half] * p.scale + logf(sum);
+    }
+  }
+  // The warp's own rows of Q are read no more, and carry its output.
+  store_rows<T, D>(out, inverse, q_tile, 16 * warp, p.out.head(b, h), warp_row0, q_steps,
+                   p.aligned);
+}
+
+// Warps of a block: 8 (128 rows share each tile of keys) once that still gives every multiprocessor kWavesFor8 blocks,
+// else 4, which balances better. Pure, for the tests; the threshold is a guess until it is measured.
+constexpr int kWavesFor8 = 4;
+inline int forward_warps(int64_t batch_heads, int64_t q_steps, int multiprocessors) {
+  return batch_heads * ceil_div(q_steps, int64_t{128}) >= int64_t{kWavesFor8} * multiprocessors ? 8
+                                                                                                : 4;
+}
+
+template <typename T, int D>
+const char* forward(const FlashAttentionForward& a, Stream stream) {
+  const FlashAttentionShape& s = a.shape;
+  if (s.q_steps <= kDecodeSteps) return decode<T, D>(a, visibility(s), stream);
+  ForwardParams<T> p;
+  p.q = heads<const T>(a.q);
+  p.k = heads<const T>(a.k);
+  p.v = heads<const T>(a.v);
+  p.out = heads<T>(a.out);
+  p.lse = static_cast<float*>(a.lse);
+  p.visible = visibility(s);
+  p.n_heads = static_cast<int>(s.heads);
+  p.n_batch_heads = static_cast<int>(s.batch * s.heads);
+  p.scale = static_cast<float>(s.scale);
+  p.scale_log2 = static_cast<float>(s.scale * kLog2E);
+  p.aligned = rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) &&
+              rows_aligned<T>(a.out);
+  const auto start = [&](auto warps) {
+    constexpr int kWarps = decltype(warps)::value;
+    static_assert(forward_shared_bytes<T, D, kWarps>() <= kSharedLimit);
+    p.n_tiles = static_cast<int>(ceil_div(s.q_steps, int64_t{16 * kWarps}));
+    return launch(forward_kernel<T, D, kWarps>, static_cast<unsigned>(p.n_batch_heads) * p.n_tiles,
+                  kWarps * kWarp, forward_shared_bytes<T, D, kWarps>(), stream, p);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (forward_warps(p.n_batch_heads, s.q_steps, multiprocessor_count()) == 8) {
+      return start(std::integral_constant<int, 8>{});
+    }
+  }
+  return start(std::integral_constant<int, 4>{});
+}
+
+}  // namespace flash
+
+const char* flash_attention_forward(const FlashAttentionForward& a, Stream stream) {
+  const char* error = flash::check(a.shape);
+  if (error != nullptr || a.shape.batch * a.shape.heads == 0) return error;
+  with_element_type(a.shape.dtype, [&](auto element) {
+    flash::with_head_dim(a.shape.head_dim, [&](auto head_dim) {
+      error = flash::forward<decltype(element), decltype(head_dim)::value>(a, stream);
+    });
+  });
+  return error;
+}
+
+size_t flash_attention_forward_workspace_bytes(const FlashAttentionShape& s) {
+  return flash::decode_workspace_bytes(s);
+}
+
+}  // namespace wgpt::cuda

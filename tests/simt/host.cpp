@@ -1,0 +1,47 @@
+// The CUDA launchers and the emulator behind a C interface, for ctypes: the same kernels that nvcc compiles, by g++.
+#include "kernels/cuda/flash_attention.cuh"
+#include "kernels/cuda/flash_attention_backward.cuh"
+#include "kernels/cuda/mel_embed.cuh"
+#include "kernels/cuda/token_concat.cuh"
+#include "machine_api.h"
+
+using namespace wgpt;
+
+extern "C" {
+
+const char* token_concat_forward(const TokenConcatForward* a) {
+  return cuda::token_concat_forward(*a, nullptr);
+}
+const char* token_concat_backward(const TokenConcatBackward* a) {
+  return cuda::token_concat_backward(*a, nullptr);
+}
+size_t token_concat_backward_workspace_bytes(const TokenConcatShape* s) {
+  return cuda::token_concat_backward_workspace_bytes(*s);
+}
+
+const char* mel_embed_forward(const MelEmbedForward* a) {
+  return cuda::mel_embed_forward(*a, nullptr);
+}
+const char* mel_embed_backward(const MelEmbedBackward* a) {
+  return cuda::mel_embed_backward(*a, nullptr);
+}
+size_t mel_embed_backward_workspace_bytes(const MelEmbedShape* s) {
+  return cuda::mel_embed_backward_workspace_bytes(*s);
+}
+
+int flash_attention_forward_warps(int64_t batch_heads, int64_t q_steps, int multiprocessors) {
+  return cuda::flash::forward_warps(batch_heads, q_steps, multiprocessors);
+}
+const char* flash_attention_forward(const FlashAttentionForward* a) {
+  return cuda::flash_attention_forward(*a, nullptr);
+}
+size_t flash_attention_forward_workspace_bytes(const FlashAttentionShape* s) {
+  return cuda::flash_attention_forward_workspace_bytes(*s);
+}
+const char* flash_attention_backward(const FlashAttentionBackward* a) {
+  return cuda::flash_attention_backward(*a, nullptr);
+}
+size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape* s) {
+  return cuda::flash_attention_backward_workspace_bytes(*s);
+}
+}

@@ -1,0 +1,201 @@
+"""Planted bugs: copies of the real kernels with one line changed each, all in one library."""
+
+import shutil
+from dataclasses import dataclass
+
+from emulator import CSRC, HERE, build
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, the `index`-th of exactly `occurrences` places that hold `old` gets `new`."""
+
+    name: str
+    op: str
+    file: str
+    old: str
+    new: str
+    index: int = 0
+    occurrences: int = 1
+
+
+MUTANTS = [
+    Mutant("none_token_concat", "token_concat", "token_concat.cuh", "", ""),
+    Mutant("none_mel_embed", "mel_embed", "mel_embed.cuh", "", ""),
+    Mutant("none_flash", "flash_attention", "flash_attention.cuh", "", ""),
+    Mutant(
+        "missing_barrier_before_reading",
+        "mel_embed",
+        "mel_embed_tiles.cuh",
+        "    __syncthreads();\n",
+        "",
+        0,
+        2,
+    ),
+    Mutant(
+        "missing_barrier_before_writing",
+        "mel_embed",
+        "mel_embed_tiles.cuh",
+        "    __syncthreads();\n",
+        "",
+        1,
+        2,
+    ),
+    Mutant(
+        "missing_barrier_of_a_stage",
+        "flash_attention",
+        "flash_attention.cuh",
+        "__syncthreads();  // this",
+        "// this",
+    ),
+    Mutant(
+        "missing_barrier_of_the_scan",
+        "token_concat",
+        "token_concat_backward.cuh",
+        "    __syncthreads();\n  }\n",
+        "  }\n",
+    ),
+    Mutant(
+        "wrong_lane_map",
+        "flash_attention",
+        "matrix_tiles.cuh",
+        "n0 + matrix / 2 * 8 + lane % 8, k0 + matrix % 2 * 8",
+        "n0 + matrix % 2 * 8 + lane % 8, k0 + matrix / 2 * 8",
+    ),
+    Mutant(
+        "off_by_one_row",
+        "flash_attention",
+        "matrix_tiles.cuh",
+        "tile.chunk(row0 + matrix % 2 * 8 + lane % 8",
+        "tile.chunk(row0 + 1 + matrix % 2 * 8 + lane % 8",
+    ),
+    Mutant(
+        "off_by_one_mask",
+        "flash_attention",
+        "flash_attention.cuh",
+        "key >= row_span[i / 2].hi",
+        "key > row_span[i / 2].hi",
+    ),
+    Mutant(
+        "read_past_the_last_key",
+        "flash_attention",
+        "matrix_tiles.cuh",
+        "const bool valid = first + r < n_rows;",
+        "const bool valid = first + r <= n_rows;",
+        0,
+        2,
+    ),
+    Mutant(
+        "read_past_the_table",
+        "token_concat",
+        "token_concat.cuh",
+        "token < p.vocab",
+        "token <= p.vocab",
+    ),
+    Mutant(
+        "write_past_the_last_row",
+        "flash_attention",
+        "flash_attention_tiles.cuh",
+        "if (first + r >= n_rows) continue;",
+        "if (first + r > n_rows) continue;",
+    ),
+    Mutant(
+        "missing_wait",
+        "flash_attention",
+        "flash_attention.cuh",
+        "copy_async_wait<0>()",
+        "copy_async_wait<1>()",
+    ),
+    Mutant(
+        "missing_warp_barrier_of_the_ranks",
+        "token_concat",
+        "token_concat_backward.cuh",
+        "        __syncwarp();\n        if (mine && before == 0)",
+        "        if (mine && before == 0)",
+    ),
+    Mutant(
+        "missing_warp_barrier_of_the_output",
+        "flash_attention",
+        "flash_attention_tiles.cuh",
+        "  __syncwarp();\n  constexpr int kW",
+        "  constexpr int kW",
+    ),
+    Mutant(
+        "wrong_swizzle",
+        "flash_attention",
+        "matrix_tiles.cuh",
+        "c ^ (row / 2 % 4)",
+        "c ^ (row % 2)",
+    ),
+]
+
+# Only bfloat16 and D = 32 are compiled: the bugs are in code that all types share.
+NARROW = {
+    "device/types.cuh": [
+        "    case DType::kFloat32:\n      return f(float{}), true;\n",
+        "    case DType::kFloat16:\n      return f(Half{}), true;\n",
+    ],
+    "flash_attention_tiles.cuh": [
+        "  if (head_dim == 64) f(std::integral_constant<int, 64>{});\n",
+        "  if (head_dim == 128) f(std::integral_constant<int, 128>{});\n",
+    ],
+}
+CALLS = {
+    "token_concat": [
+        ("const char*", "token_concat_forward", "TokenConcatForward"),
+        ("const char*", "token_concat_backward", "TokenConcatBackward"),
+        ("size_t", "token_concat_backward_workspace_bytes", "TokenConcatShape"),
+    ],
+    "mel_embed": [("const char*", "mel_embed_forward", "MelEmbedForward")],
+    "flash_attention": [
+        ("const char*", "flash_attention_forward", "FlashAttentionForward"),
+        ("size_t", "flash_attention_forward_workspace_bytes", "FlashAttentionShape"),
+    ],
+}
+
+
+def nth_replaced(text, old, new, index):
+    parts = text.split(old)
+    return old.join(parts[: index + 1]) + new + old.join(parts[index + 1 :])
+
+
+def write_mutant(mutant, folder):
+    """Copies the kernels into a namespace of their own; returns the host file's lines for it."""
+    target = folder / mutant.name / "kernels" / "cuda"
+    shutil.copytree(CSRC / "kernels" / "cuda", target, ignore=shutil.ignore_patterns("*.cu"))
+    for path in target.rglob("*.*h"):
+        name = path.relative_to(target).as_posix()
+        text = path.read_text()
+        for line in NARROW.get(name, []):
+            assert text.count(line) == 1, f"{name} no longer holds {line!r} once"
+            text = text.replace(line, "")
+        if mutant.old and name == mutant.file:
+            found = text.count(mutant.old)
+            assert found == mutant.occurrences, (
+                f"{mutant.name}: {mutant.old!r} occurs {found} times"
+            )
+            text = nth_replaced(text, mutant.old, mutant.new, mutant.index)
+        text = text.replace("wgpt::cuda", f"wgpt::cuda_{mutant.name}")
+        text = text.replace('"kernels/cuda/', f'"{mutant.name}/kernels/cuda/')
+        path.write_text(text)
+    lines = [f'#include "{mutant.name}/kernels/cuda/{mutant.op}.cuh"']
+    for result, function, argument in CALLS[mutant.op]:
+        stream = "" if result == "size_t" else ", nullptr"
+        lines.append(
+            f'extern "C" {result} {function}_{mutant.name}(const wgpt::{argument}* a) '
+            f"{{ return wgpt::cuda_{mutant.name}::{function}(*a{stream}); }}"
+        )
+    return lines
+
+
+def build_mutants(variant, folder, cache):
+    """One library with every mutant; its functions end in _<name>."""
+    source = folder / f"mutants-{variant}"
+    lines = ["// Written by mutants.py."]
+    for mutant in MUTANTS:
+        lines += write_mutant(mutant, source)
+    host = source / "mutants.cpp"
+    host.write_text("\n".join([*lines, '#include "machine_api.h"', ""]))
+    return build(
+        host, variant, cache, includes=(source, CSRC, HERE), depends=[__file__], optimize="-O1"
+    )
