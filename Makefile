@@ -52,7 +52,7 @@ test-all: build
 
 # The tools need no build of wgpt; mypy sees torch.
 $(VENV)/.tools: $(VENV)/.torch
-	$(VENV_PYTHON) -m pip install --quiet "ruff>=0.9" "mypy>=1.14" "clang-format>=16"
+	$(VENV_PYTHON) -m pip install --quiet "ruff~=0.17.6" "mypy>=1.14" "clang-format~=23.1"
 	touch $@
 
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'

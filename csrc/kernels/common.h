@@ -16,7 +16,8 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 // How a CPU kernel spreads its tasks. The caller brings the thread pool (torch's, in the extension; a plain loop, in a
 // test), so the kernels need none of their own. Results must not depend on how [0, n) is cut.
 struct Executor {
-  void (*run)(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  void (*run)(int64_t n, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
+              void* context);
   int n_threads;
 };
 
@@ -25,7 +26,10 @@ template <typename Body>
 void parallel_for(const Executor& executor, int64_t n, int64_t grain, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
   executor.run(
-      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Plain*>(context))(begin, end); },
+      n, grain,
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<Plain*>(context))(begin, end);
+      },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

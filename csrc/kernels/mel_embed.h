@@ -43,7 +43,8 @@ struct MelEmbedBackward {
   const void *mean, *inv_std;
   const void *weight, *bias;
   const void* d_y;  // (B, T, Cm) contiguous
-  void *d_weight, *d_bias, *d_pos;  // d_pos (pos_rows, Cm): rows past T are zeroed; nullptr when pos was
+  void *d_weight, *d_bias,
+      *d_pos;  // d_pos (pos_rows, Cm): rows past T are zeroed; nullptr when pos was
   int64_t pos_rows;
   void* workspace;  // mel_embed_*_backward_workspace_bytes(shape), 64-byte aligned
 };

@@ -6,8 +6,9 @@
 // mel_hidden (B, T, Cm), strides free but for the last, or nullptr with Cm = 0; pos (>= T, C) or nullptr; y contiguous.
 //
 // Backward: d_table[v] = sum over the steps whose token is v of d_y[b,t,:Ct], in a fixed order (CPU: ascending
-// b*T + t; CUDA: pieces of it), in float32 (float64 for float64) and rounded once, by buckets: count, prefix sum, place, then one owner sums each row; no atomics
-// on values, so the bits do not depend on threads. d_mel_hidden is d_y[..., Ct:], which is a view: nothing to do.
+// b*T + t; CUDA: pieces of it), in float32 (float64 for float64) and rounded once, by buckets: count, prefix sum,
+// place, then one owner sums each row; no atomics on values, so the bits do not depend on threads. d_mel_hidden is
+// d_y[..., Ct:], which is a view: nothing to do.
 // d_pos[t] = sum_b d_y[b,t].
 //
 // Bytes: reads and writes C elements a step; memory-bound, the limit is a copy.
