@@ -63,6 +63,7 @@ def demo(out: str | Path, steps: int, device: str = "auto") -> dict[str, Any]:
         out / "data", out / "runs", size="xs", max_steps=steps, device=device, **SETTINGS
     )
     done("training and scoring")
+    torch.set_num_threads(1)  # a sampled step is many small operations: threads only wait
     result["sounds"] = [sounds(out, group) for group in ("speech", "music")]
     result["codec"] = _ceiling(out)
     done("sampling")
