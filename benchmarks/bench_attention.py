@@ -1,0 +1,416 @@
+"""How fast is flash_attention against torch's own attention, and how far from the machine's limit?
+
+Causal attention, forward and forward + backward through autograd, q, k, v as slices of one fused
+projection (B, T, 3, H, D), as the model has them. FLOPs over visible pairs: 4 D forward, 10 D more
+backward (5 products); the share of peak divides by a measured matrix product (see harness).
+
+CPU: ours, torch SDPA, and eager (the T x T matrix written out; skipped where it would not fit).
+CUDA: ours against SDPA pinned to each backend, compiled flex_attention and eager; device time by
+events around a replayed graph (`*_ms`), and the wall time of an eager call (`*_wall_ms`). One row a
+backend. A run that stops at --time-limit goes on with --resume.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import DTYPES, say
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wgpt import ops
+
+EAGER_LIMIT_BYTES = 3e9
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    heads: int
+    steps: int
+    head_dim: int
+    window: int = 0
+
+    @property
+    def visible_pairs(self) -> int:
+        """Pairs of one head that causal attention, with the window, looks at."""
+        width = self.window if 0 < self.window < self.steps else self.steps
+        return width * (width + 1) // 2 + (self.steps - width) * width
+
+    def flops(self, passes: str) -> int:
+        products = 14 if passes == "fwd_bwd" else 4
+        return products * self.head_dim * self.visible_pairs * self.batch * self.heads
+
+
+CPU_CASES = [
+    Case(4, 4, 750, 32),
+    Case(4, 4, 750, 64),
+    Case(8, 8, 1024, 64),
+    Case(1, 8, 3000, 64),
+    Case(2, 4, 2048, 128),
+    Case(1, 1, 3000, 64),
+]
+CPU_SWEEP = [Case(1, 2, steps, 64, window) for steps in (4096, 8192, 32768) for window in (0, 1024)]
+CPU_QUICK = [Case(4, 4, 750, 32), Case(2, 4, 1024, 64)]
+
+
+def cuda_cases(quick: bool) -> list[Case]:
+    """About 16k steps a batch, and small batches, at the lengths the models use and beyond."""
+    steps = (750, 1024, 3000) if quick else (500, 512, 750, 1000, 1024, 2048, 3000, 8192, 32768)
+    cases = []
+    for head_dim in (64,) if quick else (32, 64, 128):
+        heads = 512 // head_dim
+        for n in steps:
+            cases.append(Case(max(1, 16384 // n), heads, n, head_dim))
+            if n <= 3000:
+                cases.append(Case(2, heads, n, head_dim))
+            if n >= 8192:
+                cases.append(Case(1, heads, n, head_dim, 1024))
+    return list(dict.fromkeys(cases))
+
+
+# ---- contestants: functions of q, k, v (B, T, H, D) that give out (B, T, H, D)
+
+
+def ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.flash_attention(q, k, v, window=case.window)
+
+
+def window_mask(case: Case, device: torch.device) -> Tensor | None:
+    if case.window == 0:
+        return None
+    distance = torch.arange(case.steps, device=device)[:, None] - torch.arange(
+        case.steps, device=device
+    )
+    return (distance >= 0) & (distance < case.window)
+
+
+def sdpa(
+    mask: Tensor | None, backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    if backend is None:
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None)
+    else:
+        with sdpa_kernel([backend]):
+            out = F.scaled_dot_product_attention(
+                *heads_first, attn_mask=mask, is_causal=mask is None
+            )
+    return out.transpose(1, 2)
+
+
+def eager(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.reference.flash_attention(q, k, v, window=case.window)
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(block_mask: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    return compiled_flex()(*heads_first, block_mask=block_mask).transpose(1, 2)
+
+
+def flex_block_mask(case: Case) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    width = case.window if case.window > 0 else case.steps
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < width)
+
+    return create_block_mask(visible, None, None, case.steps, case.steps, device="cuda")
+
+
+def runner(attend: Callable[..., Tensor], inputs: "Inputs", passes: str) -> Callable[[], Any]:
+    """One call of the pass over the same inputs; gradients go to q, k, v and are dropped."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if passes == "fwd":
+
+        def run() -> Any:
+            with torch.no_grad():
+                return attend(q, k, v)
+    else:
+
+        def run() -> Any:
+            return torch.autograd.grad(attend(q, k, v), (q, k, v), inputs.d_out)
+
+    return run
+
+
+@dataclass
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+
+    @classmethod
+    def make(cls, case: Case, dtype: torch.dtype, device: str) -> "Inputs":
+        shape = (case.batch, case.steps, case.heads, case.head_dim)
+        fused = torch.randn(shape[0], shape[1], 3, *shape[2:], device=device).to(dtype)
+        q, k, v = (x.requires_grad_() for x in fused.unbind(2))
+        return cls(q, k, v, torch.randn(shape, device=device).to(dtype))
+
+
+def eager_fits(case: Case, passes: str) -> bool:
+    copies = 6 if passes == "fwd_bwd" else 3
+    return copies * 4.0 * case.batch * case.heads * case.steps**2 < EAGER_LIMIT_BYTES
+
+
+# ---- CPU
+
+
+def cpu_rows(
+    case: Case, passes: str, dtype_name: str, args: argparse.Namespace, peak: float
+) -> Iterator[dict]:
+    inputs = Inputs.make(case, DTYPES[dtype_name], "cpu")
+    mask = window_mask(case, torch.device("cpu")) if case.steps <= 8192 else None
+    contestants = {"ours": runner(functools.partial(ours, case), inputs, passes)}
+    if case.window == 0 or mask is not None:
+        contestants["sdpa"] = runner(functools.partial(sdpa, mask, None), inputs, passes)
+    if eager_fits(case, passes):
+        contestants["eager"] = runner(functools.partial(eager, case), inputs, passes)
+    timings = harness.interleave(
+        contestants, rounds=5 if args.quick else 15, time_limit_s=args.case_limit
+    )
+    # For a busy machine: the kernel alone, one thread's CPU time against one thread's peak.
+    one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds=5 if args.quick else 9)
+    yield row_of(case, passes, dtype_name, "cpu", "sdpa", timings, peak) | {
+        "one_thread_ms": one_thread_ms,
+        "one_thread_share_of_peak": case.flops(passes)
+        / (one_thread_ms * 1e-3)
+        / (peak / torch.get_num_threads()),
+        "peak_memory_mib": harness.peak_memory_mib(contestants["ours"], "cpu"),
+    }
+
+
+def row_of(
+    case: Case,
+    passes: str,
+    dtype_name: str,
+    device: str,
+    backend: str,
+    timings: dict[str, harness.Timing],
+    peak: float,
+) -> dict[str, Any]:
+    ours_ms = timings["ours"].median_ms
+    row = {
+        "device": device,
+        "dtype": dtype_name,
+        "pass": passes,
+        "batch": case.batch,
+        "heads": case.heads,
+        "steps": case.steps,
+        "head_dim": case.head_dim,
+        "window": case.window,
+        "ours_ms": ours_ms,
+        "ours_quartiles_ms": [timings["ours"].low_ms, timings["ours"].high_ms],
+        "ours_best_ms": timings["ours"].best_ms,
+        "sdpa_ms": None,
+        "eager_ms": None,
+        "share_of_peak": case.flops(passes) / (ours_ms * 1e-3) / peak,
+        "share_of_peak_best": case.flops(passes) / (timings["ours"].best_ms * 1e-3) / peak,
+        "backend": backend,
+    }
+    other = next((name for name in (backend, "sdpa") if name in timings and name != "ours"), None)
+    if other is not None:
+        row["sdpa_ms"] = timings[other].median_ms
+        row["sdpa_over_ours"] = harness.ratio(timings[other], timings["ours"])
+    if "eager" in timings:
+        row["eager_ms"] = timings["eager"].median_ms
+        row["eager_over_ours"] = harness.ratio(timings["eager"], timings["ours"])
+    return row
+
+
+# ---- CUDA
+
+
+def cuda_contestants(case: Case, inputs: Inputs, passes: str) -> dict[str, Callable[[], Any]]:
+    """Every contestant that runs this case; stderr names the backends that refuse it."""
+    mask = window_mask(case, torch.device("cuda")) if case.steps <= 8192 else None
+    attends: dict[str, Callable[..., Tensor]] = {"ours": functools.partial(ours, case)}
+    if case.window == 0 or mask is not None:
+        attends |= {
+            name: functools.partial(sdpa, mask, backend) for name, backend in SDPA_BACKENDS.items()
+        }
+    if case.head_dim >= 16:
+        attends["flex"] = functools.partial(flex, flex_block_mask(case))
+    if eager_fits(case, passes):
+        attends["eager"] = functools.partial(eager, case)
+    contestants = {}
+    for name, attend in attends.items():
+        run = runner(attend, inputs, passes)
+        try:
+            run()
+            torch.cuda.synchronize()
+        except Exception as error:
+            if name == "ours":
+                raise
+            say(f"  {name} does not run {case}: {str(error).splitlines()[0]}")
+            continue
+        contestants[name] = run
+    return contestants
+
+
+def cuda_rows(
+    case: Case, passes: str, dtype_name: str, args: argparse.Namespace, peak: float
+) -> Iterator[dict]:
+    inputs = Inputs.make(case, DTYPES[dtype_name], "cuda")
+    contestants = cuda_contestants(case, inputs, passes)
+    rounds = 5 if args.quick else 15
+    walls = harness.interleave(
+        contestants, rounds=rounds, time_limit_s=args.case_limit / 2, clock=harness.cuda_wall_ms
+    )
+    graphs: dict[str, Callable[[], float]] = {}
+    for name, run in contestants.items():
+        try:
+            graphs[name] = harness.CapturedCalls(run).ms
+        except Exception as error:
+            torch.cuda.synchronize()
+            say(f"  {name} cannot be captured: {str(error).splitlines()[0]}")
+    devices = harness.interleave(
+        graphs,
+        rounds=rounds,
+        time_limit_s=args.case_limit / 2,
+        warmups=2,
+        clock=lambda replay: replay(),
+    )
+    if "ours" not in devices:
+        raise RuntimeError(f"ours could not be captured in a CUDA graph for {case}")
+    state = harness.gpu_state()
+    memory_mib = harness.peak_memory_mib(contestants["ours"], "cuda")
+    for name in contestants:
+        if name in ("ours", "eager"):
+            continue
+        chosen = {key: devices[key] for key in ("ours", name, "eager") if key in devices}
+        yield row_of(case, passes, dtype_name, "cuda", name, chosen, peak) | {
+            "ours_wall_ms": walls["ours"].median_ms,
+            "sdpa_wall_ms": walls[name].median_ms,
+            "peak_memory_mib": memory_mib,
+            "driver": state.get("driver_version"),
+            "clocks_sm_mhz": state.get("clocks.sm"),
+            "clocks_mem_mhz": state.get("clocks.mem"),
+        }
+
+
+# ---- all cases
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axis, passes in zip(axes, ("fwd", "fwd_bwd"), strict=True):
+        chosen = [row for row in rows if row["pass"] == passes and row["sdpa_ms"]]
+        labels = [
+            f"{r['dtype']} {r['backend']}\n{r['batch']},{r['heads']},{r['steps']},{r['head_dim']}"
+            + (f" w{r['window']}" if r["window"] else "")
+            for r in chosen
+        ]
+        axis.bar(range(len(chosen)), [r["sdpa_over_ours"] for r in chosen], color="#3b6ea5")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(chosen)), labels, rotation=90, fontsize=6)
+        axis.set_title(passes.replace("_", " + "))
+    axes[0].set_ylabel("torch time / ours")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="may be repeated")
+    parser.add_argument("--plot", metavar="PNG", help="bars of torch's time over ours")
+    parser.add_argument(
+        "--sweep", action="store_true", help="CPU: also long sequences, with and without a window"
+    )
+    parser.add_argument(
+        "--case-limit", type=float, default=20.0, metavar="S", help="seconds for one row's rounds"
+    )
+    harness.add_common_arguments(parser)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "bench_attention: --device cuda needs a CUDA GPU; this machine has none\n")
+    dtype_names = args.dtype or (["fp32", "bf16"] if args.device == "cpu" else ["bf16"])
+    if args.device == "cuda":
+        cases, rows_of = cuda_cases(args.quick), cuda_rows
+    else:
+        cases, rows_of = (
+            (CPU_QUICK if args.quick else CPU_CASES + (CPU_SWEEP if args.sweep else [])),
+            cpu_rows,
+        )
+    key = ("device", "dtype", "pass", "batch", "heads", "steps", "head_dim", "window")
+    results = harness.Results(args.out, harness.machine_facts(args.device), key)
+    if args.resume:
+        results.resume()
+    deadline = time.perf_counter() + args.time_limit
+    run_all(args, cases, rows_of, dtype_names, results, deadline)
+    if args.plot:
+        plot(results.rows, args.plot)
+    if not args.json:
+        columns = ["dtype", "pass", "batch", "heads", "steps", "head_dim", "window", "backend"]
+        measured = [
+            "ours_ms",
+            "sdpa_ms",
+            "sdpa_over_ours",
+            "eager_ms",
+            "share_of_peak",
+            "one_thread_share_of_peak",
+        ]
+        harness.print_table(results.rows, columns + measured)
+    results.print_json()
+
+
+def run_all(
+    args: argparse.Namespace,
+    cases: list[Case],
+    rows_of: Callable[..., Iterator[dict]],
+    dtype_names: list[str],
+    results: harness.Results,
+    deadline: float,
+) -> None:
+    for dtype_name in dtype_names:
+        peak = harness.measured_peak_flops(args.device, DTYPES[dtype_name])
+        results.facts[f"peak_gflops_{dtype_name}"] = round(peak * 1e-9)
+        for case in cases:
+            for passes in ("fwd", "fwd_bwd"):
+                values = {"device": args.device, "dtype": dtype_name, "pass": passes} | vars(case)
+                if results.has(**values):
+                    continue
+                if time.perf_counter() > deadline:
+                    say("time limit reached; go on with --resume")
+                    return
+                for row in rows_of(case, passes, dtype_name, args, peak):
+                    results.add(row)
+                    over = row.get("sdpa_over_ours")
+                    say(
+                        f"{dtype_name} {passes} {case} {row['backend']}: {row['ours_ms']:.3f} ms, "
+                        f"{row['share_of_peak']:.0%} of peak"
+                        + (f", torch/ours {over:.2f}" if over else "")
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+// Picks a target once, from what was compiled in, what the machine can run, and $WGPT_CPU_TARGET.
+#include "kernels/cpu/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace wgpt::cpu {
+
+namespace generic {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kKernels;
+}
+#endif
+
+namespace {
+
+constexpr int kMaxTargets = 4;
+
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+struct Available {
+  const Kernels* targets[kMaxTargets + 1] = {};
+  int n = 0;
+
+  Available() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 =
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) targets[n++] = &avx512_bf16::kKernels;
+    if (has_avx512) targets[n++] = &avx512::kKernels;
+    if (has_avx2) targets[n++] = &avx2::kKernels;
+#elif defined(__aarch64__)
+    targets[n++] = &neon::kKernels;
+#endif
+    targets[n++] = &generic::kKernels;
+  }
+};
+
+const Available& available_targets() {
+  static const Available available;
+  return available;
+}
+
+const Kernels& find(std::string_view name) {
+  const Available& available = available_targets();
+  if (name.empty()) return *available.targets[0];
+  std::string names;
+  for (int i = 0; i < available.n; ++i) {
+    if (name == available.targets[i]->target) return *available.targets[i];
+    names += (i > 0 ? ", " : "") + std::string(available.targets[i]->target);
+  }
+  throw std::invalid_argument("WGPT_CPU_TARGET must be one of " + names +
+                              " on this machine, got '" + std::string(name) + "'");
+}
+
+std::atomic<const Kernels*> g_active{nullptr};
+
+}  // namespace
+
+const Kernels* const* available() { return available_targets().targets; }
+
+const Kernels& active() {
+  const Kernels* kernels = g_active.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
+    const char* forced = std::getenv("WGPT_CPU_TARGET");
+    kernels = &find(forced == nullptr ? "" : forced);
+    g_active.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+void set_active(const char* target) {
+  g_active.store(&find(target == nullptr ? "" : target), std::memory_order_release);
+}
+
+}  // namespace wgpt::cpu

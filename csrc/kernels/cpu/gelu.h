@@ -1,0 +1,48 @@
+// The exact GELU, x Phi(x), and its slope, in float32 vectors and in double.
+//
+//   Phi(-a) = exp(-a^2 / 2) t Q(t),  t = 1 / (1 + 0.36 a),  a = |x|        Q: degree 8, relative error 7e-8 on [0, 14]
+//   Phi(x) = 1 - Phi(-x)             gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+//
+// Measured error of x Phi(x) on [-12, 12]: 4e-7 absolute, against 1.1e-6 for torch's.
+#pragma once
+
+#include <math.h>
+
+#include "kernels/cpu/vec.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+struct GaussianPair {
+  Floats cdf, bell;  // Phi(x), exp(-x^2 / 2)
+};
+
+inline GaussianPair gaussian(Floats x) {
+  const Floats magnitude = max_or_second(x, splat(0.0f) - x);
+  const Floats bell = exp2_of<true>(x * x * splat(-0.72134752044448170f));
+  const Floats t = splat(1.0f) / fma(splat(0.36f), magnitude, splat(1.0f));
+  Floats q = fma(splat(-0x1.e5d702p-6f), t, splat(0x1.176d5cp-3f));
+  q = fma(q, t, splat(-0x1.bc21a0p-3f));
+  q = fma(q, t, splat(0x1.96c25ap-4f));
+  q = fma(q, t, splat(0x1.5e2b7cp-8f));
+  q = fma(q, t, splat(0x1.7f458cp-4f));
+  q = fma(q, t, splat(0x1.fe7ff4p-4f));
+  q = fma(q, t, splat(0x1.261660p-3f));
+  q = fma(q, t, splat(0x1.262376p-3f));
+  const Floats tail = q * t * bell;  // Phi(-|x|)
+  return {choose_above(x, splat(0.0f), splat(1.0f) - tail, tail), bell};
+}
+
+inline Floats gelu(Floats x) { return x * gaussian(x).cdf; }
+
+inline Floats gelu_slope(Floats x) {
+  const GaussianPair g = gaussian(x);
+  return fma(x * splat(0.39894228040143268f), g.bell, g.cdf);
+}
+
+inline double gaussian_cdf(double x) { return 0.5 * erfc(-0.70710678118654752 * x); }
+inline double gelu(double x) { return x * gaussian_cdf(x); }
+inline double gelu_slope(double x) {
+  return gaussian_cdf(x) + x * 0.39894228040143268 * exp(-0.5 * x * x);
+}
+
+}  // namespace wgpt::cpu::WGPT_TARGET

@@ -1,0 +1,53 @@
+// mel_embed on the CPU: which code runs for the types.
+#pragma once
+
+#include "kernels/cpu/mel_embed_tiles.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+inline size_t mel_embed_backward_workspace_bytes(const MelEmbedShape& shape) {
+  if (shape.dtype == DType::kFloat64) return 0;
+  const MelChunks chunks = mel_chunks(shape);
+  return static_cast<size_t>(chunks.n_chunks * chunks.partial_floats) * sizeof(float);
+}
+
+// Calls body(Element{}, Frame{}).
+template <typename Body>
+inline void with_mel_types(const MelEmbedShape& shape, Body&& body) {
+  with_element(shape.dtype, [&](auto element) {
+    if (shape.frames_dtype == shape.dtype) return body(element, element);
+    if (shape.frames_dtype == DType::kFloat16) return body(element, Float16{});
+    return body(element, float{});
+  });
+}
+
+inline void mel_embed_forward(const MelEmbedForward& args, const Executor& executor) {
+  with_mel_types(args.shape, [&](auto element, auto frame) {
+    using Element = decltype(element);
+    using Frame = decltype(frame);
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      mel_embed_forward_by_rows<Frame>(args, executor);
+    } else {
+      mel_embed_forward_by_tiles<Element, Frame>(args, executor);
+    }
+  });
+}
+
+inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& executor) {
+  with_mel_types(args.shape, [&](auto element, auto frame) {
+    using Element = decltype(element);
+    using Frame = decltype(frame);
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      mel_embed_backward_by_rows<Frame>(args, executor);
+    } else {
+      mel_embed_backward_by_tiles<Element, Frame>(args, executor);
+    }
+    const MelEmbedShape& shape = args.shape;
+    if (args.d_pos != nullptr) {
+      sum_over_batch(static_cast<const Element*>(args.d_y), shape.batch, shape.steps,
+                     shape.channels, args.pos_rows, static_cast<Element*>(args.d_pos), executor);
+    }
+  });
+}
+
+}  // namespace wgpt::cpu::WGPT_TARGET

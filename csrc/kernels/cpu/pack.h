@@ -1,0 +1,82 @@
+// Packing: strided rows of any element type into the panels of 32-bit units that the micro-kernel reads.
+//
+//   pack_rows       [row][unit]         a operand: units run along the channels
+//   pack_columns    [strip][unit][row]  b operand of a product over channels: strips of kStrip rows, transposed
+//   pack_row_pairs  [row / pair][channel]  b operand of a product over rows
+//
+// With FloatDot a unit is one float; with BFloat16Dot it is a pair: two channels, or the same channel of two rows.
+// Rows past the last are zero.
+#pragma once
+
+#include "kernels/cpu/microkernel.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+template <typename Element>
+struct Rows {
+  const Element* data;
+  int64_t stride;
+  const Element* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <typename Dot, int kDim, typename Element>
+inline void pack_row(const Element* row, float* out) {
+  if constexpr (Dot::kPerUnit == 2) {
+    std::memcpy(out, row, kDim * sizeof(Element));
+  } else {
+    WGPT_UNROLL for (int i = 0; i < kDim; i += kLanes) store(out + i, load(row + i));
+  }
+}
+
+template <typename Dot, int kDim, typename Element>
+inline void pack_rows(Rows<Element> rows, int64_t n, int64_t n_padded, float* out) {
+  constexpr int kUnits = kDim / Dot::kPerUnit;
+  for (int64_t i = 0; i < n; ++i) pack_row<Dot, kDim>(rows[i], out + i * kUnits);
+  clear_floats(out + n * kUnits, (n_padded - n) * kUnits);
+}
+
+template <typename Dot, int kDim, typename Element>
+inline void pack_columns(Rows<Element> rows, int64_t n, int64_t n_padded, float* out) {
+  constexpr int kUnits = kDim / Dot::kPerUnit;
+  alignas(64) float block[kLanes * kUnits];
+  for (int64_t i = 0; i < n_padded; i += kLanes) {
+    const int64_t n_here = max_of<int64_t>(0, min_of<int64_t>(kLanes, n - i));
+    pack_rows<Dot, kDim>(Rows<Element>{rows.data + i * rows.stride, rows.stride}, n_here, kLanes,
+                         block);
+    float* strip = out + i / kStrip * kStrip * kUnits + i % kStrip;
+    for (int unit = 0; unit < kUnits; unit += kLanes)
+      transpose_block(block + unit, kUnits, strip + unit * kStrip, kStrip);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// out[i] = (a[i], b[i]) for 32 channels.
+WGPT_INLINE void interleave(const BFloat16* a, const BFloat16* b, float* out) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kFirst),
+                second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, first, y));
+  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(x, second, y));
+}
+#endif
+
+template <typename Dot, int kDim, typename Element>
+inline void pack_row_pairs(Rows<Element> rows, int64_t n, int64_t n_padded, float* out) {
+  if constexpr (Dot::kPerUnit == 1) {
+    pack_rows<Dot, kDim>(rows, n, n_padded, out);
+  } else {
+    static constexpr Element kZeros[kDim] = {};
+    for (int64_t i = 0; i < n; i += 2) {
+      const Element* second = i + 1 < n ? rows[i + 1] : kZeros;
+      for (int c = 0; c < kDim; c += 32)
+        interleave(rows[i] + c, second + c, out + i / 2 * kDim + c);
+    }
+    const int64_t n_pairs = ceil_div(n, 2);
+    clear_floats(out + n_pairs * kDim, (n_padded / 2 - n_pairs) * kDim);
+  }
+}
+
+}  // namespace wgpt::cpu::WGPT_TARGET

@@ -1,0 +1,30 @@
+// One target's kernel table; a target_*.cpp names its target and includes this. Everything below this line of the
+// include tree lives in the target's own namespace and is compiled with the target's flags.
+#pragma once
+
+#include "kernels/cpu/attention_body.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/mel_embed_body.h"
+#include "kernels/cpu/token_concat_body.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+#define WGPT_STRING_OF(name) #name
+#define WGPT_STRING(name) WGPT_STRING_OF(name)
+
+extern const Kernels kKernels;
+const Kernels kKernels{
+    WGPT_STRING(WGPT_TARGET),
+    flash_attention_forward,
+    flash_attention_backward,
+    flash_attention_forward_workspace_bytes,
+    flash_attention_backward_workspace_bytes,
+    mel_embed_forward,
+    mel_embed_backward,
+    mel_embed_backward_workspace_bytes,
+    token_concat_forward,
+    token_concat_backward,
+    token_concat_backward_workspace_bytes,
+};
+
+}  // namespace wgpt::cpu::WGPT_TARGET

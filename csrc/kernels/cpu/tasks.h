@@ -1,0 +1,60 @@
+// How kernels spread work and where they keep scratch.
+//
+// Tasks are handed out one by one, in order, by a counter: unequal tasks (causal rows) and unequal cores balance
+// without any tuning, and since a task's result never depends on who runs it, results do not depend on the threads.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "kernels/cpu/elements.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+// Calls body(task) for every task in [0, n_tasks); put the longest first.
+template <typename Body>
+void run_tasks(const Executor& executor, int64_t n_tasks, Body&& body) {
+  const int64_t n_workers =
+      min_of<int64_t>(executor.n_threads > 1 ? executor.n_threads : 1, n_tasks);
+  if (n_workers <= 1) {
+    for (int64_t task = 0; task < n_tasks; ++task) body(task);
+    return;
+  }
+  int64_t next = 0;
+  parallel_for(executor, n_workers, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= n_tasks) return;
+      body(task);
+    }
+  });
+}
+
+// A growing buffer of the calling thread, 64-byte aligned; its contents are whatever was left there.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* reserve(size_t n_bytes) {
+    if (n_bytes > capacity_) {
+      std::free(data_);
+      capacity_ = (n_bytes + 4095) & ~static_cast<size_t>(4095);
+      data_ = std::aligned_alloc(64, capacity_);
+      if (data_ == nullptr) {
+        capacity_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+inline void* thread_scratch(size_t n_bytes) {
+  thread_local Scratch scratch;
+  return scratch.reserve(n_bytes);
+}
+
+}  // namespace wgpt::cpu::WGPT_TARGET
