@@ -4,11 +4,12 @@
 # compute-sanitizer where it is, run the GPU benchmarks. What `make gpu` does.
 #
 # PYTHON must hold torch (CUDA), pybind11, cmake, ninja, pytest and wgpt's dependencies. Results go to
-# $OUT, or build/gpu-results. Exit status: 0 when the build and the tests passed.
+# $OUT, or benchmarks/results/gpu: JSON, and the same as markdown tables. Exit status: 0 when the
+# build and the tests passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-build/gpu-results}
+OUT=${OUT:-benchmarks/results/gpu}
 JOBS=${JOBS:-$(nproc)}
 TEST_LIMIT_S=${TEST_LIMIT_S:-230}
 BENCH_LIMIT_S=${BENCH_LIMIT_S:-50}
@@ -51,4 +52,16 @@ for script in benchmarks/bench_*.py; do
   timeout "$BENCH_LIMIT_S" "$PYTHON" "$script" --device cuda --resume --out "$OUT/$name.json" 2>&1 \
     | tee "$OUT/$name.log" || echo "$script: stopped or failed; run again, finished rows are kept"
 done
+"$PYTHON" - "$OUT" <<'PY'
+import json, pathlib, sys
+for path in sorted(pathlib.Path(sys.argv[1]).glob("bench_*.json")):
+    result = json.loads(path.read_text())
+    columns = list(dict.fromkeys(k for row in result["rows"] for k, v in row.items() if not isinstance(v, (list, dict))))
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for row in result["rows"]:
+        values = (row.get(name) for name in columns)
+        lines.append(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    facts = "\n".join(f"- {name}: {value}" for name, value in result["machine"].items())
+    path.with_suffix(".md").write_text(facts + "\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n")
+PY
 exit "$tests"

@@ -32,7 +32,6 @@ REQUIRED: tuple[str, ...] = (
 )
 OPTIONAL = {
     "encodec": "the second codec implementation (pip install 'wgpt[encodec]')",
-    "gradio": "`wgpt serve` (pip install 'wgpt[demo]')",
     "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
 }
 # A check of agreement, not of accuracy (that is the tests'): float32 on inputs of order one.
