@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,14 @@ void set_cpu_target(const std::optional<std::string>& name) {
   wgpt::cpu::set_active(name.has_value() ? name->c_str() : nullptr);
 }
 
+double cpu_peak_flops(const std::string& dtype) {
+  using wgpt::DType;
+  if (dtype == "fp32") return wgpt::cpu::peak_flops(DType::kFloat32);
+  if (dtype == "bf16") return wgpt::cpu::peak_flops(DType::kBFloat16);
+  if (dtype == "fp16") return wgpt::cpu::peak_flops(DType::kFloat16);
+  throw std::invalid_argument("cpu_peak_flops: dtype must be fp32, bf16 or fp16, got " + dtype);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -49,6 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_target", [] { return std::string(wgpt::cpu::active().target); },
       "The CPU target in use.");
+  m.def("cpu_peak_flops", &cpu_peak_flops, py::arg("dtype"),
+        "FLOP/s of one thread's multiply-adds in registers, for fp32, bf16 or fp16.");
   m.def("set_cpu_target", &set_cpu_target, py::arg("name").none(true),
         "Forces a CPU target by name; None goes back to the best one.");
 }

@@ -1,4 +1,5 @@
-// flash_attention on the CPU: which code runs for a type and head size, and how its work is cut into tasks.
+// flash_attention on the CPU: which code runs for a type and head size, and how its work is cut
+// into tasks.
 #pragma once
 
 #include "kernels/cpu/attention_backward.h"

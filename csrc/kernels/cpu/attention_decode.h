@@ -1,9 +1,11 @@
-// flash_attention forward for a few queries against a long key/value cache. Formula and shapes: kernels/flash_attention.h.
+// flash_attention forward for a few queries against a long key/value cache. Formula and shapes:
+// kernels/flash_attention.h.
 //
-// Nothing is reused but by the few rows, so nothing is packed: keys and values are read once, in place, and their bytes
-// are the limit (2 Tk D elements a head against 4 Tq Tk D FLOPs). Tasks are spans of kDecodeSpan keys of a head, so that one
-// head fills many threads; each leaves a maximum, a sum and an unscaled out, which are then joined in ascending order of
-// keys. Spans start at fixed keys: the bits do not depend on the threads.
+// Nothing is reused but by the few rows, so nothing is packed: keys and values are read once, in
+// place, and their bytes are the limit (2 Tk D elements a head against 4 Tq Tk D FLOPs). Tasks are
+// spans of kDecodeSpan keys of a head, so that one head fills many threads; each leaves a maximum,
+// a sum and an unscaled out, which are then joined in ascending order of keys. Spans start at fixed
+// keys: the bits do not depend on the threads.
 #pragma once
 
 #include "kernels/cpu/attention_forward.h"
@@ -74,7 +76,8 @@ class DecodeSpan {
     }
   }
 
-  // p = 2^(s - maximum) of row r, 0 for keys that it does not see; what was summed before is rescaled.
+  // p = 2^(s - maximum) of row r, 0 for keys that it does not see; what was summed before is
+  // rescaled.
   void soften(int64_t key, int n, int r) {
     const Range keys = visible_keys(shape_, r);
     const int64_t end = min_of(keys.end, key + n);

@@ -1,13 +1,17 @@
 // Picks a target once, from what was compiled in, what the machine can run, and $WGPT_CPU_TARGET.
 #include "kernels/cpu/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 
 namespace wgpt::cpu {
+
+[[noreturn]] void throw_out_of_memory(size_t n_bytes);
 
 namespace generic {
 extern const Kernels kKernels;
@@ -90,6 +94,22 @@ const Kernels& active() {
 
 void set_active(const char* target) {
   g_active.store(&find(target == nullptr ? "" : target), std::memory_order_release);
+}
+
+void throw_out_of_memory(size_t n_bytes) {
+  throw std::runtime_error("wgpt: no memory for " + std::to_string(n_bytes) + " bytes of scratch");
+}
+
+double peak_flops(DType dtype) {
+  constexpr int64_t kTiles = 40000;  // 0.1 to 0.5 ms, so that some runs are not interrupted
+  double best = 0;
+  for (int i = 0; i < 60; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    const double flops = active().multiply_adds(dtype, kTiles);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, flops / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace wgpt::cpu

@@ -1,4 +1,5 @@
-// The CPU kernels of every instruction set behind one table: which targets there are, which one runs, how to force it.
+// The CPU kernels of every instruction set behind one table: which targets there are, which one
+// runs, how to force it.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +22,7 @@ struct Kernels {
   void (*token_concat_forward)(const TokenConcatForward&, const Executor&);
   void (*token_concat_backward)(const TokenConcatBackward&, const Executor&);
   size_t (*token_concat_backward_workspace_bytes)(const TokenConcatShape&);
+  double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
 };
 
 // The targets compiled in that this machine can run, best first; ends with nullptr.
@@ -32,5 +34,10 @@ const Kernels& active();
 
 // Forces a target by name from now on (nullptr or "" goes back to the best). Throws like active().
 void set_active(const char* target);
+
+// FLOP/s of one thread multiplying and adding in registers as the target in use does for dtype: the
+// best of many short runs, some tens of milliseconds in all. float64 kernels use no vectors and
+// have no peak of their own.
+double peak_flops(DType dtype);
 
 }  // namespace wgpt::cpu

@@ -1,7 +1,8 @@
-// Element types as the kernels see them: storage formats, their arithmetic type, and scalar conversions.
+// Element types as the kernels see them: storage formats, their arithmetic type, and scalar
+// conversions.
 //
-// Included once per target inside its own namespace (WGPT_TARGET), so that no function compiled with one target's
-// instructions can be linked into another's code.
+// Included once per target inside its own namespace (WGPT_TARGET), so that no function compiled
+// with one target's instructions can be linked into another's code.
 #pragma once
 
 #include <cstddef>
@@ -59,7 +60,8 @@ inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-// Half to float without tables: normal numbers by moving the exponent's bias, subnormals by a float subtraction.
+// Half to float without tables: normal numbers by moving the exponent's bias, subnormals by a float
+// subtraction.
 inline float widen(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   uint32_t normal = (magnitude << 13) + (112u << 23);

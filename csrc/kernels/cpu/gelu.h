@@ -1,7 +1,10 @@
 // The exact GELU, x Phi(x), and its slope, in float32 vectors and in double.
 //
-//   Phi(-a) = exp(-a^2 / 2) t Q(t),  t = 1 / (1 + 0.36 a),  a = |x|        Q: degree 8, relative error 7e-8 on [0, 14]
-//   Phi(x) = 1 - Phi(-x)             gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+//   Phi(-a) = exp(-a^2 / 2) t Q(t),  t = 1 / (1 + 0.36 a),  a = |x|,  Phi(x) = 1 - Phi(-x)
+//   gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)
+//
+// Q: degree 8, minimax in relative error (7e-8) for a in [0, 14]. Dividing by vdivps is as fast as
+// vrcp14ps and a Newton step (measured: within 2 % of the op's time).
 //
 // Measured error of x Phi(x) on [-12, 12]: 4e-7 absolute, against 1.1e-6 for torch's.
 #pragma once

@@ -11,6 +11,17 @@ inline size_t mel_embed_backward_workspace_bytes(const MelEmbedShape& shape) {
   return static_cast<size_t>(chunks.n_chunks * chunks.partial_floats) * sizeof(float);
 }
 
+// Calls body(Dot{}): products of pairs where there are any and a slice is made of whole vectors of
+// them, else of floats.
+template <typename Element, typename Body>
+inline void with_mel_dot(const MelEmbedShape& shape, Body&& body) {
+  using Dot = typename DotOf<Element>::Type;
+  if constexpr (Dot::kPerUnit == 2) {
+    if (shape.mels % (2 * kLanes) == 0) return body(Dot{});
+  }
+  body(FloatDot{});
+}
+
 // Calls body(Element{}, Frame{}).
 template <typename Body>
 inline void with_mel_types(const MelEmbedShape& shape, Body&& body) {
@@ -28,7 +39,9 @@ inline void mel_embed_forward(const MelEmbedForward& args, const Executor& execu
     if constexpr (sizeof(Element) == sizeof(double)) {
       mel_embed_forward_by_rows<Frame>(args, executor);
     } else {
-      mel_embed_forward_by_tiles<Element, Frame>(args, executor);
+      with_mel_dot<Element>(args.shape, [&](auto dot) {
+        mel_embed_forward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+      });
     }
   });
 }
@@ -40,7 +53,9 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     if constexpr (sizeof(Element) == sizeof(double)) {
       mel_embed_backward_by_rows<Frame>(args, executor);
     } else {
-      mel_embed_backward_by_tiles<Element, Frame>(args, executor);
+      with_mel_dot<Element>(args.shape, [&](auto dot) {
+        mel_embed_backward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+      });
     }
     const MelEmbedShape& shape = args.shape;
     if (args.d_pos != nullptr) {

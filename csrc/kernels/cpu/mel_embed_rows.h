@@ -1,4 +1,5 @@
-// mel_embed in double, step by step: for gradient checks, not for speed. Formula and shapes: kernels/mel_embed.h.
+// mel_embed in double, step by step: for gradient checks, not for speed. Formula and shapes:
+// kernels/mel_embed.h.
 #pragma once
 
 #include "kernels/cpu/gelu.h"
@@ -12,7 +13,8 @@ inline int64_t mel_slice_size(const MelEmbedShape& shape) {
   return (shape.frames_per_step + shape.context_frames) * shape.mels;
 }
 
-// Normalised frames [first, first + n) of sequence b, one after another; zero before the sequence's first.
+// Normalised frames [first, first + n) of sequence b, one after another; zero before the sequence's
+// first.
 template <typename Sum, typename Frame>
 inline void normalise_frames(const MelEmbedShape& shape, const void* frames, const void* mean,
                              const void* inv_std, int64_t b, int64_t first, int64_t n, Sum* out) {

@@ -1,13 +1,16 @@
-// mel_embed in float32 arithmetic, by tiles of consecutive steps. Formula and shapes: kernels/mel_embed.h.
+// mel_embed by tiles of consecutive steps. Formula and shapes: kernels/mel_embed.h.
 //
-// A tile's frames are normalised once into one buffer, and the slice of step t is simply the buffer from frame t r on:
-// overlapping rows, never unfolded. Both products, z = x weight^T and d_weight = g^T x, read them in place through the
-// micro-kernel. FLOPs: 2 K Cm a step forward, 4 K Cm backward (z again, then d_weight), K = (c + r) M; at K = 64 the GELU
-// costs as much as the product.
+// A tile's frames are normalised once into one buffer, and the slice of step t is simply the buffer
+// from frame t r on: overlapping rows, never unfolded. Both products, z = x weight^T and d_weight =
+// g^T x, read them in place through the micro-kernel. FLOPs: 2 K Cm a step forward, 4 K Cm backward
+// (z again, then d_weight), K = (c + r) M; at K = 64 the GELU costs as much as the product.
+//
+// With bfloat16 products the normalised frames and g are rounded to bfloat16, as torch's are; the
+// sums, the bias, the GELU and its slope stay float32.
 #pragma once
 
 #include "kernels/cpu/mel_embed_rows.h"
-#include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/pack.h"
 #include "kernels/cpu/token_concat_body.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -16,12 +19,13 @@ constexpr int kMelSteps = 96;  // steps of a tile: frames, pre-activations and g
 constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
 constexpr int kMelMaxChunks = 64;
 
-// weight^T and bias as the b operand: [strip of kStrip channels][K][channel], then bias; zero past the last channel.
+// weight^T and bias as the b operand: [strip of kStrip channels][K][channel], then bias; zero past
+// the last channel.
 struct PackedMelWeight {
   const float *weight, *bias;
 };
 
-template <typename Element>
+template <typename Element, typename Dot>
 PackedMelWeight pack_mel_weight(const MelEmbedShape& shape, const void* weight, const void* bias) {
   thread_local Scratch scratch;  // of the calling thread; the others only read it
   const int64_t k = mel_slice_size(shape), n = round_up(shape.channels, kStrip);
@@ -30,8 +34,14 @@ PackedMelWeight pack_mel_weight(const MelEmbedShape& shape, const void* weight, 
   std::memset(out, 0, static_cast<size_t>((k + 1) * n) * sizeof(float));
   for (int64_t c = 0; c < shape.channels; ++c) {
     const Element* row = static_cast<const Element*>(weight) + c * k;
-    float* column = out + c / kStrip * kStrip * k + c % kStrip;
-    for (int64_t i = 0; i < k; ++i) column[i * kStrip] = widen(row[i]);
+    float* column = out + c / kStrip * kStrip * (k / Dot::kPerUnit) + c % kStrip;
+    for (int64_t i = 0; i < k / Dot::kPerUnit; ++i) {
+      if constexpr (Dot::kPerUnit == 1) {
+        column[i * kStrip] = widen(row[i]);
+      } else {
+        std::memcpy(column + i * kStrip, row + 2 * i, sizeof(float));
+      }
+    }
     out[k * n + c] = widen(static_cast<const Element*>(bias)[c]);
   }
   return {out, out + k * n};
@@ -46,18 +56,26 @@ WGPT_INLINE void for_each_width(int64_t n_vectors, Body&& body) {
   }
 }
 
-template <typename Element, typename Frame, typename Args>
+template <typename Element, typename Frame, typename Dot, typename Args>
 class MelTile {
  public:
+  static constexpr int kPer = Dot::kPerUnit;
+
   MelTile(const Args& args, PackedMelWeight packed)
       : args_(args), shape_(args.shape), packed_(packed) {
     k_ = mel_slice_size(shape_);
     x_row_ = shape_.frames_per_step * shape_.mels;
     z_row_ = round_up(shape_.channels, kRowGroup * kLanes);
+    across_row_ = k_ + kLanes;  // not a power of two, for the sake of L1's sets
     const int64_t n_x = round_up(kMelSteps * x_row_ + k_ + kStrip, kLanes);
-    x_ = static_cast<float*>(
-        thread_scratch(static_cast<size_t>(n_x + kMelSteps * z_row_) * sizeof(float)));
+    const int64_t n_across = kPer == 1 ? 0 : kMelSteps / 2 * (across_row_ + z_row_);
+    x_ = static_cast<float*>(thread_scratch(
+        static_cast<size_t>((kPer == 1 ? 1 : 2) * n_x + kMelSteps * z_row_ + n_across) *
+        sizeof(float)));
     z_ = x_ + n_x;
+    units_ = kPer == 1 ? x_ : z_ + kMelSteps * z_row_;
+    x_across_ = units_ + n_x;
+    g_across_ = x_across_ + kMelSteps / 2 * across_row_;
   }
 
   static int64_t tiles_per_sequence(const MelEmbedShape& shape) {
@@ -70,8 +88,13 @@ class MelTile {
     t_ = tile % tiles_per_sequence(shape_) * kMelSteps;
     n_ = min_of<int64_t>(kMelSteps, shape_.steps - t_);
     const int64_t first = t_ * shape_.frames_per_step - shape_.context_frames;
+    const int64_t n_frames = n_ * shape_.frames_per_step + shape_.context_frames;
     normalise_frames<float, Frame>(shape_, args_.frames, args_.mean, args_.inv_std, b_, first,
-                                   n_ * shape_.frames_per_step + shape_.context_frames, x_);
+                                   n_frames, x_);
+    if constexpr (kPer == 2) {
+      clear_floats(x_ + n_frames * shape_.mels, x_row_);  // the partner of an odd last step
+      round_row(x_, n_frames * shape_.mels + x_row_, rounded());
+    }
     for_each_width(ceil_div(shape_.channels, kLanes), [&](int64_t first_vector, auto width) {
       const int64_t c = first_vector * kLanes;
       for (int64_t row = 0; row < n_; row += kRowGroup) project_group(row, c, width);
@@ -116,18 +139,38 @@ class MelTile {
         d_bias[c] += g[c];
       }
     }
+    if constexpr (kPer == 2) pair_rows();
+    const float *g = kPer == 1 ? z_ : g_across_, *x = kPer == 1 ? x_ : x_across_;
+    const int64_t x_row = kPer == 1 ? x_row_ : across_row_;
     for_each_width(row_floats / kLanes, [&](int64_t first_vector, auto width) {
       const int64_t column = first_vector * kLanes;
       for (int64_t c = 0; c < cm; c += kRowGroup) {
         Tile<kRowGroup, width.value> sums;
         fill_tile(sums, 0.0f);
-        multiply_tile<FloatDot>(z_ + c, 1, z_row_, x_ + column, x_row_, n_, sums);
+        multiply_tile<Dot>(g + c, 1, z_row_, x + column, x_row, ceil_div(n_, kPer), sums);
         add_tile(sums, nullptr, partial + c * row_floats + column, row_floats);
       }
     });
   }
 
  private:
+  Element* rounded() { return reinterpret_cast<Element*>(units_); }
+
+  // Pairs of steps of x and g, for the product over steps; an odd last step has a partner of zeros.
+  void pair_rows() {
+#if defined(__AVX512BF16__)
+    clear_floats(z_ + n_ * z_row_, n_ % 2 * z_row_);
+    for (int64_t i = 0; i < n_; i += 2) {
+      const Element *first = rounded() + i * x_row_, *second = first + x_row_;
+      float *x = x_across_ + i / 2 * across_row_, *g = g_across_ + i / 2 * z_row_;
+      for (int64_t k = 0; k < k_; k += 2 * kLanes) interleave(first + k, second + k, x + k);
+      for (int64_t c = 0; c < z_row_; c += kLanes) {
+        store(g + c, narrow_pairs(load(z_ + i * z_row_ + c), load(z_ + (i + 1) * z_row_ + c)));
+      }
+    }
+#endif
+  }
+
   template <typename Width>
   WGPT_INLINE void project_group(int64_t row, int64_t c, Width) {
     Tile<kRowGroup, Width::value> z;
@@ -135,7 +178,8 @@ class MelTile {
       const Floats bias = load(packed_.bias + c + v * kLanes);
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) z[r][v] = bias;
     }
-    multiply_tile<FloatDot>(x_ + row * x_row_, x_row_, 1, packed_.weight + c * k_, kStrip, k_, z);
+    const int64_t x_row = x_row_ / kPer, k = k_ / kPer;
+    multiply_tile<Dot>(units_ + row * x_row, x_row, 1, packed_.weight + c * k, kStrip, k, z);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
       WGPT_UNROLL for (int v = 0; v < Width::value; ++v)
           store(z_ + (row + r) * z_row_ + c + v * kLanes, z[r][v]);
@@ -145,14 +189,15 @@ class MelTile {
   const Args& args_;
   const MelEmbedShape& shape_;
   const PackedMelWeight packed_;
-  int64_t k_, x_row_, z_row_, b_ = 0, t_ = 0, n_ = 0;
-  float *x_, *z_;  // frames (one step's rows x_row_ apart), pre-activations or their gradients
+  int64_t k_, x_row_, z_row_, across_row_, b_ = 0, t_ = 0, n_ = 0;
+  float *x_, *z_;  // frames (steps lie x_row_ apart), pre-activations or their gradients
+  float *units_, *x_across_, *g_across_;  // the same as units of Dot: along a row, over two rows
 };
 
-template <typename Element, typename Frame>
+template <typename Element, typename Frame, typename Dot>
 void mel_embed_forward_by_tiles(const MelEmbedForward& args, const Executor& executor) {
-  using Tiles = MelTile<Element, Frame, MelEmbedForward>;
-  const PackedMelWeight packed = pack_mel_weight<Element>(args.shape, args.weight, args.bias);
+  using Tiles = MelTile<Element, Frame, Dot, MelEmbedForward>;
+  const PackedMelWeight packed = pack_mel_weight<Element, Dot>(args.shape, args.weight, args.bias);
   run_tasks(executor, args.shape.batch * Tiles::tiles_per_sequence(args.shape), [&](int64_t task) {
     Tiles tile(args, packed);
     tile.project(task);
@@ -174,12 +219,12 @@ inline MelChunks mel_chunks(const MelEmbedShape& shape) {
           round_up(channels * row + shape.channels, kLanes)};
 }
 
-template <typename Element, typename Frame>
+template <typename Element, typename Frame, typename Dot>
 void mel_embed_backward_by_tiles(const MelEmbedBackward& args, const Executor& executor) {
-  using Tiles = MelTile<Element, Frame, MelEmbedBackward>;
+  using Tiles = MelTile<Element, Frame, Dot, MelEmbedBackward>;
   const MelEmbedShape& shape = args.shape;
   const MelChunks chunks = mel_chunks(shape);
-  const PackedMelWeight packed = pack_mel_weight<Element>(shape, args.weight, args.bias);
+  const PackedMelWeight packed = pack_mel_weight<Element, Dot>(shape, args.weight, args.bias);
   auto* partials = static_cast<float*>(args.workspace);
   run_tasks(executor, chunks.n_chunks, [&](int64_t chunk) {
     float* partial = partials + chunk * chunks.partial_floats;

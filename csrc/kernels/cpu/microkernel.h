@@ -1,8 +1,10 @@
-// The product at the heart of attention: a tile of sums in registers, c[r, n] += sum_k a[r, k] b[k, n].
+// The product at the heart of attention: a tile of sums in registers, c[r, n] += sum_k a[r, k] b[k,
+// n].
 //
-// Everything is seen in 32-bit units: a float, or a pair of bfloat16 that vdpbf16ps multiplies and adds at once. a is
-// read one unit at a time and broadcast, b by whole vectors from a packed panel; six rows by four vectors fill 24 of 32
-// registers (six by two: 12 of 16) and take 10 loads for 24 multiplications.
+// Everything is seen in 32-bit units: a float, or a pair of bfloat16 that vdpbf16ps multiplies and
+// adds at once. a is read one unit at a time and broadcast, b by whole vectors from a packed panel;
+// six rows by four vectors fill 24 of 32 registers (six by two: 12 of 16) and take 10 loads for 24
+// multiplications.
 #pragma once
 
 #include "kernels/cpu/vec.h"

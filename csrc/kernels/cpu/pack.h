@@ -1,11 +1,12 @@
-// Packing: strided rows of any element type into the panels of 32-bit units that the micro-kernel reads.
+// Packing: strided rows of any element type into the panels of 32-bit units that the micro-kernel
+// reads.
 //
 //   pack_rows       [row][unit]         a operand: units run along the channels
-//   pack_columns    [strip][unit][row]  b operand of a product over channels: strips of kStrip rows, transposed
+//   pack_columns    [strip][unit][row]  b operand of a product over channels: strips, transposed
 //   pack_row_pairs  [row / pair][channel]  b operand of a product over rows
 //
-// With FloatDot a unit is one float; with BFloat16Dot it is a pair: two channels, or the same channel of two rows.
-// Rows past the last are zero.
+// With FloatDot a unit is one float; with BFloat16Dot it is a pair: two channels, or the same
+// channel of two rows. Rows past the last are zero.
 #pragma once
 
 #include "kernels/cpu/microkernel.h"

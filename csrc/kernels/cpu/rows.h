@@ -1,5 +1,5 @@
-// Whole rows of any length in the vector API: add, convert, normalise. The last few elements go one by one; a double row
-// always does, at the compiler's own discretion.
+// Whole rows of any length in the vector API: add, convert, normalise. The last few elements go one
+// by one; a double row always does, at the compiler's own discretion.
 #pragma once
 
 #include "kernels/cpu/vec.h"

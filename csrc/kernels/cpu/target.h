@@ -1,10 +1,12 @@
-// One target's kernel table; a target_*.cpp names its target and includes this. Everything below this line of the
-// include tree lives in the target's own namespace and is compiled with the target's flags.
+// One target's kernel table; a target_*.cpp names its target and includes this. Everything below
+// this line of the include tree lives in the target's own namespace and is compiled with the
+// target's flags.
 #pragma once
 
 #include "kernels/cpu/attention_body.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/mel_embed_body.h"
+#include "kernels/cpu/peak.h"
 #include "kernels/cpu/token_concat_body.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -25,6 +27,7 @@ const Kernels kKernels{
     token_concat_forward,
     token_concat_backward,
     token_concat_backward_workspace_bytes,
+    multiply_adds,
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

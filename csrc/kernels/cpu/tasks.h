@@ -1,15 +1,19 @@
 // How kernels spread work and where they keep scratch.
 //
-// Tasks are handed out one by one, in order, by a counter: unequal tasks (causal rows) and unequal cores balance
-// without any tuning, and since a task's result never depends on who runs it, results do not depend on the threads.
+// Tasks are handed out one by one, in order, by a counter: unequal tasks (causal rows) and unequal
+// cores balance without any tuning, and since a task's result never depends on who runs it, results
+// do not depend on the threads.
 #pragma once
 
 #include <cstdlib>
-#include <new>
 
 #include "kernels/cpu/elements.h"
 
-namespace wgpt::cpu::WGPT_TARGET {
+namespace wgpt::cpu {
+
+[[noreturn]] void throw_out_of_memory(size_t n_bytes);  // in dispatch.cpp: no std code per target
+
+namespace WGPT_TARGET {
 
 // Calls body(task) for every task in [0, n_tasks); put the longest first.
 template <typename Body>
@@ -30,7 +34,8 @@ void run_tasks(const Executor& executor, int64_t n_tasks, Body&& body) {
   });
 }
 
-// A growing buffer of the calling thread, 64-byte aligned; its contents are whatever was left there.
+// A growing buffer of the calling thread, 64-byte aligned; its contents are whatever was left
+// there.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -41,7 +46,7 @@ class Scratch {
       data_ = std::aligned_alloc(64, capacity_);
       if (data_ == nullptr) {
         capacity_ = 0;
-        throw std::bad_alloc();
+        throw_out_of_memory(n_bytes);
       }
     }
     return data_;
@@ -57,4 +62,5 @@ inline void* thread_scratch(size_t n_bytes) {
   return scratch.reserve(n_bytes);
 }
 
-}  // namespace wgpt::cpu::WGPT_TARGET
+}  // namespace WGPT_TARGET
+}  // namespace wgpt::cpu

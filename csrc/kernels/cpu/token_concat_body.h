@@ -1,5 +1,5 @@
-// token_concat on the CPU: a gather of table rows beside a copy of mel rows, and the bucketed gradient of the table.
-// Formula, shapes and determinism: kernels/token_concat.h.
+// token_concat on the CPU: a gather of table rows beside a copy of mel rows, and the bucketed
+// gradient of the table. Formula, shapes and determinism: kernels/token_concat.h.
 #pragma once
 
 #include "kernels/cpu/rows.h"

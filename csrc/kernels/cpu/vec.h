@@ -1,16 +1,16 @@
-// The vector API that the kernels' bodies are written in; one implementation per target, chosen by the flags it is
-// compiled with. All of it is inlined into the target's own namespace.
+// The vector API that the kernels' bodies are written in; one implementation per target, chosen by
+// the flags it is compiled with. All of it is inlined into the target's own namespace.
 //
-//   Floats                      kLanes floats in one register; + - * work on it
-//   load store splat            unaligned; load and store also convert from and to BFloat16 and Float16
-//   fma(a, b, c)                a * b + c, rounded once where the target can
-//   max_or_second(a, b)         b where either is NaN
-//   exp2_of<kExact>(x)          2^x for x <= 127; 0 at -inf, NaN at NaN; relative error 8e-8, or 8e-5 if not kExact
-//   any_above(a, b)             whether a > b in some lane; false at NaN
-//   reduce_add reduce_max       over the lanes, in one fixed order
-//   keep_lanes(x, y, lo, hi)    x in lanes [lo, hi), y elsewhere
-//   choose_above(a, b, x, y)   x where a > b, else y
-//   transpose_block(...)        a kLanes x kLanes block of 32-bit units
+//   Floats                    kLanes floats in one register; + - * / work on it
+//   load store splat          unaligned; load and store also convert BFloat16 and Float16
+//   fma(a, b, c)              a * b + c, rounded once where the target can
+//   max_or_second(a, b)       b where either is NaN
+//   exp2_of<kExact>(x)        2^x for x <= 127; 0 at -inf, NaN at NaN; relative error 8e-8, or 8e-5
+//   any_above(a, b)           whether a > b in some lane; false at NaN
+//   choose_above(a, b, x, y)  x where a > b, else y
+//   keep_lanes(x, y, lo, hi)  x in lanes [lo, hi), y elsewhere
+//   reduce_add reduce_max     over the lanes, in one fixed order
+//   transpose_block(...)      a kLanes x kLanes block of 32-bit units
 //
 // kRegisters says how many registers a micro-kernel may count on.
 #pragma once
@@ -25,7 +25,21 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// 2^f on [-1/2, 1/2], minimax in relative error: degree 5 (7.5e-8), or 3 (7.5e-5) where the result becomes a bfloat16.
+// a * b + c with an unrounded product, also where fma has to round it: a score of 150 minus its lse
+// would otherwise lose two digits more than torch does.
+inline Floats fma_unrounded(Floats a, Floats b, Floats c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fma(a, b, c);
+#else
+  Floats y;
+  for (int i = 0; i < kLanes; ++i)
+    y[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+  return y;
+#endif
+}
+
+// 2^f on [-1/2, 1/2], minimax in relative error: degree 5 (7.5e-8), or 3 (7.5e-5) where the result
+// becomes a bfloat16.
 template <bool kExact>
 inline Floats exp2_fraction(Floats f) {
   if constexpr (kExact) {

@@ -1,5 +1,5 @@
-// The vector API over the compiler's own 128-bit vectors: SSE2 on x86-64, Advanced SIMD on aarch64, or scalar code where
-// there are neither. See vec.h.
+// The vector API over the compiler's own 128-bit vectors: SSE2 on x86-64, Advanced SIMD on aarch64,
+// or scalar code where there are neither. See vec.h.
 #pragma once
 
 #include "kernels/cpu/elements.h"
@@ -51,8 +51,8 @@ inline float first_lane(Floats x) { return x[0]; }
 inline float reduce_add(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float reduce_max(Floats x) { return max_of(max_of(x[0], x[2]), max_of(x[1], x[3])); }
 
-// x = n + f with n the nearest integer. Adding and taking away 1.5 * 2^23 rounds to an integer while |x| < 2^22; where x
-// is smaller, scale_by_power gives 0 anyway.
+// x = n + f with n the nearest integer. Adding and taking away 1.5 * 2^23 rounds to an integer
+// while |x| < 2^22; where x is smaller, scale_by_power gives 0 anyway.
 inline Floats split_integer(Floats x, Floats& f) {
   const Floats bounded = max_or_second(splat(-1000.0f), x);
   const Floats n = (bounded + splat(12582912.0f)) - splat(12582912.0f);

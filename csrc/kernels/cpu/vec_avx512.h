@@ -1,4 +1,5 @@
-// The vector API on AVX-512 (F, BW, DQ, VL): sixteen floats a register, thirty-two registers. See vec.h.
+// The vector API on AVX-512 (F, BW, DQ, VL): sixteen floats a register, thirty-two registers. See
+// vec.h.
 #pragma once
 
 // GCC 12 warns about its own _mm512_undefined_ps (PR 105593).
