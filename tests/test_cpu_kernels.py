@@ -114,7 +114,7 @@ def rising(call: Call, slope: float) -> Call:
     return call
 
 
-@pytest.mark.parametrize("slope", [0.05, 0.3, -0.3])
+@pytest.mark.parametrize("slope", [0.05, 0.3, -0.3, 0.6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rising_and_falling_scores_are_as_accurate_as_torch(
     dtype: torch.dtype, slope: float, target: str

@@ -1,4 +1,8 @@
-// flash_attention on the CPU. Formula, shapes and determinism: kernels/flash_attention.h.
+// flash_attention in double, row by row: for gradient checks, not for speed. Formula and shapes:
+// kernels/flash_attention.h.
+//
+// A row of out is an online softmax over blocks of keys; a row of dq walks its keys, a row of dk
+// and dv its queries, each in ascending order: seven products, no scratch but a few rows.
 #pragma once
 
 #include <math.h>
@@ -7,9 +11,7 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-inline float exp_of(float x) { return expf(x); }
 inline double exp_of(double x) { return exp(x); }
-inline float log_of(float x) { return logf(x); }
 inline double log_of(double x) { return log(x); }
 
 template <typename Sum, typename Element>
