@@ -213,7 +213,8 @@ def test_token_concat_sums_one_token_in_order(target: str) -> None:
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        env=os.environ | environment,
+        cwd="/",  # the source tree has no _C and would shadow the installed package
         capture_output=True,
         text=True,
         timeout=120,
