@@ -138,8 +138,9 @@ def test_train_two_processes_equal_one(prepared, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "wgpt.train", f"--data={prepared}", "--preset=hybrid-xs", *FLAGS, *shape]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, f"--out={out}"], check=True, cwd="/", env=environment,
-                   capture_output=True, timeout=240)  # fmt: skip
+    done = subprocess.run([*command, f"--out={out}"], cwd="/", env=environment,
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
     one = tmp_path / "one"
     train.train(prepared, one, "hybrid-xs", model={**TINY, "dropout": 0.0}, **SETTINGS)
     losses = [

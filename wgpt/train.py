@@ -62,6 +62,11 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(hours=1))
         return World(rank, size, chosen)
 
+    def leave(self) -> None:
+        """Ends the process group, so that no process is torn down with its peers' links open."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over all processes, in place."""
         if self.size > 1:
@@ -386,7 +391,10 @@ def train(
         dataset.verify()
     trainer = Trainer(run, dataset, world)
     log.info("%s: %s", run.preset, trainer.model.describe())
-    return trainer.fit(resume)
+    try:
+        return trainer.fit(resume)
+    finally:
+        world.leave()
 
 
 # -- the command ----------------------------------------------------------------------------------
