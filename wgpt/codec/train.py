@@ -4,7 +4,8 @@
 
 What made it work at this size (each found necessary in trials that collapsed without it): layer
 scales set from data before the first step, losses that put the waveform first, short crops, a
-few hundred steps without the quantiser, and codebooks started by k-means on real residuals.
+few hundred steps without the quantiser, codebooks started by k-means on real residuals, and
+orthogonalised steps (Muon) for every weight matrix, which learn about ten times as fast as Adam's.
 Progress goes to stderr; DIR holds the corpus and a checkpoint from which the same command
 continues. Steps draw from a generator seeded by (seed, step), so a continued run sees the same
 data as an uninterrupted one.
@@ -110,6 +111,62 @@ def parameter_groups(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     return [{"params": group, "size": 2.0**power} for power, group in sorted(by_size.items())]
 
 
+class Optimizer:
+    """Muon for matrices (convolutions flattened to two dimensions), AdamW for gains and biases.
+
+    Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal one, so
+    that every direction is learnt at the same speed: the autoencoder reaches in 800 steps what
+    takes Adam more than 10,000 (docs/log.md). Steps are relative to a tensor's size at the start.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        matrices = {
+            k: p for k, p in parameters.items()
+            if p.dim() >= 2 and not k.endswith("original0") and min(p.flatten(1).shape) > 1
+        }  # fmt: skip
+        # torch's Muon takes matrices only: the same memory under another shape.
+        self._flat = {k: nn.Parameter(p.detach().flatten(1)) for k, p in matrices.items()}
+        self._matrices = matrices
+        groups = [
+            {"params": [flat], "size": float(flat.detach().square().mean().sqrt()) / 0.2}
+            for flat in self._flat.values()
+        ]  # "match_rms_adamw" makes the root mean square of a step 0.2 lr
+        rest = {k: p for k, p in parameters.items() if k not in matrices}
+        self._muon = torch.optim.Muon(
+            groups, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adam = torch.optim.AdamW(
+            parameter_groups(rest), betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+        )
+        self._named = self._flat | rest
+
+    def step(self, lr: float) -> None:
+        """One step of size `lr` relative to the tensors; reads the gradients."""
+        for k, p in self._matrices.items():
+            self._flat[k].grad = None if p.grad is None else p.grad.flatten(1)
+        for optimizer in (self._muon, self._adam):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["size"]
+            optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the state, as "<what>.<parameter>"."""
+        return {
+            f"{what}.{k}": value
+            for k, p in self._named.items()
+            for optimizer in (self._muon, self._adam)
+            for what, value in optimizer.state.get(p, {}).items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for k, p in self._named.items():
+            optimizer = self._muon if k in self._flat else self._adam
+            names = ("momentum_buffer",) if k in self._flat else ("step", "exp_avg", "exp_avg_sq")
+            if f"{names[0]}.{k}" in tensors:
+                optimizer.state[p] = {name: tensors[f"{name}.{k}"] for name in names}
+
+
 class Trainer:
     """The model, its quantiser, the optimiser and a running mean of the weights."""
 
@@ -128,9 +185,7 @@ class Trainer:
             k: p for k, p in self.model.named_parameters() if not k.startswith("quantizer")
         }
         self.mean = {k: p.detach().clone() for k, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.parameters), betas=(0.9, 0.98), weight_decay=0.0, foreach=True
-        )
+        self.optimizer = Optimizer(self.parameters)
         self.step = 0
         self.elapsed_s = 0.0
         self.log: dict[str, float] = {}
@@ -151,8 +206,6 @@ class Trainer:
         progress = min(1.0, self.progress())
         lr = args.lr * min(1.0, (self.step + 1) / 200)
         lr *= 0.01 + 0.99 * (1 - progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["size"]
         wave = self._crops(self.step, args.batch)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + self.step)
         z = self.model.encoder(wave)
@@ -172,11 +225,11 @@ class Trainer:
         # The level of the latents is free; near 1 the decoder's LSTM can make use of them.
         level = z.square().mean().log().square()
         total = loss + 0.05 * commitment + 0.1 * level
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), 2.0)
         if torch.isfinite(norm):
-            self.optimizer.step()
+            self.optimizer.step(lr)
         decay = min(0.998, 1 - 1 / (1 + self.step / 5))
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -207,11 +260,7 @@ class Trainer:
         tensors = {f"mean.{k}": v for k, v in self.mean.items()}
         tensors |= {f"param.{k}": v.detach() for k, v in self.parameters.items()}
         tensors |= {f"quantizer.{k}": v for k, v in self.quantizer.state_dict().items()}
-        for k, p in self.parameters.items():
-            state = self.optimizer.state.get(p)
-            if state:
-                tensors[f"adam_m.{k}"] = state["exp_avg"]
-                tensors[f"adam_v.{k}"] = state["exp_avg_sq"]
+        tensors |= self.optimizer.state()
         meta = {
             "step": self.step,
             "elapsed_s": self.elapsed_s,
@@ -242,18 +291,13 @@ class Trainer:
                         f"codec_train: {path} was trained with --{name} {meta[name]}, got "
                         f"{getattr(self.args, name)}; pass the same or another --work"
                     )
-            keys = set(file.keys())
-            with torch.no_grad():
-                for k, p in self.parameters.items():
-                    p.copy_(file.get_tensor(f"param.{k}"))
-                    self.mean[k].copy_(file.get_tensor(f"mean.{k}"))
-                    if f"adam_m.{k}" in keys:
-                        self.optimizer.state[p] = {
-                            "step": torch.tensor(float(meta["step"])),
-                            "exp_avg": file.get_tensor(f"adam_m.{k}"),
-                            "exp_avg_sq": file.get_tensor(f"adam_v.{k}"),
-                        }
-            state = {k: file.get_tensor(f"quantizer.{k}") for k in self.quantizer.state_dict()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(tensors[f"param.{k}"])
+                self.mean[k].copy_(tensors[f"mean.{k}"])
+        self.optimizer.load_state(tensors)
+        state = {k: tensors[f"quantizer.{k}"] for k in self.quantizer.state_dict()}
         self.quantizer.load_state_dict(state)
         self.quantizer.ready = meta["ready"]
         self.step, self.elapsed_s = meta["step"], meta["elapsed_s"]
