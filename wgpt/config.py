@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
 
 SAMPLE_RATE_HZ = 24_000
@@ -27,9 +27,14 @@ def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
         raise ConfigError(f"{owner}: {name} must be {rule}, got {got!r}")
 
 
-def _documented(default: Any, doc: str) -> Any:
-    """A dataclass field that carries the sentence `--help` prints."""
-    return field(default=default, metadata={"doc": doc})
+def _documented(default: Any, doc: str, flag: str | None = None) -> Any:
+    """A field with the sentence `--help` prints and its flag, if that is not the field's name."""
+    return field(default=default, metadata={"doc": doc, "flag": flag})
+
+
+def flag_of(setting: Field[Any]) -> str:
+    """The command-line flag of a documented field."""
+    return f"--{setting.metadata['flag'] or setting.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,13 @@ class ModelConfig:
     window_steps: int = _documented(0, "sliding attention window in steps; 0 for none")
     rope_base: float = _documented(10_000.0, "base of the rotary position angles")
     dropout: float = _documented(0.0, "dropout on the residual branches while training")
+    n_fine: int = _documented(
+        0, "codebooks after the first that a depth transformer predicts", flag="fine-codebooks"
+    )
+    fine_dim: int = _documented(128, "channels of the depth transformer")
+    n_fine_layers: int = _documented(2, "blocks of the depth transformer")
+    fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
+    fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
@@ -109,6 +121,16 @@ class ModelConfig:
 
         for name in ("token_dim", "mel_dim", "n_mel_layers", "mel_context_frames", "window_steps"):
             check(name, "at least 0", getattr(self, name) >= 0)
+        check("n_fine", "at least 0", self.n_fine >= 0)
+        if self.n_fine:
+            for name in ("fine_dim", "n_fine_layers", "fine_ffn_dim"):
+                check(name, "at least 1", getattr(self, name) >= 1)
+            check("fine_head_dim", f"one of {HEAD_DIMS}", self.fine_head_dim in HEAD_DIMS)
+            check(
+                "fine_head_dim",
+                f"a divisor of fine_dim {self.fine_dim}",
+                not self.fine_dim % self.fine_head_dim,
+            )
         for name in ("n_layers", "ffn_dim", "codebook_size", "frames_per_step", "n_mels"):
             check(name, "at least 1", getattr(self, name) >= 1)
         check("token_dim", "positive when mel_dim is 0", self.width > 0)

@@ -413,7 +413,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for field in dataclasses.fields(kind):
             default = f" (default {field.default})" if kind is TrainConfig else ""
             group.add_argument(
-                f"--{field.name.replace('_', '-')}",
+                config.flag_of(field),
+                dest=field.name,
                 type=type(field.default),
                 metavar=type(field.default).__name__.upper(),
                 default=None,
