@@ -108,7 +108,8 @@ def upload(server: Server, *files: Path | bytes, name: str = "prompt.wav") -> st
 class Job:
     """A job in the server's queue, whose messages a thread reads until it ends or `close`."""
 
-    def __init__(self, server: Server, session: str) -> None:
+    def __init__(self, server: Server, event: str, session: str, fn_index: int) -> None:
+        self.event = {"event_id": event, "session_hash": session, "fn_index": fn_index}
         self.started = False
         self._ended: queue.Queue[dict[str, Any]] = queue.Queue()
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
@@ -154,4 +155,4 @@ def join(server: Server, **chosen: Any) -> Job:
     body = json.dumps({"data": data, "fn_index": fn_index, "session_hash": session})
     status, answer = server.post("/gradio_api/queue/join", body.encode())
     assert status == 200, f"{status} {answer.decode()}"
-    return Job(server, session)
+    return Job(server, json.loads(answer)["event_id"], session, fn_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import itertools
+import json
 import os
 import signal
 import socket
@@ -86,8 +87,8 @@ def test_serve_refuses_in_plain_words(server, prompt, tmp_path):
     text = tmp_path / "text.wav"
     text.write_text("not audio")
     for path, options, words in (
-        (long, {}, "prompt: must last at most 4 s, got 5.0 s"),
-        (text, {}, "must be audio that libsndfile reads"),
+        (long, {}, "the prompt must last at most 4 s, got 5.0 s"),
+        (text, {}, "the prompt must be audio that libsndfile reads"),
         (prompt, {"seconds": 1e6}, "1000000"),
         (prompt, {"seconds": 0.001}, "0.001"),
         (prompt, {"run": "another"}, "another"),
@@ -110,6 +111,7 @@ def test_serve_refuses_in_plain_words(server, prompt, tmp_path):
         ({"seconds": float("nan")}, "seconds must lie in"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 0.5}, "seed must be"),
+        ({"seed": None}, "seed must be"),
     ],
 )
 def test_serve_checks_what_the_page_would_not_send(given, words):
@@ -263,6 +265,13 @@ def test_serve_bounds_its_queue_and_frees_it_when_clients_leave(server):
             job.close()
     late = join_when_free(server)
     assert late.finish(timeout_s=90)["success"]
+
+
+def test_serve_goes_on_after_stop(server):
+    job = join(server, seconds=600.0)
+    wait_for(lambda: job.started, "the stream to start")
+    assert server.post("/gradio_api/cancel", json.dumps(job.event).encode())[0] == 200
+    assert join(server, seconds=0.2).finish(timeout_s=90)["success"]
 
 
 def join_when_free(server):

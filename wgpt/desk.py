@@ -67,7 +67,7 @@ def read_prompt(path: str | None, limits: Limits) -> np.ndarray:
     try:
         return audio.read(path, max_seconds=limits.max_prompt_s)
     except audio.AudioError as error:
-        message = str(error).replace(path, "the prompt")
+        message = str(error).replace(f"{path}:", "the prompt")
         raise audio.AudioError(message.replace("; split it or raise max_seconds", "")) from error
 
 
@@ -95,7 +95,7 @@ class Desk:
         self.speakers = speakers
         self.limits = limits
 
-    def check(self, run: str, seconds: float, seed: float) -> None:
+    def check(self, run: str, seconds: float, seed: float | None) -> None:
         """Raises ConfigError for what the page's own controls would not send."""
         if run not in self.speakers:
             raise ConfigError(f"run must be one of {', '.join(self.speakers)}, got {run!r}")
@@ -103,8 +103,8 @@ class Desk:
             raise ConfigError(
                 f"seconds must lie in [1/75, {self.limits.max_seconds:g}], got {seconds:g}"
             )
-        if not (0 <= seed < 2**63 and seed == int(seed)):
-            raise ConfigError(f"seed must be a whole number of at least 0, got {seed:g}")
+        if seed is None or not (0 <= seed < 2**63 and seed == int(seed)):
+            raise ConfigError(f"seed must be a whole number in [0, 2^63), got {seed}")
 
     def serve(
         self,

@@ -131,7 +131,7 @@ def continuation(
     )
     spectrum.set_ylabel("log-mel bin")
     steps_s = (np.arange(len(tokens)) + 0.5) / STEP_RATE_HZ
-    codes.plot(steps_s, tokens, ".", ms=2.5, mew=0, color="C1")
+    codes.plot(steps_s, tokens, ".", ms=3.5, mew=0, color="C1")
     codes.set_ylim(0, codebook_size)
     codes.set_ylabel("coarse token")
     most = np.log(codebook_size)

@@ -100,8 +100,10 @@ def page(desk: Desk) -> Any:
             api_name="continue",
             js="(...inputs) => { window.wgptStart(); return inputs; }",
             show_progress="minimal",
+            show_progress_on=line,
             concurrency_limit=1,
         )
+        job.failure(None, js="() => window.wgptFail()")
         stop.click(None, js="() => window.wgptStop()", cancels=[job])
     blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     return blocks
@@ -121,7 +123,7 @@ PLAYER_CSS = """
 canvas, audio { flex: 1; min-width: 0; height: 48px; }
 [hidden] { display: none; }
 .note { white-space: nowrap; font-variant-numeric: tabular-nums; }
-a { white-space: nowrap; }
+a { white-space: nowrap; text-decoration: underline; }
 """
 
 
@@ -176,6 +178,7 @@ def application(gradio: Any, desk: Desk, port: int, folder: Path) -> loopback.Ga
         footer_links=[],
         run_history=False,
         max_file_size=max_bytes,
+        show_error=False,  # of a bug: its text may name our paths; gradio.Error is always shown
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,

@@ -38,12 +38,26 @@ window.wgptStart = () => {
   whole.hidden = save.hidden = true;
   meter.hidden = false;
   note.textContent = "Listening for the first sound …";
+  finished = false;
+  nReceived = 0;
   element.dataset.state = "waiting";
 };
 
 window.wgptStop = () => {
   stopSound();
   if (nReceived && !finished) finish();
+};
+
+// The job ended before its time: it was refused, failed, or is over because of Stop.
+window.wgptFail = () => {
+  stopSound();
+  if (finished) {
+    element.dataset.state = "stopped";
+    return;
+  }
+  meter.hidden = true;
+  note.textContent = "Nothing was made.";
+  element.dataset.state = "failed";
 };
 
 function stopSound() {
