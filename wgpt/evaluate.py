@@ -59,8 +59,13 @@ class Score:
         return [self.row()] + ([self.row(name) for name in names] if len(names) > 1 else [])
 
 
+def score(name: str, model: HybridModel, split: Split, **options: Any) -> Score:
+    """Teacher-forced score of the coarse codebook; options as in `codebook_scores`."""
+    return codebook_scores(name, model, split, **options, with_fine=False)[0]
+
+
 @torch.inference_mode()
-def score(
+def codebook_scores(
     name: str,
     model: HybridModel,
     split: Split,
@@ -70,17 +75,24 @@ def score(
     batch_size: int = 8,
     clips: list[int] | None = None,
     dtype: str = "fp32",
-) -> Score:
-    """Teacher-forced score over every token of the clips, by the window rule of data.loader."""
+    with_fine: bool = True,
+) -> list[Score]:
+    """Teacher-forced scores over every token of the clips, by the window rule of data.loader.
+
+    One for codebook 0, then, `with_fine`, one for each of the model's finer codebooks.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums = np.zeros((3, split.n_clips))
+    fine = model.fine if with_fine else None
+    sums = np.zeros((1 + (model.config.n_fine if fine else 0), 3, split.n_clips))
     source = mel_source if model.config.mel_dim else None
-    for batch in windows(split, context_steps, source, batch_size=batch_size, clips=clips):
+    options: dict[str, Any] = {"batch_size": batch_size, "clips": clips, "n_fine": len(sums) - 1}
+    for batch in windows(split, context_steps, source, **options):
         on_device = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(on_device.tokens, on_device.frames)
+            hidden = model.hidden(on_device.tokens, on_device.frames)
+            logits = model.head(hidden)
         scored = on_device.targets >= 0
         losses = functional.cross_entropy(
             logits.flatten(0, 1).float(),
@@ -92,9 +104,19 @@ def score(
         correct = ((logits.argmax(-1) == on_device.targets) & scored).sum(1)
         per_row = torch.stack([losses, correct.double(), scored.sum(1).double()]).cpu().numpy()
         for row, clip in enumerate(batch.clips.tolist()):
-            sums[:, clip] += per_row[:, row]
+            sums[0, :, clip] += per_row[:, row]
+            if fine is None:
+                continue
+            assert on_device.codes is not None
+            codes = on_device.codes[row : row + 1]  # row by row: logits of T * n_fine * V
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                nll, hit = fine.nll(hidden[row : row + 1], codes)
+            known = fine.known_targets(codes)
+            facts = torch.stack([nll.double(), hit.double(), known.double()], 1).sum((0, 3))
+            sums[1:, :, clip] += facts.T.cpu().numpy()
     model.train(was_training)
-    return _to_score(name, sums, split, clips)
+    names = [name, *(f"{name}, codebook {k}" for k in range(1, len(sums)))]
+    return [_to_score(n, s, split, clips) for n, s in zip(names, sums, strict=True)]
 
 
 def _to_score(name: str, sums: np.ndarray, split: Split, clips: list[int] | None = None) -> Score:
