@@ -10,6 +10,7 @@ from wgpt import audio
 from wgpt.cli import main
 from wgpt.config import ConfigError
 from wgpt.generate import Sampling, Speaker
+from wgpt.sampling import Draw
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,10 @@ def test_generate_same_seed_same_samples(speaker, prompt):
 
 @torch.inference_mode()
 def test_generate_sound_is_the_decoded_tokens_after_the_prompt(speaker, prompt):
-    made = speaker.continue_wave(prompt, 0.4, seed=1)
+    steps = list(speaker.stream(prompt, 30, seed=1))
+    made, tokens = np.concatenate([s.wave for s in steps]), [s.tokens[0] for s in steps]
     cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
-    codes = torch.cat([speaker.codec.encode(cropped)[:1], torch.tensor([speaker.tokens])], 1)
+    codes = torch.cat([speaker.codec.encode(cropped)[:1], torch.tensor([tokens])], 1)
     whole = speaker.codec.decode(codes).numpy()
     np.testing.assert_allclose(made, whole[-len(made) :], atol=1e-5)
 
@@ -43,8 +45,8 @@ def test_generate_sound_is_the_decoded_tokens_after_the_prompt(speaker, prompt):
 @torch.inference_mode()
 def test_generate_tokens_are_those_of_an_uncached_model(speaker, prompt):
     """Greedy tokens against one full pass over the true prompt and the decoded sound."""
-    speaker.continue_wave(prompt, 0.2, Sampling(temperature=0))
-    tokens = speaker.tokens
+    steps = speaker.stream(prompt, 15, Sampling(temperature=0))
+    tokens = [step.tokens[0] for step in steps]
     cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
     codes = speaker.codec.encode(cropped)[:1]
     drawn = torch.cat([codes, torch.tensor([tokens])], 1)
@@ -59,7 +61,7 @@ def test_generate_tokens_are_those_of_an_uncached_model(speaker, prompt):
 
 
 def test_generate_streams_what_it_returns_whole(speaker, prompt):
-    chunks = list(speaker.stream(prompt, 9, seed=2))
+    chunks = [step.wave for step in speaker.stream(prompt, 9, seed=2)]
     assert [len(chunk) for chunk in chunks] == [320] * 9
     assert np.array_equal(np.concatenate(chunks), speaker.continue_wave(prompt, 9 / 75, seed=2))
 
@@ -69,18 +71,19 @@ def test_generate_without_a_prompt(speaker):
 
 
 def test_sampling_keeps_to_its_rules():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
     def drawn(sampling):
-        return {sampling.draw(logits, generator) for _ in range(200)}
+        draw = Draw(sampling, [0])
+        return {int(draw(logits)) for _ in range(200)}
 
     assert drawn(Sampling(temperature=0)) == {0}
     assert drawn(Sampling(top_k=2)) == {0, 1}
     assert drawn(Sampling(top_p=0.75)) == {0, 1}
     assert drawn(Sampling(top_p=0.8001)) == {0, 1, 2}
     assert drawn(Sampling()) == {0, 1, 2, 3}
-    counts = np.bincount([Sampling().draw(logits, generator) for _ in range(4000)], minlength=4)
+    draw = Draw(Sampling(), [0])
+    counts = np.bincount([int(draw(logits)) for _ in range(4000)], minlength=4)
     np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 

@@ -106,6 +106,28 @@ class _Stream:
             twin._n_batch, twin._batched = n_batch, True
         return twin
 
+    @staticmethod
+    def join(streams: list[AnyStream]) -> AnyStream:
+        """One stream whose batch is that of the given ones, in order.
+
+        They must be batched streams of one codec that have started and hold nothing back; those
+        given keep their own way. Raises ValueError otherwise.
+        """
+        first = streams[0]
+        for s in streams:
+            tail = 0 if s._tail is None else s._tail.shape[1]
+            if not s._batched or s._held or tail or any(x is None for x in s._states):
+                raise ValueError(
+                    "codec_stream: only batched streams that have started and wait for nothing "
+                    f"can join, got one {s._describe()} with {tail} samples waiting"
+                )
+        twin = first.clone()
+        rows = zip(*(s._states for s in streams), strict=True)
+        twin._states = [_concatenate(list(row)) for row in rows]
+        twin._tail = None
+        twin._n_batch = sum(s._n_batch or 0 for s in streams)
+        return twin
+
     def _accept(self, x: Tensor, n_dims: int, what: str) -> Tensor:
         """x with a batch dimension, once it is known to continue this stream."""
         if x.dim() not in (n_dims, n_dims + 1):
@@ -327,3 +349,10 @@ def _repeat(state: State, n: int) -> State:
     if isinstance(state, tuple):
         return tuple(_repeat(x, n) for x in state)
     return None if state is None else state.repeat(n, *[1] * (state.dim() - 1))
+
+
+def _concatenate(states: list[State]) -> State:
+    """States of several streams as that of one batch."""
+    if isinstance(states[0], tuple):
+        return tuple(_concatenate(list(x)) for x in zip(*states, strict=True))
+    return torch.cat(states)

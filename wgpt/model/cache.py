@@ -50,6 +50,15 @@ class LayerCache:
             self._buffer[:, :, :kept] = old[:, :, self._start : self._end].clone()
         self._start, self._end = 0, kept
 
+    @staticmethod
+    def join(layers: list[LayerCache]) -> LayerCache:
+        """One cache whose batch is that of caches of equal length, in order."""
+        joined = LayerCache(layers[0].window_steps)
+        joined._start, joined._end = layers[0]._start, layers[0]._end
+        buffers = [layer._buffer for layer in layers if layer._buffer is not None]
+        joined._buffer = torch.cat(buffers, dim=1) if buffers else None
+        return joined
+
     @property
     def n_bytes(self) -> int:
         """Bytes held by the buffers."""
@@ -64,6 +73,28 @@ class Cache:
         self.layers = [LayerCache(window_steps) for _ in range(n_layers)]
         self.mel_context: Tensor | None = None  # (B, <= c, M), the newest frames
         self.position = 0  # steps seen
+
+    @staticmethod
+    def join(caches: list[Cache]) -> Cache:
+        """One cache whose batch is that of the given ones, in order.
+
+        Raises ValueError unless all have seen the same number of steps.
+        """
+        first = caches[0]
+        if any(cache.position != first.position for cache in caches):
+            seen = [cache.position for cache in caches]
+            raise ValueError(f"cache: only caches of equal length can join, got {seen} steps")
+        joined = Cache(0, 0)
+        joined.position = first.position
+        joined.mel_layers = [
+            LayerCache.join(list(x)) for x in zip(*(c.mel_layers for c in caches), strict=True)
+        ]
+        joined.layers = [
+            LayerCache.join(list(x)) for x in zip(*(c.layers for c in caches), strict=True)
+        ]
+        contexts = [c.mel_context for c in caches if c.mel_context is not None]
+        joined.mel_context = torch.cat(contexts) if contexts else None
+        return joined
 
     @property
     def n_bytes(self) -> int:
