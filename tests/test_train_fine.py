@@ -19,7 +19,7 @@ SETTINGS = {
     "warmup_steps": 2,
     "eval_every": 4,
     "save_every": 4,
-    "eval_audio_s": 4.0,
+    "eval_audio_s": 0.0,
     "sample_s": 0.0,
     "device": "cpu",
 }
@@ -79,6 +79,23 @@ def test_fine_nll_is_reported_beside_the_coarse_one(coarse, joint):
     # The step-0 validation: the same trunk, and neither noise nor the head in its coarse NLL.
     assert plain[0]["split"] == rows[0]["split"] == "valid"
     assert plain[0]["nll_nats"] == rows[0]["nll_nats"]
+
+
+def test_eval_reports_every_codebook_and_the_loop_that_will_be_heard(joint, capsys):
+    from wgpt.cli import main
+
+    assert main(["eval", str(joint), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = [row for row in result["codebooks"] if row["group"] == "all"]
+    assert [row["codebook"] for row in rows] == list(range(8))
+    forced, one, all_of_them = (row for row in result["rows"][-3:])
+    assert rows[0]["nll_nats"] == forced["nll_nats"]
+    last = float(read_metrics(joint / "metrics.csv")[-1]["fine_nll_nats"])
+    assert sum(row["nll_nats"] for row in rows[1:]) / 7 == pytest.approx(last)
+    assert one["model"] == "hybrid-xs (closed loop)"
+    assert all_of_them["model"] == "hybrid-xs (closed loop, 8 codebooks)"
+    assert main(["eval", str(joint)]) == 0
+    assert "| codebook | group |" in capsys.readouterr().out
 
 
 def test_fine_loss_learns(prepared, tmp_path):
