@@ -10,6 +10,7 @@ after it), so the samples do not depend on how the prompt was cut or how the sou
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from wgpt import codec
 from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ, ConfigError, MelConfig, from_json
 from wgpt.mel import MelFrontend, MelStream
 from wgpt.model import Cache, HybridModel
+from wgpt.model.packed import PackedModel
 from wgpt.sampling import Draw, Sampling
 
 Wave = np.ndarray | Tensor
@@ -90,10 +92,15 @@ class Speaker:
             )
         return cls(model, loaded, MelFrontend(mel), mel_source)
 
+    @functools.cached_property
+    def packed(self) -> PackedModel:
+        """The model as generation runs it: a copy of the weights as they are at first use."""
+        return PackedModel(self.model)
+
     @property
     def n_codebooks(self) -> int:
-        """Codebooks that are sampled and decoded."""
-        return 1
+        """Codebooks that are sampled and decoded: the coarse one and those of a fine head."""
+        return 1 + self.packed.n_fine
 
     @property
     def n_heard(self) -> int:
@@ -193,6 +200,7 @@ class Continuation:
         if speaker.model.config.mel_dim and speaker.n_heard:
             self._heard = self._decoder
             if speaker.n_heard != speaker.n_codebooks:
+                # Its state goes from the prompt into the continuation, which may have fewer.
                 self._heard = speaker.codec.stream_decoder(speaker.n_heard)
         self._mel = MelStream(speaker.frontend)
         self._cache = speaker.model.new_cache()
@@ -235,7 +243,7 @@ class Continuation:
             else:
                 frames = self._mel.push(wave)
             frames = frames.to(device)
-        self._logits = speaker.model(tokens.to(device), frames, self._cache)[:, -1]
+        self._state = speaker.packed.hidden(tokens.to(device), frames, self._cache)
 
     @classmethod
     def join(cls, parts: list[Continuation]) -> Continuation:
@@ -246,7 +254,7 @@ class Continuation:
         joined = object.__new__(cls)
         joined.speaker, joined._waiting = first.speaker, first._waiting
         joined._cache = Cache.join([part._cache for part in parts])
-        joined._logits = torch.cat([part._logits for part in parts])
+        joined._state = torch.cat([part._state for part in parts])
         joined._mel, joined._encoder, joined._decoder = first._mel, first._encoder, first._decoder
         joined._heard = first._heard
         if first._cache.position > 1:
@@ -277,11 +285,13 @@ class Continuation:
         the length trained on the model is at positions it never saw.
         """
         self._finish()
+        packed, codec_device = self.speaker.packed, self.speaker.codec.device
         draw = Draw(sampling or Sampling(), seeds)
         for n_done in itertools.count(1):
-            tokens = draw(self._logits)
+            coarse = draw(packed.logits(self._state))
             entropies = draw.entropy_nats.tolist()
-            codes = tokens[:, None, None].to(self.speaker.codec.device)
+            fine = packed.sample_fine(self._state, coarse, draw)
+            codes = torch.cat((coarse[:, None], fine), 1)[:, :, None].to(codec_device)
             wave = self._decoder.push(codes)
             rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, strict=True)
             yield [Step(samples, tuple(chosen), entropy) for samples, chosen, entropy in rows]
