@@ -1,5 +1,6 @@
 """Rollout drift: real sound has none, falling silent much; halves, prompts and figures by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from test_evaluate import split_of
 
-from wgpt import codec, rollout
+from wgpt import codec, config, rollout
 from wgpt.config import ConfigError
 from wgpt.data.shards import DataError, Dataset
 from wgpt.mel import MelFrontend
+from wgpt.model import HybridModel
 from wgpt.speaker import Speaker, Step
 
 
@@ -83,6 +85,14 @@ def test_rollouts_repeat_with_their_seed(tiny_run, prepared):
     one = rollout.drift(speaker, split, 1, 2, seed=3)
     assert one == rollout.drift(speaker, split, 1, 2, seed=3)
     assert one["seconds"] != rollout.drift(speaker, split, 1, 2, seed=4)["seconds"]
+
+
+def test_token_only_models_roll_out_too(prepared):
+    dataset = Dataset(prepared)
+    model = HybridModel(dataclasses.replace(config.preset("gpt-xs"), n_layers=1)).eval()
+    speaker = Speaker(model, codec.load("mini"), MelFrontend(dataset.mel_config), None)
+    result = rollout.drift(speaker, dataset.split("train"), 1, 3)
+    assert result["n_rollouts"] == 3 and len(result["seconds"]) == 1
 
 
 def test_eval_command_prints_the_drift(tiny_run, capsys):

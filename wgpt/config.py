@@ -112,7 +112,7 @@ class ModelConfig:
         0, "codebooks after the first that a depth transformer predicts", flag="fine-codebooks"
     )
     fine_dim: int = _documented(128, "channels of the depth transformer")
-    n_fine_layers: int = _documented(2, "blocks of the depth transformer")
+    n_fine_layers: int = _documented(1, "blocks of the depth transformer")
     fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
     fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
 
@@ -230,7 +230,7 @@ class TrainConfig:
         0.0, "share of steps whose mel slice is replaced by the mean while training"
     )
     mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
-    fine_weight: float = _documented(1.0, "weight of the mean NLL of the finer codebooks")
+    fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
     fine_share: float = _documented(
         0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
     )
