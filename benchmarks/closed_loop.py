@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Before torch loads OpenMP: on a shared machine idle threads that spin slow the others down.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import harness
 import torch
 

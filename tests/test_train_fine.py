@@ -10,7 +10,7 @@ from wgpt import train
 from wgpt.config import ConfigError, TrainConfig
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
-from wgpt.runs import read_metrics
+from wgpt.runs import Run, read_metrics
 
 SETTINGS = {
     "max_steps": 8,
@@ -170,6 +170,22 @@ def test_fine_codebooks_must_be_in_the_data(prepared, tmp_path, capsys):
     words = capsys.readouterr().err
     assert "--fine-codebooks must lie in [0, 7], the data's codec has 8 codebooks, got 8" in words
     assert not out.exists()
+
+
+def test_train_command_freezes_from_its_flags(prepared, coarse, tmp_path, capsys):
+    from wgpt.cli import main
+
+    out = tmp_path / "run"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SETTINGS, "max_steps": 1}.items()]
+    command = ["train", f"--data={prepared}", f"--out={out}", f"--init={coarse}", *flags]
+    command += ["--freeze-trunk", "--fine-codebooks=2", "--mel-source=decoded:1"]
+    assert main([*command, "--mel-noise=0.1"]) == 0, capsys.readouterr().err
+    run = Run.open(out)
+    assert (run.config.freeze_trunk, run.model.n_fine) == (True, 2)
+    assert run.config.mel_source == "decoded-1"
+    capsys.readouterr()
+    assert main(["train", f"--out={out}", "--resume", "--fine-codebooks=2", "--lr=1"]) == 2
+    assert "leave out --lr, --fine-codebooks" in capsys.readouterr().err
 
 
 def test_mel_noise_needs_a_mel_branch(prepared, tmp_path):

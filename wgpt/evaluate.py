@@ -350,13 +350,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_gap(a: Score, b: Score, group: str | None = None) -> str:
-    """One sentence: a minus b with its interval."""
-    gap, low, high = paired_difference(a, b, group)
-    where = f" on {group}" if group else ""
-    return f"{a.name} minus {b.name}{where}: {gap:+.3f} nats [{low:+.3f}, {high:+.3f}]"
-
-
 if __name__ == "__main__":
     from wgpt.cli import main
 

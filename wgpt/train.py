@@ -504,7 +504,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                     help=field.metadata["doc"],
                 )
                 continue
-            default = f" (default {field.default!r})" if kind is TrainConfig else ""
+            shown = kind is TrainConfig and field.default != ""
+            default = f" (default {field.default})" if shown else ""
             group.add_argument(
                 config.flag_of(field),
                 dest=field.name,
@@ -521,9 +522,10 @@ def run(args: argparse.Namespace) -> int:
     settings = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
     shape = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
     if args.resume and (settings or shape):
+        fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig))
         raise ConfigError(
             f"--resume takes every setting from {args.out}/config.json; leave out "
-            + ", ".join(f"--{name.replace('_', '-')}" for name in (*settings, *shape))
+            + ", ".join(config.flag_of(f) for f in fields if f.name in settings | shape)
         )
     summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
     if args.json:
