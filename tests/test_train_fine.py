@@ -120,6 +120,16 @@ def test_frozen_trunk_stays_bit_identical(prepared, coarse, frozen):
     assert float(rows[-1]["fine_nll_nats"]) < float(rows[0]["fine_nll_nats"])
 
 
+def test_frozen_trunk_runs_without_dropout(prepared, coarse, frozen, tmp_path):
+    settings = {**SETTINGS, "init": str(coarse), "freeze_trunk": True, "max_steps": 2}
+    train.train(prepared, tmp_path / "run", model={**FINE, "dropout": 0.0}, **settings)
+    rows = [[row for row in read_metrics(run / "metrics.csv") if row["split"] == "train"][:2]
+            for run in (frozen, tmp_path / "run")]  # fmt: skip
+    for with_dropout, without in zip(*rows, strict=True):
+        assert with_dropout["nll_nats"] == without["nll_nats"]
+    assert rows[0][1]["fine_nll_nats"] != rows[1][1]["fine_nll_nats"]  # the head has its own
+
+
 def test_init_goes_on_from_trunk_and_head(prepared, joint, tmp_path):
     """All of a run's weights are taken, and its preset; its step-0 figures are the run's last."""
     out = tmp_path / "more"
