@@ -224,5 +224,7 @@ class MelStream:
     def join(streams: list[MelStream]) -> MelStream:
         """One stream whose batch is that of the given ones, in order."""
         joined = streams[0].clone()
-        joined._tail = torch.cat([s._tail for s in streams if s._tail is not None])
+        tails = [s._tail for s in streams if s._tail is not None]
+        if tails:  # a token-only model's streams hear nothing
+            joined._tail = torch.cat(tails)
         return joined
