@@ -205,3 +205,17 @@ def build(modules: nn.ModuleList, reflect: bool) -> list[Layer]:
             layers.append(Convolution(module.conv, elu, reflect))
         elu = False
     return layers
+
+
+def repeat(state: State, n: int) -> State:
+    """The state of a stream of one for a batch of n."""
+    if isinstance(state, tuple):
+        return tuple(repeat(x, n) for x in state)
+    return None if state is None else state.repeat(n, *[1] * (state.dim() - 1))
+
+
+def concatenate(states: list[State]) -> State:
+    """States of several streams as that of one batch."""
+    if isinstance(states[0], tuple):
+        return tuple(concatenate(list(x)) for x in zip(*states, strict=True))
+    return torch.cat(states)
