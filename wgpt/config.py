@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
 
@@ -111,7 +112,7 @@ class ModelConfig:
         0, "codebooks after the first that a depth transformer predicts", flag="fine-codebooks"
     )
     fine_dim: int = _documented(128, "channels of the depth transformer")
-    n_fine_layers: int = _documented(2, "blocks of the depth transformer")
+    n_fine_layers: int = _documented(1, "blocks of the depth transformer")
     fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
     fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
 
@@ -189,6 +190,11 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
 }
 
 
+def mel_source_name(text: str) -> str:
+    """The name of a mel source: `decoded:8` is another spelling of `decoded-8`."""
+    return text.replace(":", "-")
+
+
 def preset(name: str) -> ModelConfig:
     """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
     if name not in PRESETS:
@@ -216,7 +222,22 @@ class TrainConfig:
     seed: int = _documented(0, "seed of the initialisation, the data order and dropout")
     dtype: str = _documented("fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters")
     device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
-    mel_source: str = _documented("wave", "which prepared mel the hybrid reads")
+    mel_source: str = _documented("wave", "which prepared mel the hybrid reads: wave, decoded-K")
+    mel_noise: float = _documented(
+        0.0, "noise on the mel while training, in standard deviations of the training split"
+    )
+    mel_drop: float = _documented(
+        0.0, "share of steps whose mel slice is replaced by the mean while training"
+    )
+    mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
+    fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
+    fine_share: float = _documented(
+        0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
+    )
+    init: str = _documented("", "run or model folder to start from: its shape and its weights")
+    freeze_trunk: bool = _documented(
+        False, "train the finer codebooks only; the coarse model of --init stays as it is"
+    )
     eval_every: int = _documented(250, "steps between validations; 0 for only the last")
     eval_audio_s: float = _documented(300.0, "validation audio scored while training, s; 0: all")
     save_every: int = _documented(250, "steps between checkpoints; 0 for only the last")
@@ -240,6 +261,13 @@ class TrainConfig:
         check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)
         check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)
         check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
+        object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
+        check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
+        check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)
+        check("mel_drop_span_steps", "at least 1", self.mel_drop_span_steps >= 1)
+        check("fine_weight", "finite and positive", 0 < self.fine_weight < math.inf)
+        check("fine_share", "in (0, 1]", 0 < self.fine_share <= 1)
+        check("freeze_trunk", "used with init", bool(self.init) or not self.freeze_trunk)
 
     @property
     def context_steps(self) -> int:

@@ -208,8 +208,11 @@ class MelStream:
         frames = frames.unfold(1, config.window_samples, config.frame_hop_samples)
         spectrum = torch.fft.rfft(frames * self._frontend.window.to(wave.device))
         power = spectrum.real.square() + spectrum.imag.square()
-        mel: Tensor = power @ self._frontend.filterbank.to(wave.device)
-        return mel.clamp_min(config.floor).log()
+        # Two rows at least: the product of one rounds differently, and a batch would show it.
+        rows = power.flatten(0, 1)
+        rows = torch.cat((rows, rows)) if len(rows) == 1 else rows
+        mel = (rows @ self._frontend.filterbank.to(wave.device))[: power.shape[0] * power.shape[1]]
+        return mel.clamp_min(config.floor).log().view(*power.shape[:2], -1)
 
     def clone(self) -> MelStream:
         """A stream at the same place that goes its own way from here."""
@@ -221,5 +224,7 @@ class MelStream:
     def join(streams: list[MelStream]) -> MelStream:
         """One stream whose batch is that of the given ones, in order."""
         joined = streams[0].clone()
-        joined._tail = torch.cat([s._tail for s in streams if s._tail is not None])
+        tails = [s._tail for s in streams if s._tail is not None]
+        if tails:  # a token-only model's streams hear nothing
+            joined._tail = torch.cat(tails)
         return joined

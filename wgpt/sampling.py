@@ -56,7 +56,7 @@ class Draw:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """int64 (B,) on the device of logits (B, V); its distributions' entropies are kept."""
-        rows = logits.detach().cpu().double().numpy()
+        rows = logits.detach().double().cpu().numpy()
         drawn = np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
             uniform = float(torch.rand((), dtype=torch.float64, generator=self._generators[i]))
@@ -71,9 +71,12 @@ class Draw:
         if not np.isfinite(logits).all():
             raise ConfigError("generate: the model gives logits that are not finite")
         order: np.ndarray | None = None
+        if 0 < sampling.top_k < len(logits):  # sorting 1024 for 100 of them costs 40 us
+            order = np.sort(np.argpartition(logits, -sampling.top_k)[-sampling.top_k :])
         if sampling.top_k or sampling.top_p < 1:
-            order = np.argsort(-logits, kind="stable")
-            logits = logits[order][: sampling.top_k or None]
+            order = np.arange(len(logits)) if order is None else order
+            order = order[np.argsort(-logits[order], kind="stable")]
+            logits = logits[order]
         weights = np.exp((logits - logits.max()) / sampling.temperature)
         if sampling.top_p < 1:
             share = np.cumsum(weights)

@@ -10,6 +10,7 @@ after it), so the samples do not depend on how the prompt was cut or how the sou
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from wgpt import codec
 from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ, ConfigError, MelConfig, from_json
 from wgpt.mel import MelFrontend, MelStream
 from wgpt.model import Cache, HybridModel
+from wgpt.model.packed import PackedModel
 from wgpt.sampling import Draw, Sampling
 
 Wave = np.ndarray | Tensor
@@ -90,10 +92,15 @@ class Speaker:
             )
         return cls(model, loaded, MelFrontend(mel), mel_source)
 
+    @functools.cached_property
+    def packed(self) -> PackedModel:
+        """The model as generation runs it: a copy of the weights as they are at first use."""
+        return PackedModel(self.model)
+
     @property
     def n_codebooks(self) -> int:
-        """Codebooks that are sampled and decoded."""
-        return 1
+        """Codebooks that are sampled and decoded: the coarse one and those of a fine head."""
+        return 1 + self.packed.n_fine
 
     @property
     def n_heard(self) -> int:
@@ -118,8 +125,8 @@ class Speaker:
         prompt: float (L,) at 24 kHz, cropped to whole steps from its end; None starts a clip.
         Raises ConfigError for a prompt that is not finite or not (L,).
         """
-        for steps in self.stream_batch([prompt], n_steps, sampling, [seed]):
-            yield steps[0]
+        batches = self.stream_batch([prompt], n_steps, sampling, [seed])
+        return (steps[0] for steps in batches)
 
     def stream_batch(
         self,
@@ -131,34 +138,38 @@ class Speaker:
         """Yields a list of one step for each item, item i continuing prompts[i] with seeds[i].
 
         One prompt and several seeds give as many continuations of it. Prompts may differ in
-        length. Raises ConfigError as `stream`, and when there are not as many seeds as prompts.
+        length. Raises ConfigError, at the call, as `stream`, and when there are not as many seeds
+        as prompts.
         """
         if (len(prompts) != len(seeds) and len(prompts) != 1) or not seeds:
             raise ConfigError(
                 f"generate: there must be one seed for each of {len(prompts)} prompts, got "
                 f"{len(seeds)} seeds"
             )
+        waves = [_checked(p if p is not None else np.zeros(0, np.float32)) for p in prompts]
+        n_each = len(seeds) // len(prompts)  # items of a prompt
         places: dict[int, list[int]] = {}  # prompts of equal length go in step, in one batch
-        heard = []
-        for i, prompt in enumerate(prompts):
-            heard.append(self.listen())
-            wave = _checked(prompt if prompt is not None else np.zeros(0, np.float32))
-            heard[-1].hear(wave[len(wave) % HOP_SAMPLES :])
-            places.setdefault(len(wave) // HOP_SAMPLES, []).append(i)
-        if len(prompts) == 1:
-            heard, places = heard * len(seeds), {0: list(range(len(seeds)))}
-        groups = [
-            Continuation.join([heard[i] for i in items]).steps(
-                n_steps, sampling, [seeds[i] for i in items]
-            )
-            for items in places.values()
-        ]
-        for parts in zip(*groups, strict=True):
-            steps: list[Step] = [parts[0][0]] * len(seeds)
-            for items, part in zip(places.values(), parts, strict=True):
-                for i, step in zip(items, part, strict=True):
-                    steps[i] = step
-            yield steps
+        for i in range(len(seeds)):
+            places.setdefault(len(waves[i // n_each]) // HOP_SAMPLES, []).append(i)
+        draws = [Draw(sampling or Sampling(), [seeds[i] for i in at]) for at in places.values()]
+
+        def batches() -> Iterator[list[Step]]:
+            heard = [self.listen() for _ in waves]
+            for continuation, wave in zip(heard, waves, strict=True):
+                continuation.hear(wave[len(wave) % HOP_SAMPLES :])
+            groups = [
+                Continuation.join([heard[i // n_each] for i in at]).speak(n_steps, draw)
+                for at, draw in zip(places.values(), draws, strict=True)
+            ]
+            for parts in zip(*groups, strict=True):
+                steps = {
+                    i: step
+                    for at, part in zip(places.values(), parts, strict=True)
+                    for i, step in zip(at, part, strict=True)
+                }
+                yield [steps[i] for i in range(len(seeds))]
+
+        return batches()
 
     def continue_wave(
         self,
@@ -193,6 +204,7 @@ class Continuation:
         if speaker.model.config.mel_dim and speaker.n_heard:
             self._heard = self._decoder
             if speaker.n_heard != speaker.n_codebooks:
+                # Its state goes from the prompt into the continuation, which may have fewer.
                 self._heard = speaker.codec.stream_decoder(speaker.n_heard)
         self._mel = MelStream(speaker.frontend)
         self._cache = speaker.model.new_cache()
@@ -235,7 +247,7 @@ class Continuation:
             else:
                 frames = self._mel.push(wave)
             frames = frames.to(device)
-        self._logits = speaker.model(tokens.to(device), frames, self._cache)[:, -1]
+        self._state = speaker.packed.hidden(tokens.to(device), frames, self._cache)
 
     @classmethod
     def join(cls, parts: list[Continuation]) -> Continuation:
@@ -246,7 +258,7 @@ class Continuation:
         joined = object.__new__(cls)
         joined.speaker, joined._waiting = first.speaker, first._waiting
         joined._cache = Cache.join([part._cache for part in parts])
-        joined._logits = torch.cat([part._logits for part in parts])
+        joined._state = torch.cat([part._state for part in parts])
         joined._mel, joined._encoder, joined._decoder = first._mel, first._encoder, first._decoder
         joined._heard = first._heard
         if first._cache.position > 1:
@@ -264,24 +276,36 @@ class Continuation:
         self._hear(self._waiting[:n_whole])
         self._waiting = self._waiting[:0]
 
-    @torch.inference_mode()
     def steps(
         self,
         n_steps: int | None = None,
         sampling: Sampling | None = None,
         seeds: Sequence[int] = (0,),
     ) -> Iterator[list[Step]]:
-        """Yields n_steps lists (None: for ever) of one step for each of the B = len(seeds) items.
+        """Yields n_steps lists (None: for ever) of one step for each of the B items.
+
+        seeds: one for each item; B is 1 but for what `join` returns.
 
         Without a sliding window the cache and the cost of a step grow with the stream, and after
         the length trained on the model is at positions it never saw.
         """
+        if len(seeds) != len(self._state):
+            raise ConfigError(
+                f"generate: there must be one seed for each of {len(self._state)} items, got "
+                f"{len(seeds)} seeds"
+            )
+        return self.speak(n_steps, Draw(sampling or Sampling(), seeds))
+
+    @torch.inference_mode()
+    def speak(self, n_steps: int | None, draw: Draw) -> Iterator[list[Step]]:
+        """`steps` with a Draw for its B items."""
         self._finish()
-        draw = Draw(sampling or Sampling(), seeds)
+        packed, codec_device = self.speaker.packed, self.speaker.codec.device
         for n_done in itertools.count(1):
-            tokens = draw(self._logits)
+            coarse = draw(packed.logits(self._state))
             entropies = draw.entropy_nats.tolist()
-            codes = tokens[:, None, None].to(self.speaker.codec.device)
+            fine = packed.sample_fine(self._state, coarse, draw)
+            codes = torch.cat((coarse[:, None], fine), 1)[:, :, None].to(codec_device)
             wave = self._decoder.push(codes)
             rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, strict=True)
             yield [Step(samples, tuple(chosen), entropy) for samples, chosen, entropy in rows]

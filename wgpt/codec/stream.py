@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wgpt.codec import stream_layers as codec_stream_layers
-from wgpt.codec.stream_layers import State
+from wgpt.codec.stream_layers import State, concatenate, repeat
 
 # Longer pushes are cut into blocks of this many frames (0.85 s), which bounds working memory.
 BLOCK_FRAMES = 64
@@ -100,9 +100,9 @@ class _Stream:
                 f"stream of {self._n_batch} and n_batch {n_batch}"
             )
         if self._n_batch is not None:
-            twin._states = [_repeat(state, n_batch) for state in self._states]
-            twin._held = {i: _repeat(x, n_batch) for i, x in self._held.items()}
-            twin._tail = _repeat(self._tail, n_batch)
+            twin._states = [repeat(state, n_batch) for state in self._states]
+            twin._held = {i: repeat(x, n_batch) for i, x in self._held.items()}
+            twin._tail = repeat(self._tail, n_batch)
             twin._n_batch, twin._batched = n_batch, True
         return twin
 
@@ -123,7 +123,7 @@ class _Stream:
                 )
         twin = first.clone()
         rows = zip(*(s._states for s in streams), strict=True)
-        twin._states = [_concatenate(list(row)) for row in rows]
+        twin._states = [concatenate(list(row)) for row in rows]
         twin._tail = None
         twin._n_batch = sum(s._n_batch or 0 for s in streams)
         return twin
@@ -342,17 +342,3 @@ class StreamDecoder(_Stream):
     def _give(self, outputs: list[Tensor | None]) -> Tensor:
         waves = [x[:, :, 0] for x in outputs if x is not None]
         return torch.cat(waves, 1) if waves else self._embed.new_zeros(self._n_batch or 1, 0)
-
-
-def _repeat(state: State, n: int) -> State:
-    """The state of a stream of one for a batch of n."""
-    if isinstance(state, tuple):
-        return tuple(_repeat(x, n) for x in state)
-    return None if state is None else state.repeat(n, *[1] * (state.dim() - 1))
-
-
-def _concatenate(states: list[State]) -> State:
-    """States of several streams as that of one batch."""
-    if isinstance(states[0], tuple):
-        return tuple(_concatenate(list(x)) for x in zip(*states, strict=True))
-    return torch.cat(states)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST_CAPACITY_STEPS = 256
-
 
 class LayerCache:
     """Keys and values of one attention layer, (B, n, H, D), the newest last.
@@ -17,37 +15,37 @@ class LayerCache:
     doubles.
     """
 
-    def __init__(self, window_steps: int = 0) -> None:
-        self.window_steps = window_steps
-        self._buffer: Tensor | None = None  # (2, B, capacity, H, D)
+    def __init__(self, window_steps: int = 0, capacity_steps: int = 256) -> None:
+        """capacity_steps: room at first; it grows when that is not enough."""
+        self.window_steps, self.capacity_steps = window_steps, capacity_steps
+        self._buffer: Tensor | None = None  # (B, capacity, 2, H, D)
         self._start = 0
         self._end = 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, n, H, D) keys and values; returns views of all that the newest queries need."""
-        n = k.shape[1]
+    def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, n, 2, H, D); returns views of all the newest queries need."""
+        n = new.shape[1]
         if self.window_steps:
             self._start = max(self._start, self._end - (self.window_steps - 1))
-        if self._buffer is None or self._end + n > self._buffer.shape[2]:
-            self._make_room(k, n)
+        if self._buffer is None or self._end + n > self._buffer.shape[1]:
+            self._make_room(new)
         assert self._buffer is not None
-        self._buffer[0, :, self._end : self._end + n] = k
-        self._buffer[1, :, self._end : self._end + n] = v
+        self._buffer[:, self._end : self._end + n] = new
         self._end += n
-        kept = self._buffer[:, :, self._start : self._end]
-        return kept[0], kept[1]
+        kept = self._buffer[:, self._start : self._end]
+        return kept[:, :, 0], kept[:, :, 1]
 
-    def _make_room(self, like: Tensor, n: int) -> None:
-        batch, _, heads, head_dim = like.shape
+    def _make_room(self, new: Tensor) -> None:
+        batch, n, _, heads, head_dim = new.shape
         kept = self._end - self._start
-        capacity = max(_FIRST_CAPACITY_STEPS, 2 * (kept + n))
         old = self._buffer
-        if old is None or old.shape[2] < capacity:
-            self._buffer = like.new_empty(2, batch, capacity, heads, head_dim)
+        capacity = max(self.capacity_steps, n if old is None else 2 * (kept + n))
+        if old is None or old.shape[1] < capacity:
+            self._buffer = new.new_empty(batch, capacity, 2, heads, head_dim)
         assert self._buffer is not None
         if old is not None:
             # A copy first: the kept part may overlap its new place.
-            self._buffer[:, :, :kept] = old[:, :, self._start : self._end].clone()
+            self._buffer[:, :kept] = old[:, self._start : self._end].clone()
         self._start, self._end = 0, kept
 
     @staticmethod
@@ -56,7 +54,7 @@ class LayerCache:
         joined = LayerCache(layers[0].window_steps)
         joined._start, joined._end = layers[0]._start, layers[0]._end
         buffers = [layer._buffer for layer in layers if layer._buffer is not None]
-        joined._buffer = torch.cat(buffers, dim=1) if buffers else None
+        joined._buffer = torch.cat(buffers) if buffers else None
         return joined
 
     @property

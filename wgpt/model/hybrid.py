@@ -248,6 +248,8 @@ class HybridModel(nn.Module):
         """One line for logs and cards."""
         config = self.config
         kind = "mel slices and tokens" if config.mel_dim else "tokens only"
+        if config.n_fine:
+            kind += f", predicts {1 + config.n_fine} codebooks"
         per_second = self.flops_per_step(round(10 * STEP_RATE_HZ)) * STEP_RATE_HZ
         return (
             f"{kind}, {self.n_parameters() / 1e6:.2f} M parameters, "
