@@ -111,3 +111,12 @@ def assert_same_codes(model: Any, wave: Tensor, got: Tensor, expected: Tensor) -
             alike[t], n_ties = False, n_ties + 1
         residual = residual - entries[expected[k]].T
     assert n_ties <= 2
+
+
+def stored_bytes(stream: Any) -> int:
+    """Bytes of memory that the state of a stream keeps alive."""
+    tensors = [stream._tail, *stream._held.values()]
+    for state in stream._states:
+        tensors += state if isinstance(state, tuple) else [state]
+    storages = [x.untyped_storage() for x in tensors if x is not None]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())

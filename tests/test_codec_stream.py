@@ -19,6 +19,7 @@ from stream_cases import (
     model_of,
     noise,
     random_codes,
+    stored_bytes,
 )
 from transformers.models.encodec.configuration_encodec import EncodecConfig
 from transformers.models.encodec.modeling_encodec import EncodecModel
@@ -223,6 +224,21 @@ def test_clone_of_one_becomes_a_batch(name: str, n_prompt: int) -> None:
         twin.clone(2)
 
 
+@pytest.mark.parametrize("name", ["mini", "encodec"])
+def test_streams_join_to_a_batch_with_the_bits_of_each(name: str) -> None:
+    model, codes = model_of(name), random_codes(3, 8, 18, seed=31)
+    streams = [StreamDecoder(model) for _ in range(3)]
+    for stream, row in zip(streams, codes, strict=True):
+        stream.push(row[None, :, :9])
+    joined = StreamDecoder.join(streams)
+    together = torch.cat([joined.push(codes[:, :, t : t + 1]) for t in range(9, 18)], 1)
+    for b, stream in enumerate(streams):
+        alone = [stream.push(codes[b : b + 1, :, t : t + 1]) for t in range(9, 18)]
+        assert torch.equal(torch.cat(alone, 1)[0], together[b])
+    with pytest.raises(ValueError, match="started and wait for nothing"):
+        StreamDecoder.join([StreamDecoder(model)])
+
+
 def test_reset_starts_again() -> None:
     model = model_of("mini")
     codes, wave = random_codes(8, 6, seed=22), noise(6 * HOP, seed=23)
@@ -237,15 +253,6 @@ def test_reset_starts_again() -> None:
     batch = decoder.push(codes[None])
     assert torch.equal(batch[0], first) and batch.shape == (1, 6 * HOP)
     assert torch.equal(encoder.push(wave), first_codes)
-
-
-def stored_bytes(stream: Any) -> int:
-    """Bytes of memory that the state of a stream keeps alive."""
-    tensors = [stream._tail, *stream._held.values()]
-    for state in stream._states:
-        tensors += state if isinstance(state, tuple) else [state]
-    storages = [x.untyped_storage() for x in tensors if x is not None]
-    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
 
 def test_state_does_not_grow() -> None:

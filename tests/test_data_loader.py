@@ -137,6 +137,15 @@ def test_shift_rule_by_hand() -> None:
     assert batch.targets[1].tolist() == [-1, 12, -1, -1]
     assert batch.frames[1, :, 2].tolist() == [10, 10.5, 11, 11.5] + [-11.5] * 4
     assert (batch.clips.tolist(), batch.starts.tolist()) == ([0, 1], [0, 1])
+    assert batch.codes is None
+    # Targets of all codebooks: the same steps, the same places unscored.
+    codes = loader.collate(split, [first, later], n_fine=1).codes
+    assert codes.tolist() == [
+        [[0, 1, 2, 3], [100, 101, 102, 103]],
+        [[-1, 12, -1, -1], [-1, 112, -1, -1]],
+    ]
+    with pytest.raises(shards.DataError, match=r"n_fine must lie in \[0, 1\].*got 2"):
+        loader.collate(split, [first], n_fine=2)
     single = loader.collate(split, [first, later], mel_source=None)
     assert single.frames is None and single.tokens[0].tolist() == [1024, 0, 1, 2]
     assert single.tokens.dtype == single.targets.dtype == torch.int64

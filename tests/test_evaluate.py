@@ -1,5 +1,6 @@
 """Evaluation: every token once, baselines by hand, closed loop, and figures that agree."""
 
+import dataclasses
 import json
 import math
 
@@ -55,6 +56,27 @@ def test_score_counts_every_token_once(prepared, context):
     assert score.n_tokens.tolist() == [split.clip_steps(i) for i in range(split.n_clips)]
 
 
+@pytest.mark.parametrize("context", [7, 50])
+def test_codebook_scores_count_every_code_once(prepared, context):
+    torch.manual_seed(0)
+    split = Dataset(prepared).split("valid")
+    shape = dataclasses.replace(config.preset("gpt-xs"), n_layers=1, n_fine=3, fine_dim=32)
+    model = HybridModel(shape)
+    scores = evaluate.codebook_scores("m", model, split, context_steps=context)
+    assert [s.name for s in scores] == ["m", *(f"m, codebook {k}" for k in (1, 2, 3))]
+    coarse = evaluate.score("m", model, split, context_steps=context)
+    np.testing.assert_array_equal(scores[0].nll, coarse.nll)
+    with torch.no_grad():
+        model.fine.heads.zero_()  # uniform; the likeliest code is then 0
+    for k, score in enumerate(
+        evaluate.codebook_scores("m", model, split, context_steps=context)[1:], 1
+    ):
+        assert score.n_tokens.tolist() == [split.clip_steps(i) for i in range(split.n_clips)]
+        assert score.row()["nll_nats"] == pytest.approx(math.log(1024), rel=1e-6)
+        zeros = [(split.clip(i)[0][k] == 0).sum().item() for i in range(split.n_clips)]
+        assert score.correct.tolist() == zeros
+
+
 def test_score_does_not_depend_on_the_batch_size(prepared):
     torch.manual_seed(0)
     split = Dataset(prepared).split("valid")
@@ -107,6 +129,7 @@ def test_eval_command_prints_every_row(tiny_run, capsys):
                      "hybrid-xs (closed loop)"]  # fmt: skip
     n_tokens = {row["n_tokens"] for row in result["rows"] if row["group"] == "all"}
     assert n_tokens == {Dataset(result["data"]).split("valid").n_steps}
+    assert result["codebooks"] == [] and result["rollout"] is None
     assert main(["eval", str(tiny_run)]) == 0
     assert capsys.readouterr().out.count("\n|") >= 6
     assert main(["eval", str(tiny_run.parent / "nothing")]) == 2

@@ -1,15 +1,24 @@
 """Generation: same seed, same samples; cached equals uncached; the model hears its own output."""
 
-import json
+import dataclasses
+import logging
+import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from stream_cases import stored_bytes
+from waking import awake
 
-from wgpt import audio
-from wgpt.cli import main
-from wgpt.config import ConfigError
+import wgpt
+from wgpt import audio, codec, config
+from wgpt.config import ConfigError, MelConfig
 from wgpt.generate import Sampling, Speaker
+from wgpt.mel import MelFrontend
+from wgpt.model import HybridModel
+from wgpt.sampling import Draw, Stuck
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +42,10 @@ def test_generate_same_seed_same_samples(speaker, prompt):
 
 @torch.inference_mode()
 def test_generate_sound_is_the_decoded_tokens_after_the_prompt(speaker, prompt):
-    made = speaker.continue_wave(prompt, 0.4, seed=1)
+    steps = list(speaker.stream(prompt, 30, seed=1))
+    made, tokens = np.concatenate([s.wave for s in steps]), [s.tokens[0] for s in steps]
     cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
-    codes = torch.cat([speaker.codec.encode(cropped)[:1], torch.tensor([speaker.tokens])], 1)
+    codes = torch.cat([speaker.codec.encode(cropped)[:1], torch.tensor([tokens])], 1)
     whole = speaker.codec.decode(codes).numpy()
     np.testing.assert_allclose(made, whole[-len(made) :], atol=1e-5)
 
@@ -43,8 +53,8 @@ def test_generate_sound_is_the_decoded_tokens_after_the_prompt(speaker, prompt):
 @torch.inference_mode()
 def test_generate_tokens_are_those_of_an_uncached_model(speaker, prompt):
     """Greedy tokens against one full pass over the true prompt and the decoded sound."""
-    speaker.continue_wave(prompt, 0.2, Sampling(temperature=0))
-    tokens = speaker.tokens
+    steps = speaker.stream(prompt, 15, Sampling(temperature=0))
+    tokens = [step.tokens[0] for step in steps]
     cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
     codes = speaker.codec.encode(cropped)[:1]
     drawn = torch.cat([codes, torch.tensor([tokens])], 1)
@@ -58,10 +68,121 @@ def test_generate_tokens_are_those_of_an_uncached_model(speaker, prompt):
     assert drop.max() < 1e-3
 
 
-def test_generate_streams_what_it_returns_whole(speaker, prompt):
-    chunks = list(speaker.stream(prompt, 9, seed=2))
-    assert [len(chunk) for chunk in chunks] == [320] * 9
-    assert np.array_equal(np.concatenate(chunks), speaker.continue_wave(prompt, 9 / 75, seed=2))
+@pytest.mark.parametrize("chunk_s", [1 / 75, 0.04, 0.08, 10.0])
+def test_generate_gives_the_same_samples_in_any_chunks(speaker, prompt, chunk_s):
+    whole = speaker.continue_wave(prompt, 9 / 75, seed=2)
+    chunks = list(wgpt.generate(speaker, prompt, seconds=9 / 75, seed=2, chunk_s=chunk_s))
+    n_chunk = round(chunk_s * 75) * 320
+    assert all(chunk.dtype == np.float32 for chunk in chunks)
+    assert [len(chunk) for chunk in chunks[:-1]] == [n_chunk] * (len(chunks) - 1)
+    assert 0 < len(chunks[-1]) <= n_chunk
+    assert np.array_equal(np.concatenate(chunks), whole)
+
+
+def test_generate_does_not_hear_how_a_prompt_was_cut(speaker, prompt):
+    whole = speaker.continue_wave(prompt, 0.1, seed=3)
+    rng, heard = np.random.default_rng(0), speaker.listen()
+    rest = prompt[len(prompt) % 320 :]
+    while len(rest):
+        n = int(rng.integers(0, 2000))
+        heard.hear(rest[:n])
+        rest = rest[n:]
+    heard.hear(np.zeros(319, np.float32))  # an incomplete step is not heard
+    pieces = [step.wave for (step,) in heard.steps(8, seeds=[3])]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("kind", ["wave", "decoded-1", "decoded-3", "decoded-8"])
+def test_generate_items_of_a_batch_are_what_they_are_alone(kind, prompt):
+    speaker = untrained(kind, n_fine=2)
+    sampling = Sampling(top_k=50, top_p=0.9)
+    prompts = [prompt, prompt[:5000], None, prompt[::-1].copy(), prompt[:5000] * 0.5]
+    batch = list(speaker.stream_batch(prompts, 12, sampling, seeds=[5, 6, 7, 8, 9]))
+    for i, own in enumerate(prompts):
+        same_as_alone(speaker, [steps[i] for steps in batch], own, sampling, 5 + i)
+    batch = list(speaker.stream_batch([prompt], 12, sampling, seeds=[1, 2, 1]))
+    for i, seed in enumerate([1, 2, 1]):
+        same_as_alone(speaker, [steps[i] for steps in batch], prompt, sampling, seed)
+    with pytest.raises(ConfigError, match="one seed for each of 2 prompts, got 3"):
+        next(speaker.stream_batch([None, None], 1, seeds=[1, 2, 3]))
+
+
+def same_as_alone(speaker, items, prompt, sampling, seed):
+    alone = list(speaker.stream(prompt, 12, sampling, seed))
+    assert [s.tokens for s in items] == [s.tokens for s in alone]
+    assert [s.entropy_nats for s in items] == [s.entropy_nats for s in alone]
+    assert all(np.array_equal(a.wave, b.wave) for a, b in zip(items, alone, strict=True))
+
+
+@torch.inference_mode()
+def test_generate_decodes_every_codebook_and_hears_them(prompt):
+    """The model's states against an uncached pass over what was said, for each mel source."""
+    for kind, n_said, n_heard in [("wave", 8, None), ("decoded-1", 8, 1), ("decoded-8", 3, 3)]:
+        speaker = untrained(kind, n_fine=n_said - 1)
+        cropped = torch.from_numpy(prompt[len(prompt) % 320 :])
+        heard, steps = speaker.listen(), []
+        heard.hear(cropped)
+        states = []
+        for (step,) in heard.steps(12):
+            steps.append(step)
+            states.append(heard._state[0])
+        said = torch.tensor([s.tokens for s in steps]).T
+        assert said.shape == (n_said, 12)
+        before = speaker.codec.encode(cropped)
+        decoded = speaker.codec.decode(torch.cat([before[:n_said], said], 1))
+        made = torch.from_numpy(np.concatenate([s.wave for s in steps]))
+        torch.testing.assert_close(made, decoded[len(cropped) :], rtol=0, atol=1e-5)
+        if n_heard is None:
+            sound = torch.cat([cropped, decoded[len(cropped) :]])
+        elif n_heard == int(kind.removeprefix("decoded-")):
+            sound = speaker.codec.decode(torch.cat([before[:n_heard], said[:n_heard]], 1))
+        else:  # 8 codebooks of the prompt, then the 3 there are
+            decoder = speaker.codec.stream_decoder(8)
+            sound = torch.cat([decoder.push(before), decoder.push(said)])
+        frames = torch.cat([speaker.frontend.silence[None], speaker.frontend(sound)])[None]
+        tokens = torch.cat([torch.tensor([1024]), before[0], said[0]])[None]
+        expected = speaker.model.hidden(tokens, frames)[0, before.shape[1] : -1]
+        torch.testing.assert_close(torch.stack(states), expected, rtol=0, atol=1e-3)
+
+
+def untrained(mel_source, **changes):
+    """A speaker with random weights in every layer."""
+    shape = dataclasses.replace(config.preset("hybrid-xs"), fine_dim=64, **changes)
+    torch.manual_seed(0)
+    model = awake(HybridModel(shape)).eval()
+    return Speaker(model, codec.load("mini"), MelFrontend(MelConfig()), mel_source)
+
+
+def test_generate_endless_needs_constant_memory(prompt):
+    """Cache, codec state and mel history hold the same bytes after 2 windows and after 20."""
+    speaker = untrained("wave", window_steps=30)
+    steps = speaker.listen()
+    steps.hear(prompt)
+    sizes = []
+    for n, _ in enumerate(steps.steps(None), 1):
+        if n in (60, 150, 600):
+            tail = steps._mel._tail.untyped_storage().nbytes()
+            sizes.append((steps._cache.n_bytes, stored_bytes(steps._decoder), tail))
+        if n == 600:
+            break
+    assert len(set(sizes)) == 1, sizes
+    layers = (*steps._cache.layers, *steps._cache.mel_layers)
+    assert max(layer._end - layer._start for layer in layers) <= 30
+
+
+def test_step_entropy_is_that_of_the_distribution_drawn_from(speaker, prompt):
+    draw = Draw(Sampling(temperature=0.5, top_k=3), [0])
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    draw(logits)
+    p = np.array([0.2, 0.3, 0.4]) ** 2
+    p /= p.sum()
+    assert draw.entropy_nats[0] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-6)
+    steps = list(speaker.stream(prompt, 3, Sampling(top_k=7)))
+    assert all(0 < step.entropy_nats <= math.log(7) for step in steps)
+    assert [step.entropy_nats for step in speaker.stream(None, 2, Sampling(temperature=0))] == [
+        0.0,
+        0.0,
+    ]
 
 
 def test_generate_without_a_prompt(speaker):
@@ -69,18 +190,19 @@ def test_generate_without_a_prompt(speaker):
 
 
 def test_sampling_keeps_to_its_rules():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
     def drawn(sampling):
-        return {sampling.draw(logits, generator) for _ in range(200)}
+        draw = Draw(sampling, [0])
+        return {int(draw(logits)) for _ in range(200)}
 
     assert drawn(Sampling(temperature=0)) == {0}
     assert drawn(Sampling(top_k=2)) == {0, 1}
     assert drawn(Sampling(top_p=0.75)) == {0, 1}
     assert drawn(Sampling(top_p=0.8001)) == {0, 1, 2}
     assert drawn(Sampling()) == {0, 1, 2, 3}
-    counts = np.bincount([Sampling().draw(logits, generator) for _ in range(4000)], minlength=4)
+    draw = Draw(Sampling(), [0])
+    counts = np.bincount([int(draw(logits)) for _ in range(4000)], minlength=4)
     np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
@@ -93,18 +215,74 @@ def test_sampling_refuses(options, words):
         Sampling(**options)
 
 
-def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
-    prompt = sorted(recordings.rglob("*.wav"))[0]
-    out = tmp_path / "y.wav"
-    arguments = ["generate", str(tiny_run), "--prompt", str(prompt), "--seconds", "0.2"]
-    assert main([*arguments, "--out", str(out), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert len(facts["tokens"]) == 15
-    assert len(audio.read(out)) == 15 * 320
-    assert main([*arguments, "--out", str(out), "--with-prompt"]) == 0
-    assert len(audio.read(out)) == len(audio.read(prompt)) + 15 * 320
-    assert main([*arguments[:2], "--seconds", "0", "--out", str(out)]) == 2
-    assert (
-        main([*arguments[:2], "--prompt", "nothing.wav", "--seconds", "1", "--out", "x.wav"]) == 1
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seconds": 0.001}, "seconds must be at least one step"),
+        ({"seconds": math.nan}, "seconds must be at least one step .* got nan"),
+        ({"chunk_s": 0.0}, "chunk_s must be at least one step"),
+        ({"end_when_stuck_s": -1.0}, "end_when_stuck_s must be at least one step"),
+        ({"seed": -1}, "seed must be in"),
+        ({"prompt": np.zeros((2, 9), np.float32)}, r"prompt must be .*\(2, 9\)"),
+        ({"prompt": np.array([np.nan])}, "prompt must be finite"),
+    ],
+)
+def test_generate_refuses(speaker, arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        wgpt.generate(speaker, **{"seconds": 1.0} | arguments)
+
+
+def test_generate_is_a_function_and_a_module():
+    code = (
+        "import wgpt, sys; assert 'torch' not in sys.modules\n"
+        "{}\n"
+        "try: wgpt.generate('no such run', seconds=1)\n"
+        "except wgpt.config.ConfigError as error: print(error)"
     )
-    assert "nothing.wav" in capsys.readouterr().err
+    for first in ("", "from wgpt.generate import Speaker", "import wgpt.generate"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(first)], capture_output=True, text=True
+        )
+        assert "no such file" in done.stdout, done.stderr
+
+
+# -- the end of a stream ---------------------------------------------------------------------------
+
+
+def steps_until_stuck(waves, tokens, after_s=0.2):
+    stuck = Stuck(after_s)
+    for n, (wave, token) in enumerate(zip(waves, tokens, strict=False), 1):
+        reason = stuck.reason(wave, token)
+        if reason:
+            return n, reason
+    return None
+
+
+def test_stuck_finds_silence_and_loops_and_nothing_else():
+    rng = np.random.default_rng(0)
+    loud, quiet = np.full(320, 0.1, np.float32), np.full(320, 0.0009, np.float32)
+    tokens = rng.permutation(1024).tolist()
+    assert steps_until_stuck([loud] * 500, tokens) is None
+    assert steps_until_stuck([loud, *[quiet] * 500], tokens) == (
+        16,
+        "silence (below -60 dBFS) for 0.2 s",
+    )
+    pauses = [loud if t % 15 == 14 else quiet for t in range(500)]
+    assert steps_until_stuck(pauses, tokens) is None
+    for period in (1, 2, 8):
+        n, reason = steps_until_stuck([loud] * 500, [99, 99, 98, *list(range(period)) * 400])
+        assert reason.startswith(f"the same {period} token(s)") and 15 <= n - 3 - period <= 16
+    assert steps_until_stuck([loud] * 500, list(range(9)) * 50) is None
+
+
+def test_generate_endless_ends_when_it_is_stuck(caplog):
+    speaker = untrained("wave", window_steps=20)
+    greedy = Sampling(temperature=0)
+    with torch.no_grad():  # one token always wins
+        speaker.model.head.weight.zero_()
+    with caplog.at_level(logging.WARNING):
+        chunks = list(wgpt.generate(speaker, sampling=greedy, end_when_stuck_s=0.5))
+    n_steps = sum(map(len, chunks)) // 320
+    assert n_steps == 39  # the first repeats the second: 38 repeats make 0.5 s
+    assert "ended after 0.52 s: the same 1 token(s) repeated for 0.5 s" in caplog.text
+    assert len(list(wgpt.generate(speaker, sampling=greedy, seconds=1.0, chunk_s=1 / 75))) == 75

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wgpt.config import ConfigError, MelConfig
-from wgpt.mel import MelFrontend, hz_to_mel, lookahead_samples, mel_filterbank, mel_to_hz
+from wgpt.mel import MelFrontend, MelStream, hz_to_mel, lookahead_samples, mel_filterbank, mel_to_hz
 
 # librosa 0.11.0, librosa.filters.mel(sr=24000, n_fft=W, n_mels=64, fmin=0, fmax=12000):
 # per W: sum, sum of squares, count of positive entries; (band, bin, weight) samples.
@@ -186,3 +186,29 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 2\)"):
         frontend.slices_from(torch.zeros(640), 1, 2)
     assert frontend(torch.zeros(10)).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MelConfig(),
+        MelConfig(window_samples=600, centered=True),
+        MelConfig(window_samples=300, n_mels=20),
+        MelConfig(window_samples=512, frames_per_step=2, n_mels=32),
+    ],
+)
+def test_mel_stream_gives_the_slices_of_the_whole_wave(config):
+    frontend = MelFrontend(config)
+    wave = 0.1 * torch.randn(2, 23 * 320, generator=torch.Generator().manual_seed(3))
+    stream, parts, start = MelStream(frontend), [], 0
+    for n in (1, 8, 1, 1, 5, 7):
+        parts.append(stream.push(wave[:, start * 320 : (start + n) * 320]))
+        start += n
+    torch.testing.assert_close(torch.cat(parts, 1), frontend(wave), rtol=0, atol=1e-4)
+    alone = MelStream(frontend)
+    assert torch.equal(alone.push(wave[1:, :320])[0], parts[0][1])
+
+
+def test_mel_stream_refuses_a_window_that_sees_ahead():
+    with pytest.raises(ConfigError, match="cannot stream"):
+        MelStream(MelFrontend(MelConfig(window_samples=2048, centered=True, leaky=True)))

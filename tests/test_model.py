@@ -178,7 +178,7 @@ def test_model_accounting_agrees_with_what_happens():
     cache = model.new_cache()
     model(tokens, frames, cache)
     held = sum(k.numel() + v.numel() for k, v in (
-        layer.append(*torch.zeros(2, 1, 0, heads, 32))
+        layer.append(torch.zeros(1, 0, 2, heads, 32))
         for layer, heads in [*((m, 2) for m in cache.mel_layers), *((m, 4) for m in cache.layers)]
     ))  # fmt: skip
     assert held * 4 == 64 * model.cache_bytes_per_step()

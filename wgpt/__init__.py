@@ -20,6 +20,8 @@ _SUBMODULES = (
     "mel",
     "model",
     "ops",
+    "sampling",
+    "speaker",
     "synth",
     "train",
 )

@@ -120,6 +120,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     tensors = safetensors.torch.load_file(path)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state: dict[str, Tensor] = {}
         for key in _MOMENTS:
             value = tensors.pop(f"{key}:{name}", None)

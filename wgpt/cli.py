@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("wgpt.generate", "continue a recording, or start from silence"),
     "study": ("wgpt.study", "train the hybrid, its token-only twins and controls; one table"),
     "demo": ("wgpt.demo", "the whole way on the speech in the package and rendered music"),
+    "serve": ("wgpt.serve", "a page on this machine: continue a recording and listen"),
     "doctor": ("wgpt.doctor", "what is installed, and what will run"),
 }
 

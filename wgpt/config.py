@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import math
+from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
 
 SAMPLE_RATE_HZ = 24_000
@@ -27,9 +28,14 @@ def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
         raise ConfigError(f"{owner}: {name} must be {rule}, got {got!r}")
 
 
-def _documented(default: Any, doc: str) -> Any:
-    """A dataclass field that carries the sentence `--help` prints."""
-    return field(default=default, metadata={"doc": doc})
+def _documented(default: Any, doc: str, flag: str | None = None) -> Any:
+    """A field with the sentence `--help` prints and its flag, if that is not the field's name."""
+    return field(default=default, metadata={"doc": doc, "flag": flag})
+
+
+def flag_of(setting: Field[Any]) -> str:
+    """The command-line flag of a documented field."""
+    return f"--{setting.metadata['flag'] or setting.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,13 @@ class ModelConfig:
     window_steps: int = _documented(0, "sliding attention window in steps; 0 for none")
     rope_base: float = _documented(10_000.0, "base of the rotary position angles")
     dropout: float = _documented(0.0, "dropout on the residual branches while training")
+    n_fine: int = _documented(
+        0, "codebooks after the first that a depth transformer predicts", flag="fine-codebooks"
+    )
+    fine_dim: int = _documented(128, "channels of the depth transformer")
+    n_fine_layers: int = _documented(1, "blocks of the depth transformer")
+    fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
+    fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
@@ -109,6 +122,16 @@ class ModelConfig:
 
         for name in ("token_dim", "mel_dim", "n_mel_layers", "mel_context_frames", "window_steps"):
             check(name, "at least 0", getattr(self, name) >= 0)
+        check("n_fine", "at least 0", self.n_fine >= 0)
+        if self.n_fine:
+            for name in ("fine_dim", "n_fine_layers", "fine_ffn_dim"):
+                check(name, "at least 1", getattr(self, name) >= 1)
+            check("fine_head_dim", f"one of {HEAD_DIMS}", self.fine_head_dim in HEAD_DIMS)
+            check(
+                "fine_head_dim",
+                f"a divisor of fine_dim {self.fine_dim}",
+                not self.fine_dim % self.fine_head_dim,
+            )
         for name in ("n_layers", "ffn_dim", "codebook_size", "frames_per_step", "n_mels"):
             check(name, "at least 1", getattr(self, name) >= 1)
         check("token_dim", "positive when mel_dim is 0", self.width > 0)
@@ -167,6 +190,11 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
 }
 
 
+def mel_source_name(text: str) -> str:
+    """The name of a mel source: `decoded:8` is another spelling of `decoded-8`."""
+    return text.replace(":", "-")
+
+
 def preset(name: str) -> ModelConfig:
     """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
     if name not in PRESETS:
@@ -194,7 +222,22 @@ class TrainConfig:
     seed: int = _documented(0, "seed of the initialisation, the data order and dropout")
     dtype: str = _documented("fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters")
     device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
-    mel_source: str = _documented("wave", "which prepared mel the hybrid reads")
+    mel_source: str = _documented("wave", "which prepared mel the hybrid reads: wave, decoded-K")
+    mel_noise: float = _documented(
+        0.0, "noise on the mel while training, in standard deviations of the training split"
+    )
+    mel_drop: float = _documented(
+        0.0, "share of steps whose mel slice is replaced by the mean while training"
+    )
+    mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
+    fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
+    fine_share: float = _documented(
+        0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
+    )
+    init: str = _documented("", "run or model folder to start from: its shape and its weights")
+    freeze_trunk: bool = _documented(
+        False, "train the finer codebooks only; the coarse model of --init stays as it is"
+    )
     eval_every: int = _documented(250, "steps between validations; 0 for only the last")
     eval_audio_s: float = _documented(300.0, "validation audio scored while training, s; 0: all")
     save_every: int = _documented(250, "steps between checkpoints; 0 for only the last")
@@ -218,6 +261,13 @@ class TrainConfig:
         check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)
         check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)
         check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
+        object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
+        check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
+        check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)
+        check("mel_drop_span_steps", "at least 1", self.mel_drop_span_steps >= 1)
+        check("fine_weight", "finite and positive", 0 < self.fine_weight < math.inf)
+        check("fine_share", "in (0, 1]", 0 < self.fine_share <= 1)
+        check("freeze_trunk", "used with init", bool(self.init) or not self.freeze_trunk)
 
     @property
     def context_steps(self) -> int:

@@ -31,6 +31,7 @@ REQUIRED: tuple[str, ...] = (
     "matplotlib",
 )
 OPTIONAL = {
+    "gradio": "the page of wgpt serve (pip install 'wgpt[demo]')",
     "encodec": "the second codec implementation (pip install 'wgpt[encodec]')",
     "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
 }

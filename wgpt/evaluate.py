@@ -59,8 +59,13 @@ class Score:
         return [self.row()] + ([self.row(name) for name in names] if len(names) > 1 else [])
 
 
+def score(name: str, model: HybridModel, split: Split, **options: Any) -> Score:
+    """Teacher-forced score of the coarse codebook; options as in `codebook_scores`."""
+    return codebook_scores(name, model, split, **options, with_fine=False)[0]
+
+
 @torch.inference_mode()
-def score(
+def codebook_scores(
     name: str,
     model: HybridModel,
     split: Split,
@@ -70,17 +75,24 @@ def score(
     batch_size: int = 8,
     clips: list[int] | None = None,
     dtype: str = "fp32",
-) -> Score:
-    """Teacher-forced score over every token of the clips, by the window rule of data.loader."""
+    with_fine: bool = True,
+) -> list[Score]:
+    """Teacher-forced scores over every token of the clips, by the window rule of data.loader.
+
+    One for codebook 0, then, `with_fine`, one for each of the model's finer codebooks.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums = np.zeros((3, split.n_clips))
+    fine = model.fine if with_fine else None
+    sums = np.zeros((1 + (model.config.n_fine if fine else 0), 3, split.n_clips))
     source = mel_source if model.config.mel_dim else None
-    for batch in windows(split, context_steps, source, batch_size=batch_size, clips=clips):
+    options: dict[str, Any] = {"batch_size": batch_size, "clips": clips, "n_fine": len(sums) - 1}
+    for batch in windows(split, context_steps, source, **options):
         on_device = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            logits = model(on_device.tokens, on_device.frames)
+            hidden = model.hidden(on_device.tokens, on_device.frames)
+            logits = model.head(hidden)
         scored = on_device.targets >= 0
         losses = functional.cross_entropy(
             logits.flatten(0, 1).float(),
@@ -92,9 +104,19 @@ def score(
         correct = ((logits.argmax(-1) == on_device.targets) & scored).sum(1)
         per_row = torch.stack([losses, correct.double(), scored.sum(1).double()]).cpu().numpy()
         for row, clip in enumerate(batch.clips.tolist()):
-            sums[:, clip] += per_row[:, row]
+            sums[0, :, clip] += per_row[:, row]
+            if fine is None:
+                continue
+            assert on_device.codes is not None
+            codes = on_device.codes[row : row + 1]  # row by row: logits of T * n_fine * V
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                nll, hit = fine.nll(hidden[row : row + 1], codes)
+            known = fine.known_targets(codes)
+            facts = torch.stack([nll.double(), hit.double(), known.double()], 1).sum((0, 3))
+            sums[1:, :, clip] += facts.T.cpu().numpy()
     model.train(was_training)
-    return _to_score(name, sums, split, clips)
+    names = [name, *(f"{name}, codebook {k}" for k in range(1, len(sums)))]
+    return [_to_score(n, s, split, clips) for n, s in zip(names, sums, strict=True)]
 
 
 def _to_score(name: str, sums: np.ndarray, split: Split, clips: list[int] | None = None) -> Score:
@@ -210,10 +232,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def codebook_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of Score.row() with a `codebook` as a markdown table."""
+    lines = [
+        "| codebook | group | NLL (nats) | accuracy | perplexity |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['codebook']} | {row['group']} | {row['nll_nats']:.3f} "
+            f"| {100 * row['accuracy']:.2f} % | {row['perplexity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def evaluate(
-    run: str | Path, data: str | Path | None = None, split_name: str = "valid", device: str = "cpu"
+    run: str | Path,
+    data: str | Path | None = None,
+    split_name: str = "valid",
+    device: str = "cpu",
+    rollout_s: int = 0,
+    rollout_clips: int = 8,
 ) -> dict[str, Any]:
-    """All figures of a trained run: {rows, codec, context_steps, mel_source, data, split}.
+    """All figures of a trained run.
+
+    Returns {rows, codebooks, codec, rollout, context_steps, mel_source, data, split}: `codebooks`
+    are teacher-forced rows of every codebook that the model predicts, none of a coarse one;
+    `rollout` is rollout.drift over rollout_s seconds, None for 0.
+
+    The closed loop reads mel of audio decoded from the true codes: from codebook 0, from as many
+    as the model predicts, and from those that `decoded-k` sources of the data were prepared for.
 
     Raises ConfigError, DataError or CodecError naming the file at fault.
     """
@@ -229,12 +277,21 @@ def evaluate(
     scores = baselines(dataset.split("train"), split)
     name = trained.preset
     forced = f"{name} (teacher-forced)" if model.config.mel_dim else name
-    scores.append(score(forced, model, split, mel_source=source, **options))
+    by_codebook = codebook_scores(forced, model, split, mel_source=source, **options)
+    scores.append(by_codebook[0])
     if model.config.mel_dim:
-        closed = with_decoded_mel(split, codec, frontend, 1)
-        scores.append(
-            score(f"{name} (closed loop)", model, closed, mel_source="decoded-1", **options)
-        )
+        prepared = {int(s.removeprefix("decoded-")) for s in split.mel if s.startswith("decoded-")}
+        for k in sorted({1, 1 + model.config.n_fine} | prepared):
+            split = with_decoded_mel(split, codec, frontend, k)
+            title = f"{name} (closed loop{f', {k} codebooks' if k > 1 else ''})"
+            scores.append(score(title, model, split, mel_source=f"decoded-{k}", **options))
+    rollout = None
+    if rollout_s:
+        from wgpt import rollout as rollouts
+        from wgpt.speaker import Speaker
+
+        speaker = Speaker.open(trained.model_folder, device)
+        rollout = rollouts.drift(speaker, split, rollout_s, rollout_clips)
     return {
         "run": str(run),
         "data": str(dataset.path),
@@ -242,6 +299,13 @@ def evaluate(
         "mel_source": source if model.config.mel_dim else None,
         **options,
         "rows": [row for one in scores for row in one.rows()],
+        "codebooks": [
+            {"codebook": k, **row}
+            for k, one in enumerate(by_codebook)
+            for row in one.rows()
+            if model.fine is not None
+        ],
+        "rollout": rollout,
         "codec": codec_ceiling(split, codec, frontend) if "wave" in split.mel else [],
     }
 
@@ -252,29 +316,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="prepared data folder (default: the one it was trained on)")
     parser.add_argument("--split", default="valid", choices=("valid", "train"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--rollout-s",
+        type=int,
+        default=0,
+        metavar="S",
+        help="also let the model go on for S seconds, and say how far its sound drifts (default 0)",
+    )
+    parser.add_argument("--rollout-clips", type=int, default=8, help="rollouts (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt eval`: prints the table, or JSON."""
-    result = evaluate(args.run, args.data, args.split, args.device)
+    result = evaluate(
+        args.run, args.data, args.split, args.device, args.rollout_s, args.rollout_clips
+    )
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return 0
     sys.stdout.write(table(result["rows"]) + "\n")
+    if result["codebooks"]:
+        sys.stdout.write("\n" + codebook_table(result["codebooks"]) + "\n\n")
+    if result["rollout"]:
+        from wgpt import rollout
+
+        sys.stdout.write("\n" + rollout.table(result["rollout"]) + "\n\n")
     for row in result["codec"]:
         sys.stdout.write(
             f"codec ceiling, {row['codebooks']} codebook(s): log-mel error "
             f"{row['log_mel_error_db']:.2f} dB\n"
         )
     return 0
-
-
-def describe_gap(a: Score, b: Score, group: str | None = None) -> str:
-    """One sentence: a minus b with its interval."""
-    gap, low, high = paired_difference(a, b, group)
-    where = f" on {group}" if group else ""
-    return f"{a.name} minus {b.name}{where}: {gap:+.3f} nats [{low:+.3f}, {high:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Sampling: continues a recording token by token, hearing its own output through the codec.
+"""Generation: `wgpt.generate(...)` in Python, `wgpt generate` on the command line.
 
-    logits ── sample ──▶ token ──▶ streaming decoder ──▶ 320 samples ──▶ mel slice ─┐
-      ▲                    └──────────── next input of the cached model ◀───────────┘
+    for chunk in wgpt.generate("RUN", "prompt.wav", seconds=10):   # float32 (n,) at 24 kHz
+        play(chunk)
 
-The mel slices of the prompt come from the prompt's own audio; those of the continuation can only
-come from decoded tokens. The model samples codebook 0, so the sound is that of the coarsest
-codebook.
+This module can be called: `wgpt.generate(...)` is `wgpt.generate.generate(...)`.
 """
 
 from __future__ import annotations
@@ -13,197 +11,93 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
+import os
 import sys
+import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from wgpt import audio, codec
-from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError, MelConfig, from_json
+from wgpt import audio
+from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
 from wgpt.data.shards import Dataset
 from wgpt.mel import MelFrontend
 from wgpt.model import HybridModel
 from wgpt.runs import Run
+from wgpt.sampling import Sampling, Stuck
+from wgpt.speaker import Continuation, Speaker, Step, n_steps_of
+
+__all__ = ["Continuation", "Sampling", "Speaker", "Step", "Stuck", "generate", "sample_into"]
 
 log = logging.getLogger(__name__)
 
 _SAMPLE_PROMPT_S = 3.0
+ENDLESS_STUCK_S = 5.0  # an endless stream that is stuck this long ends, unless told otherwise
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits.
+def generate(
+    run: str | Path | Speaker,
+    prompt: np.ndarray | str | Path | None = None,
+    *,
+    seconds: float | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chunk_s: float = 0.08,
+    end_when_stuck_s: float | None = None,
+    device: str = "cpu",
+) -> Iterator[np.ndarray]:
+    """Yields the continuation of a prompt as it is made, in chunks of float32 PCM at 24 kHz.
 
-    temperature: logits are divided by it; 0 takes the most likely token.
-    top_k: keep the k most likely; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens with at least this probability; 1 keeps all.
+    run: a run folder, its model folder, or a Speaker that is open already.
+    prompt: float (L,) at 24 kHz or a recording's path; None starts from nothing.
+    seconds: length of the continuation in whole steps of 1/75 s; None: it does not end.
+    chunk_s: length of a chunk, seconds, in whole steps; it has no influence on the samples.
+    end_when_stuck_s: end, with a line in the log, once the stream gave nothing but silence or a
+        short loop of tokens for so long (see `Stuck`); 0: never. None: 5 s if it would not end
+        otherwise, never if `seconds` is given.
+    device: where a run folder is opened.
+
+    The same arguments give the same samples on one machine, and those of Speaker.continue_wave.
+    The arguments are checked at the call; ConfigError and CodecError name the one at fault.
     """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-
-    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """One token from logits (V,), by the inverse of the cumulative distribution on the CPU.
-
-        One uniform number a token, so the same generator gives the same tokens on every device
-        up to rounding of the logits.
-        """
-        logits = logits.detach().double().cpu()
-        uniform = torch.rand((), dtype=torch.float64, generator=generator)
-        if self.temperature == 0:
-            return int(logits.argmax())
-        values, order = logits.div(self.temperature).sort(descending=True, stable=True)
-        if self.top_k:
-            values, order = values[: self.top_k], order[: self.top_k]
-        cumulative = values.softmax(0).cumsum(0)
-        if self.top_p < 1:
-            n_kept = int((cumulative < self.top_p).sum()) + 1
-            cumulative = cumulative[:n_kept]
-        place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
-        return int(order[place.clamp(max=len(cumulative) - 1)])
+    n_steps = None if seconds is None else n_steps_of(seconds)
+    n_chunk = n_steps_of(chunk_s, "chunk_s")
+    if end_when_stuck_s is None:
+        end_when_stuck_s = 0.0 if n_steps else ENDLESS_STUCK_S
+    stuck = Stuck(end_when_stuck_s) if end_when_stuck_s else None
+    speaker = run if isinstance(run, Speaker) else Speaker.open(run, device)
+    if isinstance(prompt, str | Path):
+        prompt = audio.read(prompt)
+    return _chunks(speaker.stream(prompt, n_steps, sampling, seed), n_chunk, stuck)
 
 
-@dataclass
-class Speaker:
-    """A trained model with all it needs to make sound: codec and mel front end.
+def _chunks(steps: Iterator[Step], n_chunk: int, stuck: Stuck | None) -> Iterator[np.ndarray]:
+    """The waves of n_chunk steps at a time, the last chunk shorter if need be."""
+    waves: list[np.ndarray] = []
+    for n_done, step in enumerate(steps, 1):
+        waves.append(step.wave)
+        reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
+        if reason or len(waves) == n_chunk:
+            yield np.concatenate(waves)
+            waves = []
+        if reason:
+            log.warning("ended after %.2f s: %s", n_done / STEP_RATE_HZ, reason)
+            return
+    if waves:
+        yield np.concatenate(waves)
 
-    mel_source: what the model was trained on; `decoded-k` also decodes the prompt before its mel.
-    """
 
-    model: HybridModel
-    codec: codec.Codec
-    frontend: MelFrontend
-    mel_source: str | None
-    tokens: list[int] = field(default_factory=list)  # drawn in the latest generation
+class _CallableModule(types.ModuleType):
+    """`wgpt.generate(...)` works whether or not someone imported this module by its name."""
 
-    @classmethod
-    def open(cls, folder: str | Path, device: str = "cpu") -> Speaker:
-        """From a run folder, or from a model folder that a run wrote.
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[np.ndarray]:
+        return generate(*args, **kwargs)
 
-        Raises ConfigError or CodecError naming the file that is missing or does not fit.
-        """
-        folder = Path(folder)
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
-        model = HybridModel.from_pretrained(folder, device)
-        path = folder / "config.json"
-        facts = json.loads(path.read_text())
-        try:
-            mel = from_json(MelConfig, facts["mel"], str(path))
-            source, identity = facts["codec"]["source"], facts["codec"]["identity"]
-            mel_source = facts["mel_source"]
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: was not written by `wgpt train`: no {error}") from None
-        if mel_source and mel_source.startswith("leaky"):
-            raise ConfigError(
-                f"{path}: this model was trained on {mel_source}, slices that see past their "
-                "token; while generating there is no future to see. Train on mel source wave"
-            )
-        loaded = codec.load(source, device=device)
-        if loaded.identity["sha256"] != identity["sha256"]:
-            raise codec.CodecError(
-                f"codec: {source} must have the weights the model was trained with, sha256 "
-                f"{identity['sha256']}, got {loaded.identity['sha256']}"
-            )
-        return cls(model, loaded, MelFrontend(mel), mel_source)
 
-    @torch.inference_mode()
-    def stream(
-        self,
-        prompt: np.ndarray | Tensor | None,
-        n_steps: int,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-    ) -> Iterator[np.ndarray]:
-        """Yields n_steps chunks of float32 (320,) samples that continue the prompt.
-
-        prompt: float32 (L,) at 24 kHz, cropped to whole steps from its end; None starts a clip.
-        """
-        sampling = sampling or Sampling()
-        generator = torch.Generator().manual_seed(seed)
-        decoder = self.codec.stream_decoder(1)
-        wave, codes = self._read_prompt(prompt)
-        if codes.shape[1]:
-            decoder.push(codes)
-        self.tokens = []
-        cache = self.model.new_cache()
-        logits = self._prefill(wave, codes, cache)
-        history = wave[-self._history_samples() :]
-        device = logits.device
-        for step in range(n_steps):
-            token = sampling.draw(logits, generator)
-            self.tokens.append(token)
-            chunk = decoder.push(torch.tensor([[token]], device=device))
-            yield chunk.cpu().numpy()
-            if step + 1 == n_steps:
-                return
-            history = torch.cat([history, chunk])[-self._history_samples() :]
-            frames = self._slices(history, 1)
-            logits = self.model(torch.tensor([[token]], device=device), frames, cache)[0, -1]
-
-    def continue_wave(
-        self,
-        prompt: np.ndarray | Tensor | None,
-        seconds: float,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-    ) -> np.ndarray:
-        """The continuation as one float32 array of `seconds` at 24 kHz (whole steps)."""
-        n_steps = round(seconds * STEP_RATE_HZ)
-        if n_steps < 1:
-            raise ConfigError(f"seconds must be at least one step (1/75 s), got {seconds}")
-        return np.concatenate(list(self.stream(prompt, n_steps, sampling, seed)))
-
-    def _read_prompt(self, prompt: np.ndarray | Tensor | None) -> tuple[Tensor, Tensor]:
-        """The prompt as heard by the mel branch, (L,), and its coarse codes (1, T)."""
-        wave = torch.as_tensor(prompt if prompt is not None else np.zeros(0, np.float32)).float()
-        wave = wave[len(wave) % HOP_SAMPLES :].to(self.codec.device)
-        if not len(wave):
-            return wave, torch.zeros(1, 0, dtype=torch.int64, device=wave.device)
-        codes = self.codec.encode(wave)
-        if self.mel_source and self.mel_source.startswith("decoded-"):
-            wave = self.codec.decode(codes[: int(self.mel_source.removeprefix("decoded-"))])
-        return wave, codes[:1]
-
-    def _prefill(self, wave: Tensor, codes: Tensor, cache: Any) -> Tensor:
-        """Logits (V,) of the first token after the prompt."""
-        device = next(self.model.parameters()).device
-        bos = torch.tensor([[self.model.config.bos_token]], device=device)
-        tokens = torch.cat([bos, codes.to(device)], dim=1)
-        frames = None
-        if self.model.config.mel_dim:
-            silence = self.frontend.silence[None, None].expand(
-                1, self.model.config.frames_per_step, -1
-            )
-            frames = torch.cat([silence.to(wave.device), self.frontend(wave[None])], 1).to(device)
-        return self.model(tokens, frames, cache)[0, -1]
-
-    def _slices(self, history: Tensor, n_steps: int) -> Tensor | None:
-        """Frames (1, n*r, M) of the newest steps, from the newest samples."""
-        if not self.model.config.mel_dim:
-            return None
-        first = len(history) // HOP_SAMPLES - n_steps
-        return self.frontend.slices_from(history, first, n_steps)[None]
-
-    def _history_samples(self) -> int:
-        """Whole steps that cover the longest window of the newest step."""
-        config = self.frontend.config
-        return HOP_SAMPLES * (math.ceil(config.window_samples / HOP_SAMPLES) + 1)
+sys.modules[__name__].__class__ = _CallableModule
 
 
 def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
@@ -230,32 +124,140 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt generate`."""
     parser.add_argument("run", metavar="RUN", help="run folder, or its model folder")
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
-    parser.add_argument("--seconds", type=float, required=True, help="length of the continuation")
-    parser.add_argument("--out", required=True, metavar="AUDIO", help="file to write (.wav, ...)")
+    parser.add_argument("--seconds", type=float, help="length; --stream without it does not end")
+    parser.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="write raw sound to stdout as it is made, 24 kHz, one channel; for example "
+        "`wgpt generate RUN --stream | aplay -t raw -f S16_LE -r 24000 -c 1`",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("s16le", "f32le"),
+        default="s16le",
+        help="samples of --stream: 16-bit integers or 32-bit floats (default s16le)",
+    )
+    parser.add_argument("--n", type=int, default=1, help="continuations, seeds SEED, SEED+1, ...")
     parser.add_argument("--with-prompt", action="store_true", help="write the prompt in front")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely (default 1)")
     parser.add_argument("--top-k", type=int, default=100, help="0: all (default 100)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default 0)")
+    parser.add_argument(
+        "--end-when-stuck",
+        type=float,
+        metavar="S",
+        help="end after S seconds of nothing but silence or a loop of at most 8 tokens; 0: never "
+        f"(default {ENDLESS_STUCK_S:g} without --seconds, else 0)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per file")
 
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt generate`."""
+    import torch
+
+    if bool(args.out) == args.stream:
+        raise ConfigError("generate: give one of --out AUDIO and --stream")
+    if args.n < 1:
+        raise ConfigError(f"generate: --n must be at least 1, got {args.n}")
+    if args.stream and (args.n > 1 or args.json):
+        raise ConfigError(
+            "generate: --stream writes one sound and no text to stdout; --n and --json need --out"
+        )
+    if args.stream and sys.stdout.isatty():
+        raise ConfigError(
+            "generate: --stream writes raw sound, got a terminal as stdout; pipe it into a player, "
+            "such as | aplay -t raw -f S16_LE -r 24000 -c 1"
+        )
+    if args.out and args.seconds is None:
+        raise ConfigError("generate: --out needs --seconds")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    torch.set_num_threads(1)  # a step is a few thousand small operations: threads only wait
+    torch.set_num_threads(1)  # a step is a few hundred small operations: threads only wait
     speaker = Speaker.open(args.run, args.device)
     prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
-    wave = speaker.continue_wave(prompt, args.seconds, sampling, args.seed)
-    if args.with_prompt:
-        wave = np.concatenate([prompt, wave])
-    audio.write(args.out, wave)
-    if args.json:
-        facts = {"out": args.out, "seconds": len(wave) / SAMPLE_RATE_HZ, "tokens": speaker.tokens}
+    if args.stream:
+        return _stream(args, speaker, prompt, sampling)
+    return _write(args, speaker, prompt, sampling)
+
+
+def _stream(
+    args: argparse.Namespace, speaker: Speaker, prompt: np.ndarray, sampling: Sampling
+) -> int:
+    """Raw PCM to stdout until the end, or until nobody reads."""
+    chunks = generate(
+        speaker,
+        prompt,
+        seconds=args.seconds,
+        sampling=sampling,
+        seed=args.seed,
+        end_when_stuck_s=args.end_when_stuck,
+    )
+    out = sys.stdout.buffer
+    bar = tqdm(total=args.seconds, desc="generate", unit="s", unit_scale=True, disable=None)
+    try:
+        if args.with_prompt:
+            out.write(_pcm(prompt, args.format))
+        for chunk in chunks:
+            out.write(_pcm(chunk, args.format))
+            out.flush()
+            bar.update(len(chunk) / SAMPLE_RATE_HZ)
+    except BrokenPipeError:  # the listener left, which is how an endless stream ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        bar.close()
+    return 0
+
+
+def _pcm(wave: np.ndarray, kind: str) -> bytes:
+    """Little-endian samples; s16le clips at full scale."""
+    if kind == "f32le":
+        return wave.astype("<f4").tobytes()
+    return np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def _write(
+    args: argparse.Namespace, speaker: Speaker, prompt: np.ndarray, sampling: Sampling
+) -> int:
+    """--n continuations, each in a file of its own."""
+    seeds = [args.seed + i for i in range(args.n)]
+    ends: list[Stuck | None] = [
+        Stuck(args.end_when_stuck) if args.end_when_stuck else None for _ in seeds
+    ]
+    items: list[list[Step]] = [[] for _ in seeds]
+    ended = [False] * len(seeds)
+    n_steps = n_steps_of(args.seconds)
+    batches = speaker.stream_batch([prompt], n_steps, sampling, seeds)
+    for batch in tqdm(batches, "generate", n_steps, unit="step", disable=None):
+        for i, step in enumerate(batch):
+            if ended[i]:
+                continue
+            items[i].append(step)
+            stuck = ends[i]
+            reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
+            if reason:
+                ended[i] = True
+                log.warning("ended after %.2f s: %s", len(items[i]) / STEP_RATE_HZ, reason)
+        if all(ended):
+            break
+    path = Path(args.out)
+    for i, steps in enumerate(items):
+        out = path if args.n == 1 else path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
+        wave = np.concatenate([step.wave for step in steps])
+        audio.write(out, np.concatenate([prompt, wave]) if args.with_prompt else wave)
+        if not args.json:
+            sys.stdout.write(f"{out}\n")
+            continue
+        facts = {
+            "out": str(out),
+            "seed": seeds[i],
+            "seconds": len(wave) / SAMPLE_RATE_HZ,
+            "tokens": [step.tokens[0] for step in steps],
+            "entropy_nats": [round(step.entropy_nats, 4) for step in steps],
+        }
         sys.stdout.write(json.dumps(facts) + "\n")
-    else:
-        sys.stdout.write(f"{args.out}\n")
     return 0
 
 

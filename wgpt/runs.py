@@ -22,7 +22,7 @@ from wgpt.config import ConfigError, ModelConfig, TrainConfig, from_json, to_jso
 from wgpt.data.shards import DataError, Dataset
 
 _FORMAT = "wgpt-run-1"
-METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm")
+METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm", "fine_nll_nats")
 
 
 @dataclass(frozen=True)
@@ -170,4 +170,4 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if all(row.get(name) is not None for name in METRICS)]
+    return [row for row in rows if None not in row.values()]

@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from wgpt import checkpoint, config, evaluate, plots
 from wgpt.config import PRESETS, STEP_RATE_HZ, ConfigError, ModelConfig, TrainConfig
+from wgpt.data.augment import MelAugment, scored_steps
 from wgpt.data.loader import Batch, Batches, prefetch
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
 from wgpt.runs import Metrics, Run, facts_of, read_metrics
+from wgpt.warm_start import WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -113,32 +115,52 @@ def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW
     )
 
 
+def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
+    """Raises ConfigError or DataError where model, settings and data do not go together."""
+    if data.codebook_size != model.codebook_size:
+        raise ConfigError(
+            f"model: codebook_size must be the data's {data.codebook_size}, "
+            f"got {model.codebook_size}"
+        )
+    if model.n_fine >= data.n_codebooks:
+        raise ConfigError(
+            f"--fine-codebooks must lie in [0, {data.n_codebooks - 1}], the data's codec has "
+            f"{data.n_codebooks} codebooks, got {model.n_fine}"
+        )
+    if settings.freeze_trunk and not model.n_fine:
+        raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+    if not model.mel_dim:
+        if settings.mel_noise or settings.mel_drop:
+            raise ConfigError(
+                "mel_noise and mel_drop must be 0 for a model without mel (mel_dim = 0), got "
+                f"{settings.mel_noise} and {settings.mel_drop}"
+            )
+        return
+    mel = data.mel_config
+    if (model.n_mels, model.frames_per_step) != (mel.n_mels, mel.frames_per_step):
+        raise ConfigError(
+            f"model: n_mels, frames_per_step must be the data's {mel.n_mels}, "
+            f"{mel.frames_per_step}, got {model.n_mels}, {model.frames_per_step}"
+        )
+    data.normalisation(settings.mel_source)
+
+
 class Trainer:
     """One run: model, optimizer, data and files. `fit` does the rest."""
 
     def __init__(self, run: Run, data: Dataset, world: World) -> None:
         self.run, self.data, self.world, self.settings = run, data, world, run.config
         settings = self.settings
-        if data.codebook_size != run.model.codebook_size:
-            raise ConfigError(
-                f"model: codebook_size must be the data's {data.codebook_size}, "
-                f"got {run.model.codebook_size}"
-            )
-        mel = data.mel_config
-        if run.model.mel_dim and (run.model.n_mels, run.model.frames_per_step) != (
-            mel.n_mels,
-            mel.frames_per_step,
-        ):
-            raise ConfigError(
-                f"model: n_mels, frames_per_step must be the data's {mel.n_mels}, "
-                f"{mel.frames_per_step}, got {run.model.n_mels}, {run.model.frames_per_step}"
-            )
         torch.manual_seed(settings.seed)
         self.model = HybridModel(run.model)
         self.mel_source = settings.mel_source if run.model.mel_dim else None
         if self.mel_source:
             self.model.set_mel_normalisation(*data.normalisation(self.mel_source))
         self.model.to(world.device)
+        if settings.freeze_trunk:
+            self.model.requires_grad_(False)
+            assert self.model.fine is not None
+            self.model.fine.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, settings)
         self.batches = Batches(
             data.split("train"),
@@ -146,11 +168,24 @@ class Trainer:
             context_steps=settings.context_steps,
             seed=settings.seed,
             mel_source=self.mel_source,
+            n_fine=run.model.n_fine,
+            augment=self._augment(),
             rank=world.rank,
             world_size=world.size,
         )
         self.interrupted = False
         self.last_validation: dict[str, float] = {}
+
+    def _augment(self) -> MelAugment | None:
+        settings = self.settings
+        if self.mel_source is None or not (settings.mel_noise or settings.mel_drop):
+            return None
+        return MelAugment(
+            *self.data.normalisation(self.mel_source),
+            noise=settings.mel_noise,
+            drop=settings.mel_drop,
+            drop_span_steps=settings.mel_drop_span_steps,
+        )
 
     def epoch(self, step: int) -> float:
         """Training audio seen after `step` steps, in passes over the split (padding aside)."""
@@ -244,20 +279,34 @@ class Trainer:
             group["lr"] = learning_rate(step - 1, settings)
         batch = batch.to(device)
         n_scored = self.world.sum((batch.targets >= 0).sum())
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
-            logits = self.model(batch.tokens, batch.frames)
+        if settings.freeze_trunk:  # no dropout but in the head
+            for part in self.model.children():
+                part.train(part is self.model.fine)
+        with (
+            torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"),
+            torch.set_grad_enabled(not settings.freeze_trunk),
+        ):
+            hidden = self.model.hidden(batch.tokens, batch.frames)
+            logits = self.model.head(hidden)
         losses = functional.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1, reduction="sum"
         )
         loss = losses / n_scored
+        total = loss
+        if batch.codes is not None:
+            fine_nll = self._fine_nll(step, hidden, batch.codes)
+            total = loss + settings.fine_weight * fine_nll
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         _sum_gradients(parameters, self.world)
         limit = settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         correct = ((logits.detach().argmax(-1) == batch.targets) & (batch.targets >= 0)).sum()
-        facts = self.world.sum(torch.stack([loss.detach(), (correct / n_scored).float()])).tolist()
+        parts = [loss.detach(), (correct / n_scored).float()]
+        if batch.codes is not None:
+            parts.append(fine_nll.detach())
+        facts = self.world.sum(torch.stack(parts)).tolist()
         if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
             rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))
             raise TrainError(
@@ -267,13 +316,32 @@ class Trainer:
             )
         self.optimizer.step()
         rate = self.optimizer.param_groups[0]["lr"]
-        return {"nll_nats": facts[0], "accuracy": facts[1], "lr": rate, "grad_norm": norm.item()}
+        row = {"nll_nats": facts[0], "accuracy": facts[1], "lr": rate, "grad_norm": norm.item()}
+        return row if batch.codes is None else {**row, "fine_nll_nats": facts[2]}
+
+    def _fine_nll(self, step: int, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Mean NLL of the finer codebooks on some steps of each row, this process's share of it.
+
+        A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
+        the same: an eighth of them (fine_share) teaches the head for a fraction of the time.
+        """
+        settings, fine = self.settings, self.model.fine
+        assert fine is not None
+        chosen = scored_steps(
+            codes.shape[2], settings.fine_share, settings.seed, step, self.batches.rows
+        ).to(codes.device)[:, None]
+        codes = codes.gather(2, chosen.expand(-1, codes.shape[1], -1))
+        hidden = hidden.gather(1, chosen[:, 0, :, None].expand(-1, -1, hidden.shape[2]))
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
+            nll, _ = fine.nll(hidden, codes)
+        n_scored = self.world.sum(fine.known_targets(codes).sum())
+        return nll.sum() / n_scored.clamp(min=1)
 
     def _validate(self, step: int, metrics: Metrics | None) -> None:
         split = self.data.split("valid")
         if metrics is None or split.n_clips == 0:
             return
-        result = evaluate.score(
+        result, *finer = evaluate.codebook_scores(
             self.run.preset,
             self.model,
             split,
@@ -284,6 +352,9 @@ class Trainer:
         )
         row = result.row()
         self.last_validation = {k: row[k] for k in ("nll_nats", "accuracy", "perplexity")}
+        fine = [score.row()["nll_nats"] for score in finer]
+        if fine:
+            self.last_validation["fine_nll_nats"] = sum(fine) / len(fine)
         metrics.add(
             step=step,
             epoch=self.epoch(step),
@@ -292,6 +363,7 @@ class Trainer:
             accuracy=row["accuracy"],
             lr="",
             grad_norm="",
+            fine_nll_nats=self.last_validation.get("fine_nll_nats", ""),
         )
         metrics.flush()
         log.info(
@@ -356,7 +428,7 @@ def _spread_clips(split: Any, audio_s: float) -> list[int] | None:
 def train(
     data: str | Path | None,
     out: str | Path,
-    preset: str = "hybrid",
+    preset: str | None = None,
     *,
     resume: bool = False,
     model: dict[str, Any] | None = None,
@@ -367,22 +439,31 @@ def train(
     Args:
         data: prepared data folder; on resume None for the one the run was started on.
         out: run folder; must not hold a run yet unless `resume`.
-        preset: a name of config.PRESETS.
-        model: ModelConfig fields to change from the preset.
+        preset: a name of config.PRESETS; by default `hybrid`, or that of `init`.
+        model: ModelConfig fields to change from the preset, or from the shape of `init`.
         settings: TrainConfig fields. On resume all of them come from the run's config.json.
 
     Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
     """
     if resume:
         run = Run.open(out)
-        dataset = run.dataset(data)
+        dataset, warm = run.dataset(data), None
         world = World.join(run.config.device)
     else:
         if data is None:
             raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
         dataset = Dataset(data)
-        shape = dataclasses.replace(config.preset(preset), **(model or {}))
         chosen = TrainConfig(**settings)
+        warm = WarmStart(chosen.init) if chosen.init else None
+        if warm is None:
+            preset = preset or "hybrid"
+            shape = dataclasses.replace(config.preset(preset), **(model or {}))
+        elif preset is None:
+            warm.check_data(dataset)
+            preset, shape = warm.preset, warm.shape(model or {})
+        else:
+            raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
+        check_fit(shape, chosen, dataset)
         world = World.join(chosen.device)
         run = Run(Path(out), preset, shape, chosen, facts_of(dataset))
         if world.rank == 0:
@@ -390,6 +471,8 @@ def train(
     if world.rank == 0:
         dataset.verify()
     trainer = Trainer(run, dataset, world)
+    if warm is not None:
+        warm.load_into(trainer.model)
     log.info("%s: %s", run.preset, trainer.model.describe())
     try:
         return trainer.fit(resume)
@@ -404,16 +487,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt train`: a flag for every TrainConfig and ModelConfig field."""
     parser.add_argument("--data", help="folder written by `wgpt prepare`")
     parser.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    parser.add_argument("--preset", default="hybrid", choices=tuple(PRESETS))
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), help="default hybrid, or that of --init"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from RUN's newest checkpoint")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     training = parser.add_argument_group("training")
     shape = parser.add_argument_group("model", "fields of the model, instead of the preset's")
     for group, kind in ((training, TrainConfig), (shape, ModelConfig)):
         for field in dataclasses.fields(kind):
-            default = f" (default {field.default})" if kind is TrainConfig else ""
+            if type(field.default) is bool:
+                group.add_argument(
+                    config.flag_of(field),
+                    action="store_const",
+                    const=True,
+                    help=field.metadata["doc"],
+                )
+                continue
+            shown = kind is TrainConfig and field.default != ""
+            default = f" (default {field.default})" if shown else ""
             group.add_argument(
-                f"--{field.name.replace('_', '-')}",
+                config.flag_of(field),
+                dest=field.name,
                 type=type(field.default),
                 metavar=type(field.default).__name__.upper(),
                 default=None,
@@ -427,9 +522,10 @@ def run(args: argparse.Namespace) -> int:
     settings = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
     shape = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
     if args.resume and (settings or shape):
+        fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig))
         raise ConfigError(
             f"--resume takes every setting from {args.out}/config.json; leave out "
-            + ", ".join(f"--{name.replace('_', '-')}" for name in (*settings, *shape))
+            + ", ".join(config.flag_of(f) for f in fields if f.name in settings | shape)
         )
     summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
     if args.json:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wgpt.codec import stream_layers as codec_stream_layers
-from wgpt.codec.stream_layers import State
+from wgpt.codec.stream_layers import State, concatenate, repeat
 
 # Longer pushes are cut into blocks of this many frames (0.85 s), which bounds working memory.
 BLOCK_FRAMES = 64
@@ -100,10 +100,32 @@ class _Stream:
                 f"stream of {self._n_batch} and n_batch {n_batch}"
             )
         if self._n_batch is not None:
-            twin._states = [_repeat(state, n_batch) for state in self._states]
-            twin._held = {i: _repeat(x, n_batch) for i, x in self._held.items()}
-            twin._tail = _repeat(self._tail, n_batch)
+            twin._states = [repeat(state, n_batch) for state in self._states]
+            twin._held = {i: repeat(x, n_batch) for i, x in self._held.items()}
+            twin._tail = repeat(self._tail, n_batch)
             twin._n_batch, twin._batched = n_batch, True
+        return twin
+
+    @staticmethod
+    def join(streams: list[AnyStream]) -> AnyStream:
+        """One stream whose batch is that of the given ones, in order.
+
+        They must be batched streams of one codec that have started and hold nothing back; those
+        given keep their own way. Raises ValueError otherwise.
+        """
+        first = streams[0]
+        for s in streams:
+            tail = 0 if s._tail is None else s._tail.shape[1]
+            if not s._batched or s._held or tail or any(x is None for x in s._states):
+                raise ValueError(
+                    "codec_stream: only batched streams that have started and wait for nothing "
+                    f"can join, got one {s._describe()} with {tail} samples waiting"
+                )
+        twin = first.clone()
+        rows = zip(*(s._states for s in streams), strict=True)
+        twin._states = [concatenate(list(row)) for row in rows]
+        twin._tail = None
+        twin._n_batch = sum(s._n_batch or 0 for s in streams)
         return twin
 
     def _accept(self, x: Tensor, n_dims: int, what: str) -> Tensor:
@@ -320,10 +342,3 @@ class StreamDecoder(_Stream):
     def _give(self, outputs: list[Tensor | None]) -> Tensor:
         waves = [x[:, :, 0] for x in outputs if x is not None]
         return torch.cat(waves, 1) if waves else self._embed.new_zeros(self._n_batch or 1, 0)
-
-
-def _repeat(state: State, n: int) -> State:
-    """The state of a stream of one for a batch of n."""
-    if isinstance(state, tuple):
-        return tuple(_repeat(x, n) for x in state)
-    return None if state is None else state.repeat(n, *[1] * (state.dim() - 1))

@@ -35,6 +35,15 @@ def _left_context(x: Tensor, n_context: int, reflect: bool) -> Tensor:
     return x[:, 1 : n_context + 1].flip(1)
 
 
+def _product(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """bias + rows @ weight, rows (R, K). One row is computed as two: BLAS rounds a single one
+    differently, and an item of a batch shall get the bits that it gets alone."""
+    if len(rows) > 1:
+        return torch.addmm(bias, rows, weight)
+    twice = torch.addmm(bias, rows.expand(2, -1).contiguous(), weight)
+    return twice[:1]
+
+
 class Layer(Protocol):
     """One stage of a stream: parameters only, since the state belongs to the stream."""
 
@@ -94,7 +103,7 @@ class Convolution:
             state = x[:, n_in:]
         else:
             windows = x.reshape(-1, n_channels)
-        out = torch.addmm(self.bias, windows, self.weight)
+        out = _product(self.bias, windows, self.weight)
         return out.view(n_batch, n_in // self.down * self.up, -1), state
 
 
@@ -126,9 +135,10 @@ class ResidualBlock:
         hidden = F.elu_(hidden).flatten(0, 1)  # hidden is ours alone
         flat = x.reshape(-1, x.shape[2])
         if self.shortcut is None:
-            out = torch.addmm(flat, hidden, self.weight).add_(self.bias)
+            out = _product(self.bias, hidden, self.weight).add_(flat)
         else:
-            out = torch.addmm(self.bias, flat, self.shortcut).addmm_(hidden, self.weight)
+            out = _product(self.bias, flat, self.shortcut)
+            out = _product(out, hidden, self.weight)
         return out.view(x.shape), state
 
 
@@ -161,10 +171,10 @@ class LstmStack:
         width, sequence, after = self.width, x, []
         for i, (w_in, w_hidden, bias) in enumerate(self.layers):
             hidden, cell = state[2 * i : 2 * i + 2]
-            gates_in = torch.addmm(bias, sequence.reshape(-1, width), w_in)
+            gates_in = _product(bias, sequence.reshape(-1, width), w_in)
             outputs = []
             for gate_in in gates_in.view(*x.shape[:2], -1).unbind(1):
-                gates = torch.addmm(gate_in, hidden, w_hidden)
+                gates = _product(gate_in, hidden, w_hidden)
                 update, keep, show = gates[:, : 3 * width].sigmoid().chunk(3, 1)
                 cell = torch.addcmul(keep * cell, update, gates[:, 3 * width :].tanh())
                 hidden = show * cell.tanh()
@@ -195,3 +205,17 @@ def build(modules: nn.ModuleList, reflect: bool) -> list[Layer]:
             layers.append(Convolution(module.conv, elu, reflect))
         elu = False
     return layers
+
+
+def repeat(state: State, n: int) -> State:
+    """The state of a stream of one for a batch of n."""
+    if isinstance(state, tuple):
+        return tuple(repeat(x, n) for x in state)
+    return None if state is None else state.repeat(n, *[1] * (state.dim() - 1))
+
+
+def concatenate(states: list[State]) -> State:
+    """States of several streams as that of one batch."""
+    if isinstance(states[0], tuple):
+        return tuple(concatenate(list(x)) for x in zip(*states, strict=True))
+    return torch.cat(states)

@@ -16,11 +16,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wgpt.data.augment import MelAugment
 from wgpt.data.shards import DataError, Split
 
 IGNORED = -1  # a target that is not scored
@@ -33,6 +35,8 @@ class Batch:
     tokens: int64 (B, T), or (B, T, K) for codebooks > 1; padding is BOS.
     frames: float32 (B, T * r, M) log-mel, not normalised, padding is silence; None without mel.
     targets: int64 (B, T), codes of codebook 0; IGNORED (-1) where nothing is scored.
+    codes: int64 (B, 1 + n_fine, T), `targets` and the finer codebooks of the same steps; None
+        unless asked for.
     clips, starts: int64 (B,), the clip of each row and the step of its first target.
     """
 
@@ -41,6 +45,7 @@ class Batch:
     targets: Tensor
     clips: Tensor
     starts: Tensor
+    codes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
@@ -60,9 +65,19 @@ class Window:
 
 
 def collate(
-    split: Split, windows: list[Window], *, mel_source: str | None = None, codebooks: int = 1
+    split: Split,
+    windows: list[Window],
+    *,
+    mel_source: str | None = None,
+    codebooks: int = 1,
+    n_fine: int = 0,
 ) -> Batch:
     """Read windows and apply the shift rule above."""
+    if not 0 <= n_fine < split.n_codebooks:
+        raise DataError(
+            f"{split.name}: n_fine must lie in [0, {split.n_codebooks - 1}], codebooks after the "
+            f"first, got {n_fine}"
+        )
     if not 1 <= codebooks <= split.n_codebooks:
         raise DataError(
             f"{split.name}: codebooks must lie in [1, {split.n_codebooks}], got {codebooks}"
@@ -70,7 +85,7 @@ def collate(
     r, bos = split.frames_per_step, split.codebook_size
     n_rows, length = len(windows), max(w.stop - w.start for w in windows)
     tokens = torch.full((n_rows, length, codebooks), bos, dtype=torch.int64)
-    targets = torch.full((n_rows, length), IGNORED, dtype=torch.int64)
+    targets = torch.full((n_rows, 1 + n_fine, length), IGNORED, dtype=torch.int64)
     frames = None
     if mel_source is not None:
         n_mels = split.mel_array(mel_source).shape[1]
@@ -81,7 +96,7 @@ def collate(
         codes, mel = split.slice(window.clip, before, window.stop, mel_source)
         own = codes[:, window.start - before :]  # (K, n): the window's own steps
         skip = window.scored_from - window.start
-        targets[row, skip : own.shape[1]] = own[0, skip:]
+        targets[row, :, skip : own.shape[1]] = own[: 1 + n_fine, skip:]
         first = 1 if at_clip_start else 0  # row position of the first step that was read
         known = codes.shape[1] - 1  # the last step is a target only
         tokens[row, first : first + known] = codes[:codebooks, :known].T
@@ -90,7 +105,8 @@ def collate(
     return Batch(
         tokens=tokens[:, :, 0] if codebooks == 1 else tokens,
         frames=frames,
-        targets=targets,
+        targets=targets[:, 0],
+        codes=targets if n_fine else None,
         clips=torch.tensor([w.clip for w in windows], dtype=torch.int64),
         starts=torch.tensor([w.start for w in windows], dtype=torch.int64),
     )
@@ -110,6 +126,8 @@ class Batches:
         seed: 0 <= seed < 2^64.
         mel_source: which mel to read; None for no frames.
         codebooks: codebooks given as input.
+        n_fine: finer codebooks in Batch.codes.
+        augment: what is done to the frames; None for nothing.
         rank, world_size: this process reads rows [rank * B / world_size, ...) of the same draw.
     """
 
@@ -122,6 +140,8 @@ class Batches:
         seed: int,
         mel_source: str | None,
         codebooks: int = 1,
+        n_fine: int = 0,
+        augment: MelAugment | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -142,6 +162,7 @@ class Batches:
             split.mel_array(mel_source)
         self.split, self.batch_size, self.context_steps = split, batch_size, context_steps
         self.seed, self.mel_source, self.codebooks = seed, mel_source, codebooks
+        self.n_fine, self.augment = n_fine, augment
         self.rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def windows(self, step: int) -> list[Window]:
@@ -161,9 +182,17 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step >= 0."""
-        return collate(
-            self.split, self.windows(step), mel_source=self.mel_source, codebooks=self.codebooks
+        batch = collate(
+            self.split,
+            self.windows(step),
+            mel_source=self.mel_source,
+            codebooks=self.codebooks,
+            n_fine=self.n_fine,
         )
+        if self.augment is not None and batch.frames is not None:
+            for row, frames in zip(self.rows, batch.frames, strict=True):
+                self.augment.apply(frames, self.split.frames_per_step, self.seed, step, row)
+        return batch
 
 
 def plan(n_steps: int, context_steps: int, clip: int = 0) -> list[Window]:
@@ -188,6 +217,7 @@ def windows(
     *,
     batch_size: int = 8,
     codebooks: int = 1,
+    n_fine: int = 0,
     clips: list[int] | None = None,
 ) -> Iterator[Batch]:
     """Evaluation batches in a fixed order: every step of every clip is a target exactly once.
@@ -202,15 +232,16 @@ def windows(
             f"windows: context_steps and batch_size must be at least 1, "
             f"got {context_steps} and {batch_size}"
         )
+    options: dict[str, Any] = {"mel_source": mel_source, "codebooks": codebooks, "n_fine": n_fine}
     waiting: list[Window] = []
     for clip in range(split.n_clips) if clips is None else clips:
         for window in plan(split.clip_steps(clip), context_steps, clip):
             waiting.append(window)
             if len(waiting) == batch_size:
-                yield collate(split, waiting, mel_source=mel_source, codebooks=codebooks)
+                yield collate(split, waiting, **options)
                 waiting = []
     if waiting:
-        yield collate(split, waiting, mel_source=mel_source, codebooks=codebooks)
+        yield collate(split, waiting, **options)
 
 
 def prefetch(

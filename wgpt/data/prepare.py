@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from wgpt import audio
-from wgpt.config import CODEBOOK_SIZE, ConfigError, MelConfig
+from wgpt.config import CODEBOOK_SIZE, ConfigError, MelConfig, mel_source_name
 from wgpt.data.assemble import assemble, bytes_needed
 from wgpt.data.encode import PIECE_SECONDS, Codec, Done, Encoder, Job, read_facts
 from wgpt.data.folder import (
@@ -217,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DATA", help="folder to write")
     add("--codec", default="mini", help="codec name or path (default: mini)")
     add(
-        "--mel-sources", nargs="+", default=["wave"], metavar="SOURCE",
+        "--mel-sources", nargs="+", default=["wave"], metavar="SOURCE", type=mel_source_name,
         help="wave, decoded-K (audio of the first K codebooks), leaky-W (centred window of W "
         "samples, sees the future); default: wave",
     )  # fmt: skip

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, steps, 3, -1, self.head_dim).unbind(2)
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(torch.stack((k, v), 2))
         y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps)
         return self.out(y.reshape(batch, steps, width))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST_CAPACITY_STEPS = 256
-
 
 class LayerCache:
     """Keys and values of one attention layer, (B, n, H, D), the newest last.
@@ -17,38 +15,47 @@ class LayerCache:
     doubles.
     """
 
-    def __init__(self, window_steps: int = 0) -> None:
-        self.window_steps = window_steps
-        self._buffer: Tensor | None = None  # (2, B, capacity, H, D)
+    def __init__(self, window_steps: int = 0, capacity_steps: int = 256) -> None:
+        """capacity_steps: room at first; it grows when that is not enough."""
+        self.window_steps, self.capacity_steps = window_steps, capacity_steps
+        self._buffer: Tensor | None = None  # (B, capacity, 2, H, D)
         self._start = 0
         self._end = 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, n, H, D) keys and values; returns views of all that the newest queries need."""
-        n = k.shape[1]
+    def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, n, 2, H, D); returns views of all the newest queries need."""
+        n = new.shape[1]
         if self.window_steps:
             self._start = max(self._start, self._end - (self.window_steps - 1))
-        if self._buffer is None or self._end + n > self._buffer.shape[2]:
-            self._make_room(k, n)
+        if self._buffer is None or self._end + n > self._buffer.shape[1]:
+            self._make_room(new)
         assert self._buffer is not None
-        self._buffer[0, :, self._end : self._end + n] = k
-        self._buffer[1, :, self._end : self._end + n] = v
+        self._buffer[:, self._end : self._end + n] = new
         self._end += n
-        kept = self._buffer[:, :, self._start : self._end]
-        return kept[0], kept[1]
+        kept = self._buffer[:, self._start : self._end]
+        return kept[:, :, 0], kept[:, :, 1]
 
-    def _make_room(self, like: Tensor, n: int) -> None:
-        batch, _, heads, head_dim = like.shape
+    def _make_room(self, new: Tensor) -> None:
+        batch, n, _, heads, head_dim = new.shape
         kept = self._end - self._start
-        capacity = max(_FIRST_CAPACITY_STEPS, 2 * (kept + n))
         old = self._buffer
-        if old is None or old.shape[2] < capacity:
-            self._buffer = like.new_empty(2, batch, capacity, heads, head_dim)
+        capacity = max(self.capacity_steps, n if old is None else 2 * (kept + n))
+        if old is None or old.shape[1] < capacity:
+            self._buffer = new.new_empty(batch, capacity, 2, heads, head_dim)
         assert self._buffer is not None
         if old is not None:
             # A copy first: the kept part may overlap its new place.
-            self._buffer[:, :, :kept] = old[:, :, self._start : self._end].clone()
+            self._buffer[:, :kept] = old[:, self._start : self._end].clone()
         self._start, self._end = 0, kept
+
+    @staticmethod
+    def join(layers: list[LayerCache]) -> LayerCache:
+        """One cache whose batch is that of caches of equal length, in order."""
+        joined = LayerCache(layers[0].window_steps)
+        joined._start, joined._end = layers[0]._start, layers[0]._end
+        buffers = [layer._buffer for layer in layers if layer._buffer is not None]
+        joined._buffer = torch.cat(buffers) if buffers else None
+        return joined
 
     @property
     def n_bytes(self) -> int:
@@ -64,6 +71,28 @@ class Cache:
         self.layers = [LayerCache(window_steps) for _ in range(n_layers)]
         self.mel_context: Tensor | None = None  # (B, <= c, M), the newest frames
         self.position = 0  # steps seen
+
+    @staticmethod
+    def join(caches: list[Cache]) -> Cache:
+        """One cache whose batch is that of the given ones, in order.
+
+        Raises ValueError unless all have seen the same number of steps.
+        """
+        first = caches[0]
+        if any(cache.position != first.position for cache in caches):
+            seen = [cache.position for cache in caches]
+            raise ValueError(f"cache: only caches of equal length can join, got {seen} steps")
+        joined = Cache(0, 0)
+        joined.position = first.position
+        joined.mel_layers = [
+            LayerCache.join(list(x)) for x in zip(*(c.mel_layers for c in caches), strict=True)
+        ]
+        joined.layers = [
+            LayerCache.join(list(x)) for x in zip(*(c.layers for c in caches), strict=True)
+        ]
+        contexts = [c.mel_context for c in caches if c.mel_context is not None]
+        joined.mel_context = torch.cat(contexts) if contexts else None
+        return joined
 
     @property
     def n_bytes(self) -> int:

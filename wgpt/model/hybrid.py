@@ -19,6 +19,7 @@ from wgpt.config import STEP_RATE_HZ, ConfigError, ModelConfig, from_json, to_js
 from wgpt.model.block import Block, rotary_angles
 from wgpt.model.cache import Cache
 from wgpt.model.embed import Fusion
+from wgpt.model.fine import FineHead
 
 _FORMAT = "wgpt-model-1"
 
@@ -27,6 +28,7 @@ class HybridModel(nn.Module):
     """Next-token model over (token, mel slice) pairs; token-only when config.mel_dim is 0.
 
     Position i reads token i and mel slice i (both of the past) and predicts the token after them.
+    With config.n_fine, `fine` predicts the finer codebooks of that next step from hidden state i.
 
     Initialisation (std of a normal, unless said otherwise):
 
@@ -57,7 +59,10 @@ class HybridModel(nn.Module):
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.fine: FineHead | None = None
         self.reset_parameters()
+        if config.n_fine:  # after the trunk: the same seed draws the same trunk with and without
+            self.fine = FineHead(config)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -77,6 +82,8 @@ class HybridModel(nn.Module):
             for layer in (block.attention.out, block.ffn.down):
                 nn.init.zeros_(layer.weight)
         nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
+        if self.fine is not None:
+            self.fine.reset_parameters()
 
     def set_mel_normalisation(self, mean: Tensor, inv_std: Tensor) -> None:
         """Stores the training split's constants, each (M,). No-op for a token-only model."""
@@ -95,7 +102,13 @@ class HybridModel(nn.Module):
     def forward(
         self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of the token that follows each step.
+        """Logits (B, T, V) of the coarse token that follows each step; arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, frames, cache))
+
+    def hidden(
+        self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The decoder's last state, normed, (B, T, C): what `head` and `fine` read.
 
         Args:
             tokens: (B, T) int64 in [0, V]; V is the begin-of-clip token.
@@ -113,7 +126,7 @@ class HybridModel(nn.Module):
             x = block(x, angles, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.position += tokens.shape[1]
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
         """Mean NLL in nats over the targets (B, T) int64 that are not -1."""
@@ -149,8 +162,10 @@ class HybridModel(nn.Module):
         training step costs about three times as much.
         """
         config = self.config
-        lookups = self.fusion.table.numel()
-        flops = 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2) - 2.0 * lookups
+        matrices = [p for n, p in self.named_parameters() if p.dim() == 2 and "fine." not in n]
+        flops = 2.0 * (sum(p.numel() for p in matrices) - self.fusion.table.numel())
+        if self.fine is not None:
+            flops += self.fine.flops_per_step()
         window = min(config.window_steps or context_steps, context_steps)
         # Step i sees min(i + 1, window) keys.
         seen = (window * (window + 1) / 2 + (context_steps - window) * window) / context_steps
@@ -233,6 +248,8 @@ class HybridModel(nn.Module):
         """One line for logs and cards."""
         config = self.config
         kind = "mel slices and tokens" if config.mel_dim else "tokens only"
+        if config.n_fine:
+            kind += f", predicts {1 + config.n_fine} codebooks"
         per_second = self.flops_per_step(round(10 * STEP_RATE_HZ)) * STEP_RATE_HZ
         return (
             f"{kind}, {self.n_parameters() / 1e6:.2f} M parameters, "

@@ -1,0 +1,72 @@
+"""Starting a run from a trained model: its shape, its weights, and what the data must share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from wgpt.config import ConfigError, ModelConfig, to_json
+from wgpt.data.shards import Dataset
+from wgpt.model import HybridModel
+
+_FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
+
+
+class WarmStart:
+    """The trained model of a run folder, or of a model folder that a run wrote.
+
+    Raises ConfigError naming the file that is missing or was not written by `wgpt train`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder)
+        if (path / "model" / "config.json").is_file():
+            path = path / "model"
+        self.model = HybridModel.from_pretrained(path)
+        self.path = path / "config.json"
+        self.facts: dict[str, Any] = json.loads(self.path.read_text())
+        missing = [name for name in ("preset", "mel", "codec") if name not in self.facts]
+        if missing:
+            raise ConfigError(f"{self.path}: was not written by `wgpt train`: no {missing[0]}")
+
+    @property
+    def preset(self) -> str:
+        """The preset the model was made from."""
+        return str(self.facts["preset"])
+
+    def check_data(self, data: Dataset) -> None:
+        """Raises ConfigError unless the data's tokens and slices mean what the model learnt."""
+        for what, expected, got in (
+            ("codec", self.facts["codec"]["identity"], data.codec_identity),
+            ("mel settings", self.facts["mel"], to_json(data.mel_config)),
+        ):
+            if expected != got:
+                raise ConfigError(
+                    f"init: the data of {data.path} must be prepared with the model's {what}, "
+                    f"{expected} ({self.path}), got {got}"
+                )
+
+    def load_into(self, model: HybridModel) -> None:
+        """Copies the trunk, mel constants included, and the fine head where its shape is the same.
+
+        model: one of a `shape` of this start.
+        """
+        state = self.model.state_dict()
+        if any(getattr(model.config, f) != getattr(self.model.config, f) for f in _FINE_FIELDS):
+            state = {name: value for name, value in state.items() if not name.startswith("fine.")}
+        model.load_state_dict({**model.state_dict(), **state})
+
+    def shape(self, changes: dict[str, Any]) -> ModelConfig:
+        """The model's configuration with the head's fields, or dropout, changed.
+
+        Raises ConfigError for any other field: the weights would not fit, or mean something else.
+        """
+        for name, value in changes.items():
+            own = getattr(self.model.config, name)
+            if name not in (*_FINE_FIELDS, "dropout") and value != own:
+                raise ConfigError(
+                    f"model: {name} must be that of --init, {own} ({self.path}), got {value}"
+                )
+        return dataclasses.replace(self.model.config, **changes)
