@@ -2,8 +2,8 @@
 
 Forward, and forward + backward through autograd (gradients of weight, bias and pos; frames are
 data), at the presets' sizes: batch 8 of 750 steps, 64 mel bins, one frame a step and 0 to 3 frames
-of context. FLOPs: 2 K Cm a step forward, 4 K Cm backward with the product that it computes again;
-K = 64 (c + 1). At c = 0 the GELU, frames in and y out cost as much as the product.
+of context. FLOPs: 2 K Cm a step forward and as many backward, K = 64 (c + 1). At c = 0 the GELU,
+frames in and y out cost as much as the product.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Case:
         product = (
             2 * self.batch * self.steps * (1 + self.context_frames) * self.mels * self.channels
         )
-        return product * (3 if passes == "fwd_bwd" else 1)
+        return product * (2 if passes == "fwd_bwd" else 1)
 
 
 CASES = [Case(c, channels) for channels in (128, 64) for c in (0, 1, 2, 3)]

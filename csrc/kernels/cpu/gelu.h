@@ -37,9 +37,11 @@ inline GaussianPair gaussian(Floats x) {
 
 inline Floats gelu(Floats x) { return x * gaussian(x).cdf; }
 
-inline Floats gelu_slope(Floats x) {
+// gelu(x), and gelu'(x) in slope.
+inline Floats gelu(Floats x, Floats& slope) {
   const GaussianPair g = gaussian(x);
-  return fma(x * splat(0.39894228040143268f), g.bell, g.cdf);
+  slope = fma(x * splat(0.39894228040143268f), g.bell, g.cdf);
+  return x * g.cdf;
 }
 
 inline double gaussian_cdf(double x) { return 0.5 * erfc(-0.70710678118654752 * x); }
