@@ -18,6 +18,7 @@ namespace wgpt::cpu::WGPT_TARGET {
 constexpr int kMelSteps = 96;  // steps of a tile: frames, pre-activations and gradients stay in L2
 constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
 constexpr int kMelMaxChunks = 64;
+constexpr int kMelRows = 48;  // partial sums have rows for a multiple of every Dot's
 
 // weight^T and bias as the b operand: [strip of kStrip channels][K][channel], then bias; zero past
 // the last channel.
@@ -108,6 +109,8 @@ class MelSlices {
 template <typename Element, typename Frame, typename Dot>
 class MelForwardTile {
  public:
+  static constexpr int kRowGroup = Dot::kRows;
+
   MelForwardTile(const MelEmbedForward& args, PackedMelWeight packed)
       : args_(args), cm_(args.shape.channels), packed_(packed), slices_(args.shape) {
     slices_.place(static_cast<float*>(
@@ -115,6 +118,7 @@ class MelForwardTile {
   }
 
   void run(int64_t tile) {
+    [[maybe_unused]] const typename Dot::Scope scope;
     slices_.load_tile(args_, tile);
     for_each_width(ceil_div(cm_, kLanes), [&](int64_t first_vector, auto width) {
       for (int64_t row = 0; row < slices_.n; row += kRowGroup) {
@@ -127,10 +131,10 @@ class MelForwardTile {
   }
 
  private:
-  // z = weight x + bias, six steps by up to kStrip channels.
+  // z = weight x + bias, a group of steps by up to kStrip channels.
   template <typename Width>
   WGPT_INLINE void project_group(int64_t row, int64_t c, Width) {
-    Tile<kRowGroup, Width::value> z;
+    alignas(64) Tile<kRowGroup, Width::value> z;
     WGPT_UNROLL for (int v = 0; v < Width::value; ++v) {
       const Floats bias = load(packed_.bias + c + v * kLanes);
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) z[r][v] = bias;
@@ -185,30 +189,40 @@ template <typename Element, typename Frame, typename Dot>
 class MelBackwardTile {
  public:
   static constexpr int kPer = Dot::kPerUnit;
+  static constexpr int kRowGroup = Dot::kRows;
 
   explicit MelBackwardTile(const MelEmbedBackward& args)
       : args_(args), cm_(args.shape.channels), slices_(args.shape) {
-    g_row_ = round_up(cm_, kRowGroup * kLanes);
+    g_row_ = round_up(cm_, Dot::kIsMatrix ? kRowGroup : kRowGroup * kLanes);
     across_row_ = slices_.k + kLanes;  // not a power of two, for the sake of L1's sets
-    const int64_t n_across = kPer == 1 ? 0 : kMelSteps / 2 * (across_row_ + g_row_);
+    const int64_t n_across =
+        kPer == 1 ? 0 : kMelSteps / 2 * (across_row_ + (Dot::kIsMatrix ? 2 : 1) * g_row_);
     const int64_t n_floats = slices_.n_floats() + kMelSteps * g_row_ + n_across;
     g_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     x_across_ = g_ + kMelSteps * g_row_;
     g_across_ = x_across_ + kMelSteps / 2 * across_row_;
+    g_columns_ = g_across_ + kMelSteps / 2 * g_row_;
     slices_.place(x_across_ + n_across);
   }
 
   // partial: d_weight (Cm rounded up, K rounded up), then d_bias.
   void run(int64_t tile, float* partial) {
+    [[maybe_unused]] const typename Dot::Scope scope;
     slices_.load_tile(args_, tile);
     const int64_t row_floats = round_up(slices_.k, kLanes);
-    load_gradients(partial + round_up(cm_, kRowGroup) * row_floats);
+    load_gradients(partial + round_up(cm_, kMelRows) * row_floats);
     if constexpr (kPer == 2) pair_rows();
     const float *g = kPer == 1 ? g_ : g_across_, *x = kPer == 1 ? slices_.units : x_across_;
     const int64_t x_row = kPer == 1 ? slices_.row : across_row_;
     for_each_width(row_floats / kLanes, [&](int64_t first_vector, auto width) {
       const int64_t column = first_vector * kLanes;
       for (int64_t c = 0; c < cm_; c += kRowGroup) {
+        if constexpr (Dot::kIsMatrix) {
+          multiply_matrix<width.value, false>(g_columns_ + c * kMelSteps / 2, kMelSteps / 2,
+                                              x_across_ + column, across_row_, kMelSteps / 2,
+                                              partial + c * row_floats + column, row_floats);
+          continue;
+        }
         Tile<kRowGroup, width.value> sums;
         fill_tile(sums, 0.0f);
         multiply_tile<Dot>(g + c, 1, g_row_, x + column, x_row, ceil_div(slices_.n, kPer), sums);
@@ -250,6 +264,17 @@ class MelBackwardTile {
         store(g + c, narrow_pairs(load(g_ + i * g_row_ + c), load(g_ + (i + 1) * g_row_ + c)));
       }
     }
+    if constexpr (Dot::kIsMatrix) {  // a whole tile of steps, g by columns
+      const int64_t n_pairs = ceil_div(slices_.n, 2), n_absent = kMelSteps / 2 - n_pairs;
+      clear_floats(x_across_ + n_pairs * across_row_, n_absent * across_row_);
+      clear_floats(g_across_ + n_pairs * g_row_, n_absent * g_row_);
+      for (int64_t c = 0; c < g_row_; c += kLanes) {
+        for (int64_t pair = 0; pair < kMelSteps / 2; pair += kLanes) {
+          transpose_block(g_across_ + pair * g_row_ + c, g_row_,
+                          g_columns_ + c * kMelSteps / 2 + pair, kMelSteps / 2);
+        }
+      }
+    }
 #endif
   }
 
@@ -258,6 +283,7 @@ class MelBackwardTile {
   MelSlices<Frame, Dot> slices_;
   int64_t g_row_, across_row_;
   float *g_, *x_across_, *g_across_;  // pairs of two steps lie across
+  float* g_columns_;                  // MatrixDot only: [channel][pair of steps]
 };
 
 // How the tiles are cut for d_weight: a function of the shape alone.
@@ -268,7 +294,7 @@ struct MelChunks {
 inline MelChunks mel_chunks(const MelEmbedShape& shape) {
   const int64_t n_tiles = shape.batch * ceil_div(shape.steps, kMelSteps);
   const int64_t per_chunk = max_of<int64_t>(kMelTilesPerChunk, ceil_div(n_tiles, kMelMaxChunks));
-  const int64_t channels = round_up(shape.channels, kRowGroup),
+  const int64_t channels = round_up(shape.channels, kMelRows),
                 row = round_up(mel_slice_size(shape), kLanes);
   return {n_tiles, per_chunk, ceil_div(n_tiles, per_chunk),
           round_up(channels * row + shape.channels, kLanes)};
@@ -289,7 +315,7 @@ void mel_embed_backward_by_tiles(const MelEmbedBackward& args, const Executor& e
   });
   const int64_t k = mel_slice_size(shape), row = round_up(k, kLanes), cm = shape.channels;
   run_tasks(executor, cm + 1, [&](int64_t c) {  // a row of d_weight each, and d_bias
-    const int64_t n = c < cm ? k : cm, offset = c < cm ? c * row : round_up(cm, kRowGroup) * row;
+    const int64_t n = c < cm ? k : cm, offset = c < cm ? c * row : round_up(cm, kMelRows) * row;
     auto* sum = static_cast<float*>(thread_scratch(static_cast<size_t>(n) * sizeof(float)));
     clear_floats(sum, n);
     for (int64_t i = 0; i < chunks.n_chunks; ++i)
