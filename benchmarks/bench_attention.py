@@ -194,7 +194,8 @@ def cpu_rows(
         run_eager = runner(functools.partial(eager, case), inputs, passes)
         timings |= harness.interleave({"eager": run_eager}, rounds=3, time_limit_s=args.case_limit)
     # For a busy machine: the kernel alone, one thread's CPU time against one thread's peak.
-    one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds=5 if args.quick else 9)
+    rounds = 2 if case.steps > 8192 else 5 if args.quick else 9
+    one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds)
     yield row_of(case, passes, dtype_name, "cpu", "sdpa", timings, peak) | {
         "one_thread_ms": one_thread_ms,
         "one_thread_share_of_peak": case.flops(passes)
