@@ -8,6 +8,9 @@ CPU: ours, torch SDPA, and eager (the T x T matrix written out; skipped where it
 CUDA: ours against SDPA pinned to each backend, compiled flex_attention and eager; device time by
 events around a replayed graph (`*_ms`), and the wall time of an eager call (`*_wall_ms`). One row a
 backend. A run that stops at --time-limit goes on with --resume.
+
+--adversarial (CPU) instead asks what the lazy softmax maximum costs at its worst: scores that rise
+along the keys, so that it is raised again and again, over flat scores of the same shape.
 """
 
 import argparse
@@ -191,7 +194,8 @@ def cpu_rows(
         run_eager = runner(functools.partial(eager, case), inputs, passes)
         timings |= harness.interleave({"eager": run_eager}, rounds=3, time_limit_s=args.case_limit)
     # For a busy machine: the kernel alone, one thread's CPU time against one thread's peak.
-    one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds=5 if args.quick else 9)
+    rounds = 2 if case.steps > 8192 else 5 if args.quick else 9
+    one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds)
     yield row_of(case, passes, dtype_name, "cpu", "sdpa", timings, peak) | {
         "one_thread_ms": one_thread_ms,
         "one_thread_share_of_peak": case.flops(passes)
@@ -237,6 +241,35 @@ def row_of(
         row["eager_ms"] = timings["eager"].median_ms
         row["eager_over_ours"] = timings["eager"].median_ms / ours_ms
     return row
+
+
+def adversarial_row(
+    case: Case, dtype_name: str, rise: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Forward over scores that rise by `rise` nats every 64 keys, against scores near 0."""
+    dtype = DTYPES[dtype_name]
+    flat = Inputs.make(case, dtype, "cpu")
+    rising = Inputs.make(case, dtype, "cpu")
+    ramp = torch.arange(case.steps)[:, None] * (rise / 64 * case.head_dim**0.5)
+    with torch.no_grad():
+        for tensor in (flat.q, flat.k, rising.q, rising.k):
+            tensor.mul_(0.01)
+        rising.q[..., 0] = 1.0
+        rising.k[..., 0] = ramp.to(dtype)
+    runs = {
+        name: runner(functools.partial(ours, case), inputs, "fwd")
+        for name, inputs in (("rising", rising), ("flat", flat))
+    }
+    timings = harness.interleave(runs, rounds=5 if args.quick else 60, time_limit_s=args.case_limit)
+    return (
+        {"device": "cpu", "dtype": dtype_name, "pass": "fwd", "rise_nats": rise}
+        | vars(case)
+        | {
+            "flat_ms": timings["flat"].median_ms,
+            "rising_ms": timings["rising"].median_ms,
+            "rising_over_flat": harness.ratio(timings["rising"], timings["flat"]),
+        }
+    )
 
 
 # ---- CUDA
@@ -346,6 +379,9 @@ def main() -> None:
         "--sweep", action="store_true", help="CPU: also long sequences, with and without a window"
     )
     parser.add_argument(
+        "--adversarial", action="store_true", help="CPU: scores that rise along the keys, only"
+    )
+    parser.add_argument(
         "--case-limit", type=float, default=20.0, metavar="S", help="seconds for one row's rounds"
     )
     harness.add_common_arguments(parser)
@@ -366,6 +402,13 @@ def main() -> None:
     results = harness.Results(args.out, harness.machine_facts(args.device), key)
     if args.resume:
         results.resume()
+    if args.adversarial:
+        for dtype_name in dtype_names:
+            for case in (Case(4, 4, 750, 64), Case(1, 8, 3000, 64)):
+                results.add(adversarial_row(case, dtype_name, 19.0, args))
+        if not args.json:
+            harness.print_table(results.rows, list(results.rows[0]))
+        return results.print_json()
     deadline = time.perf_counter() + args.time_limit
     run_all(args, cases, rows_of, dtype_names, results, deadline)
     if args.plot:

@@ -2,8 +2,9 @@
 
 Forward, and forward + backward through autograd (gradients of weight, bias and pos; frames are
 data), at the presets' sizes: batch 8 of 750 steps, 64 mel bins, one frame a step and 0 to 3 frames
-of context. FLOPs: 2 K Cm a step forward, 4 K Cm backward with the product that it computes again;
-K = 64 (c + 1). At c = 0 the GELU, frames in and y out cost as much as the product.
+of context. FLOPs: 2 K Cm a step forward and as many backward, K = 64 (c + 1). At c = 0 the GELU,
+frames in and y out cost as much as the product. share_of_copy compares the bytes per second that
+must move (`bytes`: every input, output and saved slope once a pass) with a copy of y.
 """
 
 import argparse
@@ -34,7 +35,14 @@ class Case:
         product = (
             2 * self.batch * self.steps * (1 + self.context_frames) * self.mels * self.channels
         )
-        return product * (3 if passes == "fwd_bwd" else 1)
+        return product * (2 if passes == "fwd_bwd" else 1)
+
+    def n_bytes(self, passes: str, element_bytes: int) -> int:
+        steps = self.batch * self.steps
+        frames, y = 4 * steps * self.mels, element_bytes * steps * self.channels
+        weight = element_bytes * (1 + self.context_frames) * self.mels * self.channels
+        forward = frames + weight + y
+        return 2 * frames + 2 * weight + 4 * y if passes == "fwd_bwd" else forward
 
 
 CASES = [Case(c, channels) for channels in (128, 64) for c in (0, 1, 2, 3)]
@@ -112,6 +120,8 @@ def measure(
     }
     if not args.no_compile:
         runs["compiled"] = runner(torch.compile(formula, dynamic=False), x, passes)
+    copy = torch.empty_like(x.d_y)
+    runs["copy"] = lambda: copy.copy_(x.d_y)
     timings = harness.interleave(
         runs,
         rounds=15 if args.quick else 60,
@@ -124,6 +134,10 @@ def measure(
         row |= {f"{name}_ms": timing.median_ms, f"{name}_best_ms": timing.best_ms}
         if name != "ours":
             row[f"{name}_over_ours"] = harness.ratio(timing, timings["ours"])
+    row["bytes"] = case.n_bytes(passes, x.d_y.element_size())
+    row["share_of_copy"] = harness.share_of_copy(
+        row["bytes"], timings["ours"], x.d_y, timings["copy"]
+    )
     row["share_of_peak"] = case.flops(passes) / (timings["ours"].median_ms * 1e-3) / peak
     row["peak_memory_mib"] = harness.peak_memory_mib(runs["ours"], args.device)
     return row
@@ -171,9 +185,8 @@ def main() -> None:
             "eager_ms",
             "compiled_ms",
         ]
-        harness.print_table(
-            results.rows, [*columns, "eager_over_ours", "compiled_over_ours", "share_of_peak"]
-        )
+        ratios = ["eager_over_ours", "compiled_over_ours", "share_of_peak", "share_of_copy"]
+        harness.print_table(results.rows, columns + ratios)
     results.print_json()
 
 

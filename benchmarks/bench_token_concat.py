@@ -2,8 +2,9 @@
 
 Forward, and forward + backward through autograd (gradients of table, pos and mel_hidden), eager and
 compiled, at the presets' sizes: batch 8 of 750 steps, 1025 entries, 128 + 128 channels, and 256
-without mel. Memory-bound: forward reads and writes C elements a step, backward reads C twice (for
-table and pos) and writes the tables; the yardstick is torch's copy of y.
+without mel. Memory-bound: forward reads and writes C elements a step, backward reads C and writes
+the tables; the yardstick is torch's copy of y, and share_of_copy compares bytes per second (`bytes`
+counts every input and output once; backward reads the token channels of d_y a second time).
 """
 
 import argparse
@@ -29,6 +30,17 @@ class Case:
     batch: int = 8
     steps: int = 750
     vocab: int = 1025
+
+    def n_bytes(self, passes: str, element_bytes: int) -> int:
+        channels = self.token_channels + self.mel_channels
+        wide = self.batch * self.steps * channels
+        tables = self.vocab * self.token_channels + self.steps * channels
+        forward = self.batch * self.steps * self.mel_channels + tables + wide
+        backward = wide + tables
+        tokens = 8 * self.batch * self.steps
+        if passes == "fwd":
+            return forward * element_bytes + tokens
+        return (forward + backward) * element_bytes + 2 * tokens
 
 
 CASES = [Case(128, 128), Case(256, 0), Case(64, 64)]
@@ -111,6 +123,10 @@ def measure(case: Case, passes: str, dtype_name: str, args: argparse.Namespace) 
         row |= {f"{name}_ms": timing.median_ms, f"{name}_best_ms": timing.best_ms}
         if name != "ours":
             row[f"{name}_over_ours"] = harness.ratio(timing, timings["ours"])
+    row["bytes"] = case.n_bytes(passes, x.d_y.element_size())
+    row["share_of_copy"] = harness.share_of_copy(
+        row["bytes"], timings["ours"], x.d_y, timings["copy"]
+    )
     row["peak_memory_mib"] = harness.peak_memory_mib(runs["ours"], args.device)
     return row
 
@@ -156,7 +172,8 @@ def main() -> None:
             "compiled_ms",
             "copy_ms",
         ]
-        harness.print_table(results.rows, [*columns, "eager_over_ours", "compiled_over_ours"])
+        ratios = ["eager_over_ours", "compiled_over_ours", "share_of_copy"]
+        harness.print_table(results.rows, columns + ratios)
     results.print_json()
 
 

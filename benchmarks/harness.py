@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wgpt import _C, ops
 
@@ -75,6 +76,15 @@ def ratio(slow: Timing, fast: Timing) -> float:
     """Median of slow / fast over the rounds they shared."""
     pairs = zip(slow.samples_ms, fast.samples_ms, strict=False)
     return statistics.median(s / f for s, f in pairs)
+
+
+def share_of_copy(n_bytes: int, ours: Timing, copied: Tensor, copy: Timing) -> float:
+    """Bytes per second that `ours` moves over those of a copy of `copied`.
+
+    n_bytes: what the pass must move, every input read once and every output written once.
+    """
+    copy_bytes = 2 * copied.numel() * copied.element_size()
+    return (n_bytes / ours.median_ms) / (copy_bytes / copy.median_ms)
 
 
 def wall_ms(run: Callable[[], Any]) -> float:

@@ -68,10 +68,11 @@ PYBIND11_MODULE(_C, m) {
 STABLE_TORCH_LIBRARY(wgpt, m) {
   m.def(
       "mel_embed(Tensor frames, Tensor mean, Tensor inv_std, Tensor weight, Tensor bias, "
-      "Tensor? pos, int frames_per_step, int context_frames) -> Tensor");
+      "Tensor? pos, int frames_per_step, int context_frames, bool save_slope) "
+      "-> (Tensor y, Tensor slope)");
   m.def(
-      "mel_embed_backward(Tensor d_y, Tensor frames, Tensor mean, Tensor inv_std, "
-      "Tensor weight, Tensor bias, SymInt pos_rows, int frames_per_step, int context_frames) "
+      "mel_embed_backward(Tensor d_y, Tensor slope, Tensor frames, Tensor mean, Tensor inv_std, "
+      "SymInt pos_rows, int frames_per_step, int context_frames) "
       "-> (Tensor d_weight, Tensor d_bias, Tensor d_pos)");
   m.def("token_concat(Tensor tokens, Tensor table, Tensor? mel_hidden, Tensor? pos) -> Tensor");
   m.def(

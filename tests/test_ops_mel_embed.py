@@ -118,6 +118,15 @@ def test_mel_embed_refuses_a_gradient_for_data(name: str) -> None:
         call.op(*call.tensors.values())
 
 
+def test_mel_embed_without_its_slope_refuses_gradients() -> None:
+    call = mel_call()
+    weight = call.tensors["weight"].requires_grad_()  # type: ignore[union-attr]
+    y, slope = torch.ops.wgpt.mel_embed(*call.tensors.values(), 1, 0, False)
+    assert slope.shape == (0,)
+    with pytest.raises(ValueError, match=r"slope must have shape .* of a forward with save_slope"):
+        torch.autograd.grad(y.sum(), weight)
+
+
 REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"frames": torch.zeros(2, 13)}, {}, r"frames must have shape \(B, F, M\).* got \(2, 13\)"),
     ({}, {"frames_per_step": 2}, "must be a multiple of frames_per_step = 2, got 7"),

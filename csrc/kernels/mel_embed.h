@@ -9,7 +9,8 @@
 // A step sees the r frames that end with it and c frames of left context. The zero stands after normalisation: an
 // absent frame says "the mean".
 //
-// Backward recomputes the pre-activation: with g = d_y * gelu'(weight x + bias),
+// Where gradients will be wanted, forward also writes slope = gelu'(weight x + bias): its exponential is at hand there,
+// and backward then needs neither the product again nor weight and bias. With g = d_y * slope,
 //   d_bias = sum_{b,t} g    d_weight = sum_{b,t} g x^T    d_pos[t] = sum_b d_y[b,t]     (frames, mean, inv_std are data)
 //
 // float32, bfloat16, float16 with float32 accumulation (and a float32 sum over all steps); float64 on CPU.
@@ -35,14 +36,14 @@ struct MelEmbedForward {
   const void *mean, *inv_std;
   const void *weight, *bias, *pos;  // pos may be nullptr
   void* y;
+  void* slope;  // (B, T, Cm) contiguous, of dtype; nullptr where no gradient will be wanted
 };
 
 struct MelEmbedBackward {
   MelEmbedShape shape;
   const void* frames;
   const void *mean, *inv_std;
-  const void *weight, *bias;
-  const void* d_y;  // (B, T, Cm) contiguous
+  const void *d_y, *slope;  // (B, T, Cm) contiguous
   void *d_weight, *d_bias,
       *d_pos;  // d_pos (pos_rows, Cm): rows past T are zeroed; nullptr when pos was
   int64_t pos_rows;

@@ -45,23 +45,24 @@ void launch(MelEmbedBackward& call, const Tensor& where) {
 #endif
 }
 
-DType frames_type(const char* op, const Tensor& frames, const Tensor& weight) {
+DType frames_type(const char* op, const Tensor& frames, const char* like_name, const Tensor& like) {
   const ScalarType dtype = frames.scalar_type();
   if (dtype == ScalarType::Float) return DType::kFloat32;
   if (dtype == ScalarType::Half) return DType::kFloat16;
-  if (dtype == weight.scalar_type()) return element_type(op, "frames", frames);
-  fail(op, "frames must be float32, float16 or, like weight, ", dtype_text(weight.scalar_type()),
-       ", got ", dtype_text(dtype));
+  if (dtype == like.scalar_type()) return element_type(op, "frames", frames);
+  fail(op, "frames must be float32, float16 or, like ", like_name, ", ",
+       dtype_text(like.scalar_type()), ", got ", dtype_text(dtype));
 }
 
-// The arguments forward and backward share, in the form that kernels read.
-struct Inputs {
+// The data that forward and backward share, in the form that kernels read.
+struct Slices {
   MelEmbedShape shape{};
-  Tensor frames, mean, inv_std, weight, bias;
+  Tensor frames, mean, inv_std;
 };
 
-Inputs check_inputs(const char* op, const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
-                    const Tensor& weight, const Tensor& bias, int64_t frames_per_step,
+// like: weight or d_y, whose type and device the data must fit.
+Slices check_slices(const char* op, const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
+                    const char* like_name, const Tensor& like, int64_t frames_per_step,
                     int64_t context_frames) {
   check_at_least(op, "frames_per_step", frames_per_step, 1);
   check_at_least(op, "context_frames", context_frames, 0);
@@ -71,18 +72,9 @@ Inputs check_inputs(const char* op, const Tensor& frames, const Tensor& mean, co
     fail(op, "the number of frames F must be a multiple of frames_per_step = ", frames_per_step,
          ", got ", n_frames);
   }
-  check_shape(op, "weight", weight, "(Cm, (context_frames + frames_per_step) * M)",
-              {kAny, (context_frames + frames_per_step) * mels});
-  Inputs in{{},
-            with_dense_rows(frames),
-            contiguous(mean),
-            contiguous(inv_std),
-            contiguous(weight),
-            contiguous(bias)};
-  in.shape.dtype = element_type(op, "weight", weight);
-  in.shape.frames_dtype = frames_type(op, frames, weight);
-  check_shape(op, "bias", bias, "(Cm,)", {weight.size(0)});
-  check_dtype(op, "bias", bias, weight.scalar_type(), " like weight");
+  Slices in{{}, with_dense_rows(frames), contiguous(mean), contiguous(inv_std)};
+  in.shape.dtype = element_type(op, like_name, like);
+  in.shape.frames_dtype = frames_type(op, frames, like_name, like);
   const ScalarType statistics = accumulation_type(in.shape.dtype);
   const struct {
     const char* name;
@@ -91,15 +83,13 @@ Inputs check_inputs(const char* op, const Tensor& frames, const Tensor& mean, co
   for (const auto& constant : constants) {
     check_shape(op, constant.name, constant.tensor, "(M,)", {mels});
     check_dtype(op, constant.name, constant.tensor, statistics);
-    check_same_device(op, constant.name, constant.tensor, "weight", weight);
+    check_same_device(op, constant.name, constant.tensor, like_name, like);
   }
-  check_same_device(op, "frames", frames, "weight", weight);
-  check_same_device(op, "bias", bias, "weight", weight);
+  check_same_device(op, "frames", frames, like_name, like);
 
   in.shape.batch = frames.size(0);
   in.shape.steps = n_frames / frames_per_step;
   in.shape.mels = mels;
-  in.shape.channels = weight.size(0);
   in.shape.frames_per_step = frames_per_step;
   in.shape.context_frames = context_frames;
   in.shape.frames_batch_stride = in.frames.stride(0);
@@ -107,67 +97,80 @@ Inputs check_inputs(const char* op, const Tensor& frames, const Tensor& mean, co
   return in;
 }
 
-// frames (B, T r, M), weight (Cm, (c + r) M), pos (>= T, Cm) or none -> (B, T, Cm)
-Tensor forward(const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
-               const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& pos_in,
-               int64_t frames_per_step, int64_t context_frames) {
-  const Inputs in =
-      check_inputs(kOp, frames, mean, inv_std, weight, bias, frames_per_step, context_frames);
+// frames (B, T r, M), weight (Cm, (c + r) M), pos (>= T, Cm) or none -> y (B, T, Cm), and slope
+// alike, or (0,) without save_slope.
+std::tuple<Tensor, Tensor> forward(const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
+                                   const Tensor& weight_in, const Tensor& bias_in,
+                                   const std::optional<Tensor>& pos_in, int64_t frames_per_step,
+                                   int64_t context_frames, bool save_slope) {
+  Slices in = check_slices(kOp, frames, mean, inv_std, "weight", weight_in, frames_per_step,
+                           context_frames);
+  check_shape(kOp, "weight", weight_in, "(Cm, (context_frames + frames_per_step) * M)",
+              {kAny, (context_frames + frames_per_step) * in.shape.mels});
+  in.shape.channels = weight_in.size(0);
+  check_shape(kOp, "bias", bias_in, "(Cm,)", {in.shape.channels});
+  check_dtype(kOp, "bias", bias_in, weight_in.scalar_type(), " like weight");
+  check_same_device(kOp, "bias", bias_in, "weight", weight_in);
   MelEmbedForward call{};
   call.shape = in.shape;
   std::optional<Tensor> pos;
   if (pos_in.has_value()) {
     check_shape(kOp, "pos", *pos_in, "(>= T, Cm)", {kAny, in.shape.channels});
     check_at_least(kOp, "the number of rows of pos", pos_in->size(0), in.shape.steps);
-    check_dtype(kOp, "pos", *pos_in, weight.scalar_type(), " like weight");
-    check_same_device(kOp, "pos", *pos_in, "weight", weight);
+    check_dtype(kOp, "pos", *pos_in, weight_in.scalar_type(), " like weight");
+    check_same_device(kOp, "pos", *pos_in, "weight", weight_in);
     pos = contiguous(*pos_in);
     call.pos = pos->const_data_ptr();
   }
+  const Tensor weight = contiguous(weight_in), bias = contiguous(bias_in);
   Tensor y = empty(weight, {in.shape.batch, in.shape.steps, in.shape.channels});
-  if (y.numel() == 0) return y;
+  Tensor slope = save_slope ? empty(weight, {in.shape.batch, in.shape.steps, in.shape.channels})
+                            : empty(weight, {0});
+  if (y.numel() == 0) return {y, slope};
   call.frames = in.frames.const_data_ptr();
   call.mean = in.mean.const_data_ptr();
   call.inv_std = in.inv_std.const_data_ptr();
-  call.weight = in.weight.const_data_ptr();
-  call.bias = in.bias.const_data_ptr();
+  call.weight = weight.const_data_ptr();
+  call.bias = bias.const_data_ptr();
   call.y = y.mutable_data_ptr();
+  call.slope = save_slope ? slope.mutable_data_ptr() : nullptr;
   launch(call, weight);
-  return y;
+  return {y, slope};
 }
 
 // pos_rows < 0: there was no pos, and d_pos comes back as (0, Cm).
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& frames,
-                                            const Tensor& mean, const Tensor& inv_std,
-                                            const Tensor& weight, const Tensor& bias,
-                                            int64_t pos_rows, int64_t frames_per_step,
-                                            int64_t context_frames) {
-  const Inputs in =
-      check_inputs(kBackward, frames, mean, inv_std, weight, bias, frames_per_step, context_frames);
-  check_shape(kBackward, "d_y", d_y_in, "(B, T, Cm)",
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& slope_in,
+                                            const Tensor& frames, const Tensor& mean,
+                                            const Tensor& inv_std, int64_t pos_rows,
+                                            int64_t frames_per_step, int64_t context_frames) {
+  Slices in = check_slices(kBackward, frames, mean, inv_std, "d_y", d_y_in, frames_per_step,
+                           context_frames);
+  check_shape(kBackward, "d_y", d_y_in, "(B, T, Cm)", {in.shape.batch, in.shape.steps, kAny});
+  in.shape.channels = d_y_in.size(2);
+  check_shape(kBackward, "slope", slope_in, "(B, T, Cm) of a forward with save_slope",
               {in.shape.batch, in.shape.steps, in.shape.channels});
-  check_dtype(kBackward, "d_y", d_y_in, weight.scalar_type(), " like weight");
-  check_same_device(kBackward, "d_y", d_y_in, "weight", weight);
+  check_dtype(kBackward, "slope", slope_in, d_y_in.scalar_type(), " like d_y");
+  check_same_device(kBackward, "slope", slope_in, "d_y", d_y_in);
   if (pos_rows >= 0) check_at_least(kBackward, "pos_rows", pos_rows, in.shape.steps);
-  const Tensor d_y = contiguous(d_y_in);
+  const Tensor d_y = contiguous(d_y_in), slope = contiguous(slope_in);
 
   MelEmbedBackward call{};
   call.shape = in.shape;
   call.pos_rows = std::max<int64_t>(pos_rows, 0);
-  Tensor d_weight = empty(weight, {weight.size(0), weight.size(1)});
-  Tensor d_bias = empty(weight, {in.shape.channels});
-  Tensor d_pos = empty(weight, {call.pos_rows, in.shape.channels});
+  Tensor d_weight =
+      empty(d_y, {in.shape.channels, (context_frames + frames_per_step) * in.shape.mels});
+  Tensor d_bias = empty(d_y, {in.shape.channels});
+  Tensor d_pos = empty(d_y, {call.pos_rows, in.shape.channels});
   if (d_y.numel() == 0) return {zeroed(d_weight), zeroed(d_bias), zeroed(d_pos)};
   call.frames = in.frames.const_data_ptr();
   call.mean = in.mean.const_data_ptr();
   call.inv_std = in.inv_std.const_data_ptr();
-  call.weight = in.weight.const_data_ptr();
-  call.bias = in.bias.const_data_ptr();
   call.d_y = d_y.const_data_ptr();
+  call.slope = slope.const_data_ptr();
   call.d_weight = d_weight.mutable_data_ptr();
   call.d_bias = d_bias.mutable_data_ptr();
   call.d_pos = pos_rows < 0 ? nullptr : d_pos.mutable_data_ptr();
-  launch(call, weight);
+  launch(call, d_y);
   return {d_weight, d_bias, d_pos};
 }
 

@@ -89,6 +89,7 @@ MelEmbedForward = structure(
     bias=ptr,
     pos=ptr,
     y=ptr,
+    slope=ptr,
 )
 MelEmbedBackward = structure(
     "MelEmbedBackward",
@@ -96,9 +97,8 @@ MelEmbedBackward = structure(
     frames=ptr,
     mean=ptr,
     inv_std=ptr,
-    weight=ptr,
-    bias=ptr,
     d_y=ptr,
+    slope=ptr,
     d_weight=ptr,
     d_bias=ptr,
     d_pos=ptr,

@@ -45,6 +45,7 @@ def mel_error(emu):
             address(bias),
             None,
             address(y),
+            None,
         ),
     )
     x = mel_slices(frames, mean, inv_std, 2, 1)

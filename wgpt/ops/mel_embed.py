@@ -45,9 +45,13 @@ def mel_embed(
     statistics = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # Buffers of a model that was moved to bfloat16 as a whole; no copy where the type is right.
     mean, inv_std = mean.to(statistics), inv_std.to(statistics)
-    return torch.ops.wgpt.mel_embed(
-        frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames
+    save_slope = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (weight, bias, pos)
     )
+    y, _ = torch.ops.wgpt.mel_embed(
+        frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames, save_slope
+    )
+    return y
 
 
 @torch.library.register_fake("wgpt::mel_embed")
@@ -60,42 +64,50 @@ def _fake(
     pos: Tensor | None,
     frames_per_step: int,
     context_frames: int,
-) -> Tensor:
-    return weight.new_empty((frames.shape[0], frames.shape[1] // frames_per_step, weight.shape[0]))
+    save_slope: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (frames.shape[0], frames.shape[1] // frames_per_step, weight.shape[0])
+    return weight.new_empty(shape), weight.new_empty(shape if save_slope else (0,))
 
 
 @torch.library.register_fake("wgpt::mel_embed_backward")
 def _fake_backward(
     d_y: Tensor,
+    slope: Tensor,
     frames: Tensor,
     mean: Tensor,
     inv_std: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     pos_rows: int,
     frames_per_step: int,
     context_frames: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    channels = d_y.shape[2]
     return (
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-        weight.new_empty((max(pos_rows, 0), weight.shape[0])),
+        d_y.new_empty((channels, (context_frames + frames_per_step) * frames.shape[2])),
+        d_y.new_empty((channels,)),
+        d_y.new_empty((max(pos_rows, 0), channels)),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    frames, mean, inv_std, weight, bias, pos, ctx.frames_per_step, ctx.context_frames = inputs
-    ctx.save_for_backward(frames, mean, inv_std, weight, bias)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    frames, mean, inv_std, _, _, pos, ctx.frames_per_step, ctx.context_frames, _ = inputs
+    _, slope = output
+    ctx.mark_non_differentiable(slope)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(slope, frames, mean, inv_std)
     ctx.pos_rows = -1 if pos is None else pos.shape[0]
 
 
-def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[:3]):
         raise RuntimeError("mel_embed: frames, mean and inv_std are data and get no gradient")
+    if d_y is None:
+        return (None,) * 9
     d_weight, d_bias, d_pos = torch.ops.wgpt.mel_embed_backward(
         d_y, *ctx.saved_tensors, ctx.pos_rows, ctx.frames_per_step, ctx.context_frames
     )
-    return None, None, None, d_weight, d_bias, None if ctx.pos_rows < 0 else d_pos, None, None
+    d_pos = None if ctx.pos_rows < 0 else d_pos
+    return None, None, None, d_weight, d_bias, d_pos, None, None, None
 
 
 def _double_backward(ctx: Any, *_: Any) -> None:

@@ -12,6 +12,9 @@
 // a whole head (five products), or, with fewer heads than threads could use, first a block of keys
 // of a head (dk, dv) and then a chunk of its queries (dq): seven products, but many tasks. Both
 // make the same sums in the same order, so they give the same bits.
+//
+// By tiles of AMX, whose left operand cannot be read across, dv^T += d_out^T p and dk^T += q^T ds,
+// straight onto the sums in memory: bfloat16 operands have rounded far more.
 #pragma once
 
 #include <math.h>
@@ -23,7 +26,6 @@ namespace wgpt::cpu::WGPT_TARGET {
 // Measured on one Zen 5 thread, D 32 to 128, both types: 96 keys cost 8 to 13 % (dq is read and
 // written twice as often), 96 queries change nothing (2 %).
 constexpr int kGradientKeys = 192;
-constexpr int kGradientQueries = 48;
 constexpr int kGradientSlab = 96;  // keys of a dq product: its rows of k stay in L1
 
 template <typename Element, int kDim>
@@ -31,9 +33,13 @@ class AttentionBackward {
  public:
   using Dot = typename DotOf<Element>::Type;
   static constexpr int kPer = Dot::kPerUnit;
+  static constexpr int kRowGroup = Dot::kRows;
+  static constexpr int kGradientQueries = Dot::kIsMatrix ? 64 : 48;
   static constexpr int kUnits = kDim / kPer;
   static constexpr int kOutVectors = kDim / kLanes < kVectors ? kDim / kLanes : kVectors;
-  static constexpr int kOutRows = kRowGroup * (kVectors / kOutVectors);
+  static constexpr int kOutRows = Dot::kIsMatrix ? kRowGroup : kRowGroup * (kVectors / kOutVectors);
+  // Keys, or queries, that a product over them takes at once.
+  static constexpr int kAtOnce = Dot::kIsMatrix ? 32 : kPer;
 
   AttentionBackward(const FlashAttentionBackward& args, int64_t b, int64_t h)
       : args_(args), shape_(args.shape), b_(b), h_(h) {
@@ -55,15 +61,20 @@ class AttentionBackward {
   }
 
   void run_head() {
+    [[maybe_unused]] const typename Dot::Scope scope;
     float* dq = reserve_dq(shape_.q_steps);
     for (int64_t block = 0; block < shape_.kv_steps; block += kGradientKeys)
       run_block<true, true>(block, dq);
     write_dq(0, shape_.q_steps, dq);
   }
 
-  void run_keys(int64_t block) { run_block<true, false>(block, nullptr); }
+  void run_keys(int64_t block) {
+    [[maybe_unused]] const typename Dot::Scope scope;
+    run_block<true, false>(block, nullptr);
+  }
 
   void run_queries(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Dot::Scope scope;
     float* dq = reserve_dq(end - begin);
     const Range keys = rows_visibility(shape_, begin, end - begin).any;
     for (int64_t block = keys.begin / kGradientKeys * kGradientKeys; block < keys.end;
@@ -83,7 +94,8 @@ class AttentionBackward {
 
   void reserve() {
     const int64_t n_floats = 3 * kKeyFloats + 2 * kGradientKeys * kDim + 4 * kTileFloats +
-                             3 * kScoreFloats + 2 * kGradientQueries + 64;
+                             3 * kScoreFloats + 2 * kGradientQueries +
+                             (Dot::kIsMatrix ? kTileFloats : 0) + 64;
     float* next =
         static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     const auto take = [&](int64_t n) { return next += n, next - n; };
@@ -101,6 +113,7 @@ class AttentionBackward {
     ds_ = kPer == 1 ? ds_across_ : take(kScoreFloats);
     tile_lse_ = take(kGradientQueries);
     tile_delta_ = take(kGradientQueries);
+    if constexpr (Dot::kIsMatrix) pairs_ = take(kTileFloats);
   }
 
   static float* reserve_dq(int64_t n_rows) {
@@ -134,9 +147,25 @@ class AttentionBackward {
       run_tile<kDkDv, kDq>(tile, kDq ? dq + tile * kDim : nullptr);
     }
     const float scale = static_cast<float>(shape_.scale);
+    if constexpr (Dot::kIsMatrix) {
+      write_columns(dk_, scale, args_.dk);
+      write_columns(dv_, 1.0f, args_.dv);
+      return;
+    }
     for (int64_t j = 0; j < n_keys_; ++j) {
       write_row(dk_ + j * kDim, scale, head_row<Element>(args_.dk, b_, h_, block + j));
       write_row(dv_ + j * kDim, 1.0f, head_row<Element>(args_.dv, b_, h_, block + j));
+    }
+  }
+
+  // The block's keys from sums that lie as [channel][key].
+  void write_columns(const float* sums, float factor, const HeadsView& out) {
+    alignas(64) float rows[kLanes * kDim];
+    for (int64_t j = 0; j < n_keys_; j += kLanes) {
+      for (int c = 0; c < kDim; c += kLanes)
+        transpose_block(sums + c * kGradientKeys + j, kGradientKeys, rows + c, kDim);
+      for (int64_t i = j; i < min_of(j + kLanes, n_keys_); ++i)
+        write_row(rows + (i - j) * kDim, factor, head_row<Element>(out, b_, h_, block_ + i));
     }
   }
 
@@ -158,13 +187,26 @@ class AttentionBackward {
     const Rows<Element> d_out = head_rows<Element>(args_.d_out, b_, h_, tile);
     pack_rows<Dot, kDim>(q, n_rows_, kGradientQueries, q_);
     pack_rows<Dot, kDim>(d_out, n_rows_, kGradientQueries, d_out_);
-    if constexpr (kPer == 2) {
+    if constexpr (Dot::kIsMatrix) {
+      pack_across(q, q_across_);
+      pack_across(d_out, d_out_across_);
+    } else if constexpr (kPer == 2) {
       pack_row_pairs<Dot, kDim>(q, n_rows_, kGradientQueries, q_across_);
       pack_row_pairs<Dot, kDim>(d_out, n_rows_, kGradientQueries, d_out_across_);
     }
     for (int64_t i = 0; i < kGradientQueries; ++i) {  // p of a row past the end is 2^-infinity = 0
       tile_lse_[i] = i < n_rows_ ? lse_[tile + i] : INFINITY;
       tile_delta_[i] = i < n_rows_ ? delta_[tile + i] : 0.0f;
+    }
+  }
+
+  // A tile of rows as [channel][pair of rows].
+  void pack_across(Rows<Element> rows, float* out) {
+    constexpr int kPairs = kGradientQueries / 2;
+    pack_row_pairs<Dot, kDim>(rows, n_rows_, kGradientQueries, pairs_);
+    for (int c = 0; c < kDim; c += kLanes) {
+      for (int pair = 0; pair < kPairs; pair += kLanes)
+        transpose_block(pairs_ + pair * kDim + c, kDim, out + c * kPairs + pair, kPairs);
     }
   }
 
@@ -175,12 +217,14 @@ class AttentionBackward {
     if (keys.end <= block_ || keys.begin >= block_ + n_keys_) return;
     start_tile(tile);
     Visibility visible[kGradientQueries / kRowGroup];
-    for (int row = 0; row < n_rows_; row += kRowGroup) {
+    // Rows past the last have p = 0, and complete a product over rows.
+    const int64_t n_scored = round_up(n_rows_, Dot::kIsMatrix ? kAtOnce : 1);
+    for (int row = 0; row < n_scored; row += kRowGroup) {
       visible[row / kRowGroup] = rows_visibility(shape_, tile + row, kRowGroup);
     }
     const int64_t n_strips_end = round_up(n_keys_, kStrip);
     for (int64_t strip = 0; strip < n_strips_end; strip += kStrip) {
-      for (int row = 0; row < n_rows_; row += kRowGroup)
+      for (int row = 0; row < n_scored; row += kRowGroup)
         score_group<kDkDv>(strip, row, visible[row / kRowGroup]);
     }
     if constexpr (kDkDv) add_key_gradients();
@@ -214,11 +258,10 @@ class AttentionBackward {
   // them.
   template <int kWidth, bool kMasked, bool kDkDv>
   __attribute__((noinline)) void score_keys(int64_t strip, int first, int row) {
-    Tile<kRowGroup, kWidth> p, dp;
+    alignas(64) Tile<kRowGroup, kWidth> p, dp;
     alignas(64) float saved[kRowGroup * kWidth * kLanes];
     const int64_t key = strip + first * kLanes, columns = strip * kUnits + first * kLanes;
-    fill_tile(p, 0.0f);
-    multiply_tile<Dot>(q_ + row * kUnits, kUnits, 1, k_columns_ + columns, kStrip, kUnits, p);
+    multiply_fresh_tile<Dot>(q_ + row * kUnits, kUnits, 1, k_columns_ + columns, kStrip, kUnits, p);
     const Floats scale = splat(static_cast<float>(shape_.scale));
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
       const Floats lse = splat(-tile_lse_[row + r]);
@@ -269,6 +312,10 @@ class AttentionBackward {
   WGPT_INLINE static void add_product(const float* a, int64_t a_row, int64_t a_step, const float* b,
                                       int64_t n, float* out) {
     for (int column = 0; column < kDim; column += kOutVectors * kLanes) {
+      if constexpr (Dot::kIsMatrix) {
+        multiply_matrix<kOutVectors, false>(a, a_row, b + column, kDim, n, out + column, kDim);
+        continue;
+      }
       Tile<kOutRows, kOutVectors> sums;
       fill_tile(sums, 0.0f);
       multiply_tile<Dot>(a, a_row, a_step, b + column, kDim, n, sums);
@@ -276,7 +323,30 @@ class AttentionBackward {
     }
   }
 
+  // dv^T and dk^T: strips of keys by groups of channels.
+  void add_key_gradients_by_matrix() {
+    constexpr int kPairs = kGradientQueries / 2;
+    for (int64_t j = 0; j < n_keys_; j += kStrip) {
+      const int64_t last = min_of<int64_t>(j + kStrip, n_keys_) - 1;
+      const int64_t seen_begin = seeing_queries(shape_, block_ + j).begin - tile_;
+      const int64_t seen_end = seeing_queries(shape_, block_ + last).end - tile_;
+      const int64_t begin = max_of<int64_t>(0, seen_begin) / kAtOnce * kAtOnce / kPer;
+      const int64_t end = round_up(min_of<int64_t>(n_rows_, seen_end), kAtOnce) / kPer;
+      if (begin >= end) continue;
+      const int64_t b = begin * kGradientKeys + j;
+      for (int c = 0; c < kDim; c += kRowGroup) {
+        multiply_matrix<kVectors, false>(d_out_across_ + c * kPairs + begin, kPairs, p_across_ + b,
+                                         kGradientKeys, end - begin, dv_ + c * kGradientKeys + j,
+                                         kGradientKeys);
+        multiply_matrix<kVectors, false>(q_across_ + c * kPairs + begin, kPairs, ds_across_ + b,
+                                         kGradientKeys, end - begin, dk_ + c * kGradientKeys + j,
+                                         kGradientKeys);
+      }
+    }
+  }
+
   __attribute__((noinline)) void add_key_gradients() {
+    if constexpr (Dot::kIsMatrix) return add_key_gradients_by_matrix();
     for (int64_t j = 0; j < n_keys_; j += kOutRows) {
       const int64_t last = min_of<int64_t>(j + kOutRows, n_keys_) - 1;
       const int64_t seen_begin = seeing_queries(shape_, block_ + j).begin - tile_;
@@ -299,9 +369,10 @@ class AttentionBackward {
         const int last = min_of<int>(row + kOutRows, static_cast<int>(n_rows_)) - 1;
         const int64_t seen_begin = visible[row / kRowGroup].any.begin - block_;
         const int64_t seen_end = visible[last / kRowGroup].any.end - block_;
-        const int64_t begin = max_of<int64_t>(slab, seen_begin) / kPer;
-        const int64_t end = ceil_div(
-            min_of<int64_t>(min_of<int64_t>(slab + kGradientSlab, n_keys_), seen_end), kPer);
+        const int64_t seen_in_slab =
+            min_of(min_of<int64_t>(slab + kGradientSlab, n_keys_), seen_end);
+        const int64_t begin = max_of<int64_t>(slab, seen_begin) / kAtOnce * kAtOnce / kPer;
+        const int64_t end = round_up(seen_in_slab, kAtOnce) / kPer;
         if (begin >= end) continue;
         add_product(ds_ + row * kRow + begin, kRow, 1, k_rows_ + begin * kDim, end - begin,
                     dq + row * kDim);
@@ -317,6 +388,7 @@ class AttentionBackward {
   int64_t block_ = 0, n_keys_ = 0, tile_ = 0, n_rows_ = 0;
   float *k_columns_, *v_columns_, *k_rows_, *dk_, *dv_, *q_, *d_out_, *q_across_, *d_out_across_;
   float *p_across_, *ds_across_, *ds_, *tile_lse_, *tile_delta_;
+  float* pairs_ = nullptr;  // MatrixDot only: pairs of rows on their way across
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -77,7 +77,7 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
     });
     return;
   }
-  const int64_t rows = 4 * kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
+  const int64_t rows = 4 * Backward::kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
   const int64_t n_blocks = ceil_div(shape.kv_steps, kGradientKeys);
   const auto chunk_end = [&](int64_t chunk) { return min_of((chunk + 1) * rows, shape.q_steps); };
   run_tasks(executor, n_heads * n_chunks, [&](int64_t task) {

@@ -19,17 +19,17 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// Measured on one Zen 5 thread, D 32 to 128, both types: kBlockKeys 128 to 256 and kQueryTile 24 or
-// 48 differ by no more than the noise (3 %).
+// Measured on one Zen 5 thread, D 32 to 128, both types: kBlockKeys 128 to 256 and tiles of 24 or 48
+// queries differ by no more than the noise (3 %).
 constexpr int kBlockKeys = 192;
-constexpr int kQueryTile = 24;
-constexpr int kGroupsPerTile = kQueryTile / kRowGroup;
 // How far the maximum is set above the largest score, in powers of two. More means fewer rescalings
-// of scores that rise along the keys (19 nats in 64 keys: bfloat16, D 64, 9 % over flat scores at
-// 8, 3 % at 32), and longer differences s - m, whose rounding a float32 result would show (4e-7 at
-// 8, 8e-7 at 32).
+// of scores that rise along the keys, and longer differences s - m, whose rounding a float32 result
+// would show (4e-7 at 8, 8e-7 at 32). 19 nats in 64 keys over flat scores, D 64: vdpbf16ps 9 % at 8,
+// 3 % at 32; AMX, whose products cost little, 12 % at 32.
 template <typename Dot>
-constexpr float kHeadroom = Dot::kExact ? 8.0f : 32.0f;
+constexpr float kHeadroom = Dot::kIsMatrix ? 64.0f
+                            : Dot::kExact  ? 8.0f
+                                           : 32.0f;
 constexpr float kLowest = -3.0e38f;  // maximum and limit before any score
 
 // ln(2^maximum * sum). The power of two in the sum goes to the maximum first, where it undoes the
@@ -46,11 +46,16 @@ template <typename Element, int kDim>
 class AttentionForward {
  public:
   using Dot = typename DotOf<Element>::Type;
+  static constexpr int kRowGroup = Dot::kRows;
+  static constexpr int kGroupsPerTile = 4;
+  static constexpr int kQueryTile = kGroupsPerTile * kRowGroup;
   static constexpr int kUnits = kDim / Dot::kPerUnit;
   static constexpr int kPUnits = kBlockKeys / Dot::kPerUnit;
   static constexpr int kOutVectors = kDim / kLanes < kVectors ? kDim / kLanes : kVectors;
   static constexpr int kJoined =
-      kVectors / kOutVectors;  // row groups that fill the registers of p v
+      Dot::kIsMatrix ? 1 : kVectors / kOutVectors;  // row groups that fill the registers of p v
+  // Keys that p v takes at once; p is 0 for those of them that a row does not see.
+  static constexpr int kKeysAtOnce = Dot::kIsMatrix ? 32 : 2;
 
   explicit AttentionForward(const FlashAttentionForward& args)
       : args_(args), shape_(args.shape), scale_(static_cast<float>(args.shape.scale)) {}
@@ -67,6 +72,7 @@ class AttentionForward {
   }
 
   void run(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Dot::Scope scope;
     begin_ = begin;
     n_rows_ = end - begin;
     const int64_t n_padded = round_up(n_rows_, kQueryTile);
@@ -122,7 +128,7 @@ class AttentionForward {
       const int64_t lo = max_of<int64_t>(0, visible[g].any.begin - block_);
       const int64_t hi = min_of<int64_t>(kBlockKeys, visible[g].any.end - block_);
       const bool is_seen = row + g * kRowGroup < n_rows_ && lo < hi;
-      pending[g] = is_seen ? Range{lo & ~int64_t{1}, (hi + 1) & ~int64_t{1}} : Range{0, 0};
+      pending[g] = is_seen ? Range{lo & -kKeysAtOnce, round_up(hi, kKeysAtOnce)} : Range{0, 0};
     }
     for (int strip = 0; strip < kBlockKeys; strip += kStrip) {
       for (int g = 0; g < kGroupsPerTile; ++g) {
@@ -147,9 +153,12 @@ class AttentionForward {
     if (visible.all.begin <= first_key && visible.all.end >= first_key + kStrip) {
       return attend_keys<kVectors, false>(group);
     }
-    const int begin = static_cast<int>(max_of<int64_t>(0, visible.any.begin - first_key)) / kLanes;
+    constexpr int kStep = kKeysAtOnce > kLanes ? kKeysAtOnce : kLanes;
+    const int begin = static_cast<int>(max_of<int64_t>(0, visible.any.begin - first_key)) / kStep *
+                      (kStep / kLanes);
     const int end =
-        static_cast<int>(ceil_div(min_of<int64_t>(kStrip, visible.any.end - first_key), kLanes));
+        static_cast<int>(ceil_div(min_of<int64_t>(kStrip, visible.any.end - first_key), kStep)) *
+        (kStep / kLanes);
     group.key += begin * kLanes;
     with_width(end - begin, [&](auto width) { attend_keys<width.value, true>(group); });
   }
@@ -157,10 +166,9 @@ class AttentionForward {
   // p = 2^(scale s - m) for kWidth vectors of keys; masked where some rows do not see all of them.
   template <int kWidth, bool kMasked>
   __attribute__((noinline)) void attend_keys(const Group& group) {
-    Tile<kRowGroup, kWidth> s;
-    fill_tile(s, 0.0f);
+    alignas(64) Tile<kRowGroup, kWidth> s;
     const float* k = k_ + group.key / kStrip * (kStrip * kUnits) + group.key % kStrip;
-    multiply_tile<Dot>(q_ + group.row * kUnits, kUnits, 1, k, kStrip, kUnits, s);
+    multiply_fresh_tile<Dot>(q_ + group.row * kUnits, kUnits, 1, k, kStrip, kUnits, s);
     if constexpr (kMasked) mask_scores(group, s);
     Floats worst = splat(-1.0f);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
@@ -238,11 +246,10 @@ class AttentionForward {
   // out = out * shrink + p v for groups [index, index + kGroups) and one strip of channels.
   template <int kGroups>
   WGPT_INLINE void add_values(int64_t row, int index, int column, const float* shrink, Range keys) {
-    Tile<kGroups * kRowGroup, kOutVectors> sums;
-    fill_tile(sums, 0.0f);
+    alignas(64) Tile<kGroups * kRowGroup, kOutVectors> sums;
     const int64_t first = keys.begin / Dot::kPerUnit, n = keys.end / Dot::kPerUnit - first;
-    multiply_tile<Dot>(p_ + index * kRowGroup * kPUnits + first, kPUnits, 1,
-                       v_ + first * kDim + column, kDim, n, sums);
+    multiply_fresh_tile<Dot>(p_ + index * kRowGroup * kPUnits + first, kPUnits, 1,
+                             v_ + first * kDim + column, kDim, n, sums);
     add_tile(sums, shrink, out_ + row * kDim + column, kDim);
   }
 

@@ -1,6 +1,11 @@
 // Picks a target once, from what was compiled in, what the machine can run, and $WGPT_CPU_TARGET.
 #include "kernels/cpu/dispatch.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -26,6 +31,9 @@ extern const Kernels kKernels;
 namespace avx512_bf16 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels kKernels;
@@ -34,7 +42,19 @@ extern const Kernels kKernels;
 
 namespace {
 
-constexpr int kMaxTargets = 4;
+constexpr int kMaxTargets = 5;
+
+#if defined(__x86_64__)
+// Linux gives a process the tile registers only when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM,
+// XFEATURE_XTILEDATA).
+bool may_use_tiles() {
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 struct Available {
@@ -49,8 +69,17 @@ struct Available {
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) targets[n++] = &avx512_bf16::kKernels;
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    if (has_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+        may_use_tiles()) {
+      targets[n++] = &amx::kKernels;
+    }
+    // vdpbf16ps gives twice the rate of float32 on AMD, half of it on Intel (measured: Zen 5,
+    // Sapphire Rapids).
+    const bool is_slow = __builtin_cpu_is("intel");
+    if (has_bf16 && !is_slow) targets[n++] = &avx512_bf16::kKernels;
     if (has_avx512) targets[n++] = &avx512::kKernels;
+    if (has_bf16 && is_slow) targets[n++] = &avx512_bf16::kKernels;
     if (has_avx2) targets[n++] = &avx2::kKernels;
 #elif defined(__aarch64__)
     targets[n++] = &neon::kKernels;

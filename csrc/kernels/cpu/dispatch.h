@@ -11,7 +11,7 @@
 namespace wgpt::cpu {
 
 struct Kernels {
-  const char* target;  // "generic", "avx2", "avx512", "avx512_bf16", "neon"
+  const char* target;  // "generic", "avx2", "avx512", "avx512_bf16", "amx", "neon"
   void (*flash_attention_forward)(const FlashAttentionForward&, const Executor&);
   void (*flash_attention_backward)(const FlashAttentionBackward&, const Executor&);
   size_t (*flash_attention_forward_workspace_bytes)(const FlashAttentionShape&);

@@ -32,8 +32,8 @@ inline void normalise_frames(const MelEmbedShape& shape, const void* frames, con
 }
 
 // The slice of one step (K,) and its pre-activation (Cm,).
-template <typename Frame, typename Args>
-inline void project_step(const Args& args, int64_t b, int64_t t, double* x, double* z) {
+template <typename Frame>
+inline void project_step(const MelEmbedForward& args, int64_t b, int64_t t, double* x, double* z) {
   const MelEmbedShape& shape = args.shape;
   const int64_t width = shape.frames_per_step + shape.context_frames, k = mel_slice_size(shape);
   normalise_frames<double, Frame>(shape, args.frames, args.mean, args.inv_std, b,
@@ -58,6 +58,7 @@ void mel_embed_forward_by_rows(const MelEmbedForward& args, const Executor& exec
       const double position =
           args.pos == nullptr ? 0.0 : static_cast<const double*>(args.pos)[t * cm + c];
       static_cast<double*>(args.y)[row * cm + c] = gelu(z[c]) + position;
+      if (args.slope != nullptr) static_cast<double*>(args.slope)[row * cm + c] = gelu_slope(z[c]);
     }
   });
 }
@@ -70,7 +71,6 @@ void mel_embed_backward_by_rows(const MelEmbedBackward& args, const Executor& ex
                 width = shape.frames_per_step + shape.context_frames;
   run_tasks(executor, cm, [&](int64_t c) {
     auto* x = static_cast<double*>(thread_scratch(static_cast<size_t>(k) * sizeof(double)));
-    const double* weight = static_cast<const double*>(args.weight) + c * k;
     double* d_weight = static_cast<double*>(args.d_weight) + c * k;
     double d_bias = 0;
     for (int64_t i = 0; i < k; ++i) d_weight[i] = 0;
@@ -78,9 +78,8 @@ void mel_embed_backward_by_rows(const MelEmbedBackward& args, const Executor& ex
       normalise_frames<double, Frame>(
           shape, args.frames, args.mean, args.inv_std, row / shape.steps,
           row % shape.steps * shape.frames_per_step - shape.context_frames, width, x);
-      double z = static_cast<const double*>(args.bias)[c];
-      for (int64_t i = 0; i < k; ++i) z += x[i] * weight[i];
-      const double g = static_cast<const double*>(args.d_y)[row * cm + c] * gelu_slope(z);
+      const double g = static_cast<const double*>(args.d_y)[row * cm + c] *
+                       static_cast<const double*>(args.slope)[row * cm + c];
       d_bias += g;
       for (int64_t i = 0; i < k; ++i) d_weight[i] += g * x[i];
     }

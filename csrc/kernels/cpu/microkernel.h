@@ -4,7 +4,8 @@
 // Everything is seen in 32-bit units: a float, or a pair of bfloat16 that vdpbf16ps multiplies and
 // adds at once. a is read one unit at a time and broadcast, b by whole vectors from a packed panel;
 // six rows by four vectors fill 24 of 32 registers (six by two: 12 of 16) and take 10 loads for 24
-// multiplications.
+// multiplications. Where there are tile registers (AMX), sixteen rows by four vectors are one product,
+// whose sums lie in memory.
 #pragma once
 
 #include "kernels/cpu/vec.h"
@@ -16,8 +17,11 @@ namespace wgpt::cpu::WGPT_TARGET {
 
 // Products in float32, whatever the elements were.
 struct FloatDot {
-  static constexpr int kPerUnit = 1;  // elements in a unit
+  static constexpr int kPerUnit = 1;        // elements in a unit
+  static constexpr int kRows = 6;           // rows of a tile
+  static constexpr bool kIsMatrix = false;  // whether products come by whole tiles of AMX
   static constexpr bool kExact = true;
+  struct Scope {};  // holds a thread's state while it multiplies
   static WGPT_INLINE Floats fma(Floats a, Floats b, Floats c) { return WGPT_TARGET::fma(a, b, c); }
 };
 
@@ -25,10 +29,39 @@ struct FloatDot {
 // Products of bfloat16 pairs, summed in float32.
 struct BFloat16Dot {
   static constexpr int kPerUnit = 2;
+  static constexpr int kRows = 6;
+  static constexpr bool kIsMatrix = false;
   static constexpr bool kExact = false;
+  struct Scope {};
   static WGPT_INLINE Floats fma(Floats a, Floats b, Floats c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+// The same by tiles: 16 rows of 16 units times 16 units of 16 columns. Sums run over whole tiles of
+// kDepth units, so both operands are zero where a product ends within one; a is contiguous along
+// its units. The tile registers belong to one Scope of a thread at a time.
+struct MatrixDot {
+  static constexpr int kPerUnit = 2;
+  static constexpr int kRows = 16;
+  static constexpr int kDepth = 16;
+  static constexpr bool kIsMatrix = true;
+  static constexpr bool kExact = false;
+  class Scope {
+   public:
+    Scope() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } static const config;
+      _tile_loadconfig(&config);
+    }
+    ~Scope() { _tile_release(); }
+    Scope(const Scope&) = delete;
+  };
 };
 #endif
 
@@ -37,7 +70,12 @@ template <typename Element>
 struct DotOf {
   using Type = FloatDot;
 };
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+template <>
+struct DotOf<BFloat16> {
+  using Type = MatrixDot;
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct DotOf<BFloat16> {
   using Type = BFloat16Dot;
@@ -45,7 +83,6 @@ struct DotOf<BFloat16> {
 #endif
 
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;  // vectors of a full-width tile
-constexpr int kRowGroup = 6;                        // rows of one
 constexpr int kStrip = kVectors * kLanes;           // columns of one
 
 template <int kRows, int kColumns>
@@ -74,17 +111,81 @@ WGPT_INLINE void fill_tile(Tile<kRows, kColumns>& c, float x) {
   }
 }
 
-// a[r, k] lies at a[r * a_row + k * a_step], b[k, :] at b + k * b_step; n units are summed.
+// One product of MatrixDot: c[r, :] = or += sum over n units, a multiple of kDepth, of a[r, k] b[k, :].
+// c[r, :] lies at c + r * c_row; with kFromZero what lies there is not read.
+template <int kColumns, bool kFromZero>
+WGPT_INLINE void multiply_matrix([[maybe_unused]] const float* a, [[maybe_unused]] int64_t a_row,
+                                 [[maybe_unused]] const float* b, [[maybe_unused]] int64_t b_step,
+                                 [[maybe_unused]] int64_t n, [[maybe_unused]] float* c,
+                                 [[maybe_unused]] int64_t c_row) {
+#if defined(__AMX_BF16__)
+  const int64_t a_bytes = a_row * 4, b_bytes = b_step * 4, c_bytes = c_row * 4;
+  asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
+  if constexpr (kFromZero) {
+    _tile_zero(0);
+    if constexpr (kColumns > 1) _tile_zero(1);
+    if constexpr (kColumns > 2) _tile_zero(2);
+    if constexpr (kColumns > 3) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kColumns > 1) _tile_loadd(1, c + kLanes, c_bytes);
+    if constexpr (kColumns > 2) _tile_loadd(2, c + 2 * kLanes, c_bytes);
+    if constexpr (kColumns > 3) _tile_loadd(3, c + 3 * kLanes, c_bytes);
+  }
+  for (int64_t k = 0; k < n; k += MatrixDot::kDepth) {
+    const float* row = b + k * b_step;
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(5, row, b_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (kColumns > 1) {
+      _tile_loadd(6, row + kLanes, b_bytes);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (kColumns > 2) {
+      _tile_loadd(7, row + 2 * kLanes, b_bytes);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (kColumns > 3) {
+      _tile_loadd(5, row + 3 * kLanes, b_bytes);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kColumns > 1) _tile_stored(1, c + kLanes, c_bytes);
+  if constexpr (kColumns > 2) _tile_stored(2, c + 2 * kLanes, c_bytes);
+  if constexpr (kColumns > 3) _tile_stored(3, c + 3 * kLanes, c_bytes);
+#endif
+}
+
+// c += a b: a[r, k] lies at a[r * a_row + k * a_step], b[k, :] at b + k * b_step; n units are summed.
 template <typename Dot, int kRows, int kColumns>
 WGPT_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b,
                                int64_t b_step, int64_t n, Tile<kRows, kColumns>& c) {
-  for (int64_t k = 0; k < n; ++k) {
-    Floats row[kColumns];
-    WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + k * b_step + v * kLanes);
-    WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Floats factor = splat(a[r * a_row + k * a_step]);
-      WGPT_UNROLL for (int v = 0; v < kColumns; ++v) c[r][v] = Dot::fma(factor, row[v], c[r][v]);
+  if constexpr (Dot::kIsMatrix) {
+    multiply_matrix<kColumns, false>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
+                                     kColumns * kLanes);
+  } else {
+    for (int64_t k = 0; k < n; ++k) {
+      Floats row[kColumns];
+      WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + k * b_step + v * kLanes);
+      WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
+        const Floats factor = splat(a[r * a_row + k * a_step]);
+        WGPT_UNROLL for (int v = 0; v < kColumns; ++v) c[r][v] = Dot::fma(factor, row[v], c[r][v]);
+      }
     }
+  }
+}
+
+// c = a b.
+template <typename Dot, int kRows, int kColumns>
+WGPT_INLINE void multiply_fresh_tile(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                     int64_t b_step, int64_t n, Tile<kRows, kColumns>& c) {
+  if constexpr (Dot::kIsMatrix) {
+    multiply_matrix<kColumns, true>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
+                                    kColumns * kLanes);
+  } else {
+    fill_tile(c, 0.0f);
+    multiply_tile<Dot>(a, a_row, a_step, b, b_step, n, c);
   }
 }
 

@@ -8,16 +8,28 @@ namespace wgpt::cpu::WGPT_TARGET {
 
 template <typename Dot>
 double multiply_add_tiles(int64_t n) {
+  constexpr int kRowGroup = Dot::kRows;
   // Read anew for every register: equal numbers that the compiler must not merge.
   volatile float zero = 0.0f;
-  Tile<kRowGroup, kVectors> sums;
+  alignas(64) Tile<kRowGroup, kVectors> sums;
   WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(zero);
   }
-  const Floats a = splat(zero), b = splat(zero);
-  for (int64_t i = 0; i < n; ++i) {
-    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-      WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Dot::fma(a, b, sums[r][v]);
+  if constexpr (Dot::kIsMatrix) {  // operands come from L1, under cover of the products
+    constexpr int kSpan = 1024;
+    alignas(64) static const float zeros[kSpan] = {};
+    const typename Dot::Scope scope;
+    n = round_up(n, kSpan);
+    for (int64_t i = 0; i < n; i += kSpan) {
+      multiply_matrix<kVectors, true>(zeros, 0, zeros, 0, kSpan, reinterpret_cast<float*>(&sums),
+                                      kStrip);
+    }
+  } else {
+    const Floats a = splat(zero), b = splat(zero);
+    for (int64_t i = 0; i < n; ++i) {
+      WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+        WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = Dot::fma(a, b, sums[r][v]);
+      }
     }
   }
   WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {

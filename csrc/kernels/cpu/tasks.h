@@ -35,14 +35,21 @@ void run_tasks(const Executor& executor, int64_t n_tasks, Body&& body) {
 }
 
 // A growing buffer of the calling thread, 64-byte aligned; its contents are whatever was left
-// there.
+// there. Under AddressSanitizer it is as large as was asked for, so that a step past it is seen.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
   void* reserve(size_t n_bytes) {
-    if (n_bytes > capacity_) {
+#if defined(__SANITIZE_ADDRESS__)
+    constexpr size_t kGrain = 64;
+    const bool is_right = n_bytes <= capacity_ && capacity_ < n_bytes + kGrain;
+#else
+    constexpr size_t kGrain = 4096;
+    const bool is_right = n_bytes <= capacity_;
+#endif
+    if (!is_right) {
       std::free(data_);
-      capacity_ = (n_bytes + 4095) & ~static_cast<size_t>(4095);
+      capacity_ = (n_bytes + kGrain - 1) & ~(kGrain - 1);
       data_ = std::aligned_alloc(64, capacity_);
       if (data_ == nullptr) {
         capacity_ = 0;

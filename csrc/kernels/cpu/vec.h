@@ -5,6 +5,7 @@
 //   load store splat          unaligned; load and store also convert BFloat16 and Float16
 //   fma(a, b, c)              a * b + c, rounded once where the target can
 //   max_or_second(a, b)       b where either is NaN
+//   reciprocal(x)             1 / x for 0 < x, within a unit in the last place or two; NaN at NaN
 //   exp2_of<kExact>(x)        2^x for x <= 127; 0 at -inf, NaN at NaN; relative error 8e-8, or 8e-5
 //   any_above(a, b)           whether a > b in some lane; false at NaN
 //   choose_above(a, b, x, y)  x where a > b, else y

@@ -47,6 +47,7 @@ inline bool any_above(Floats a, Floats b) {
   const Integers above = a > b;
   return (above[0] | above[1] | above[2] | above[3]) != 0;
 }
+inline Floats reciprocal(Floats x) { return splat(1.0f) / x; }
 inline float first_lane(Floats x) { return x[0]; }
 inline float reduce_add(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline float reduce_max(Floats x) { return max_of(max_of(x[0], x[2]), max_of(x[1], x[3])); }

@@ -43,6 +43,7 @@ inline bool any_above(Floats a, Floats b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
 }
 
+inline Floats reciprocal(Floats x) { return splat(1.0f) / x; }
 inline float first_lane(Floats x) { return _mm256_cvtss_f32(x); }
 inline float reduce_add(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -28,6 +28,10 @@ inline Floats load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store(BFloat16* p, Floats x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
   const __m512i bits = _mm512_castps_si512(x), top = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
   __m512i rounded = _mm512_srli_epi32(
@@ -35,6 +39,7 @@ inline void store(BFloat16* p, Floats x) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_or_epi32(rounded, is_nan, top, _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+#endif
 }
 inline void store(Float16* p, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -43,6 +48,13 @@ inline void store(Float16* p, Floats x) {
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats max_or_second(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline bool any_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+// 1 / x by an estimate and a Newton step: vdivps takes 16 cycles on Intel. x is bounded so that the
+// step does not meet 0 * infinity.
+inline Floats reciprocal(Floats x) {
+  const Floats bounded = _mm512_min_ps(splat(3.0e38f), x);
+  const Floats estimate = _mm512_rcp14_ps(bounded);
+  return estimate * _mm512_fnmadd_ps(bounded, estimate, splat(2.0f));
+}
 inline float first_lane(Floats x) { return _mm512_cvtss_f32(x); }
 inline float reduce_add(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(Floats x) { return _mm512_reduce_max_ps(x); }

@@ -2,9 +2,9 @@
 // bias, GELU and the position table on the way out. Formulas in kernels/mel_embed.h. Not yet run on hardware.
 //
 //   x (B*T, K) never in memory: K = (c + r) M, row t = frames [t r - c, t r + r) normalised, zeros before frame 0
-//   forward    y = gelu(x W^T + bias) + pos        one block: 64 steps x 64 channels, 32 of K at a time
-//   backward   g = d_y * gelu'(x W^T + bias)       the same product; g goes to the workspace, rounded to T
-//              partial[s] = g^T x over steps of s  one block: 64 channels x 64 of K, 32 steps at a time
+//   forward    y = gelu(x W^T + bias) + pos        one block: 64 steps x 64 channels, 32 of K at a time; slope beside y
+//   backward   partial[s] = g^T x over steps of s  one block: 64 channels x 64 of K, 32 steps at a time;
+//                                                  g = d_y * slope, rounded to T, is made on the way in
 //              d_weight, d_bias = sum_s partial[s] in ascending s, then rounded
 //
 // Tensor cores with float32 sums (float32: three tf32 products for one); x and g are rounded to T for them, as a plain
@@ -29,26 +29,35 @@ constexpr int kMaxSplits = 64;
 // At least: adding up a smaller split would cost more than it saves.
 constexpr int64_t kStepsPerSplit = 256;
 
-WGPT_DEVICE float gelu(float z) { return 0.5f * z * (1.f + erff(z * 0.70710678f)); }
+// gelu(z) = z Phi(z); slope = d gelu / dz = Phi(z) + z phi(z)
+WGPT_DEVICE float gelu(float z, float& slope) {
+  const float cdf = 0.5f * (1.f + erff(z * 0.70710678f));
+  slope = cdf + z * 0.39894228f * __expf(-0.5f * z * z);
+  return z * cdf;
+}
 
-// d gelu / dz = Phi(z) + z phi(z)
-WGPT_DEVICE float gelu_slope(float z) {
-  return 0.5f * (1.f + erff(z * 0.70710678f)) + z * 0.39894228f * __expf(-0.5f * z * z);
+// The first n of v's values, or all of them at once where `wide`.
+template <typename T, int kW>
+WGPT_DEVICE void store_channels(T* to, const Vec<T, kW>& v, int n, bool wide) {
+  if (wide) return store_vec<kW>(to, v);
+  WGPT_UNROLL
+  for (int c = 0; c < kW; ++c) {
+    if (c < n) to[c] = v.e[c];
+  }
 }
 
 template <typename T>
 struct ProjectParams {
   Slices slices;
   const T *weight, *bias;
-  const T* pos;  // forward; may be nullptr
-  const T* d_y;  // backward
-  T* out;        // y, or g
+  const T* pos;  // may be nullptr
+  T *y, *slope;  // slope may be nullptr
   int channels;
   bool wide_weight, wide_out;
 };
 
-// Forward (y from the pre-activation z = sums + bias), or the first step of backward (g from z and d_y).
-template <typename T, bool kBackward>
+// y and slope from the pre-activation z = sums + bias.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) project_kernel(ProjectParams<T> p) {
   WGPT_SHARED(Vec16, shared, Staged<T>::kBytes / 16);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -63,45 +72,32 @@ __global__ void __launch_bounds__(kThreads) project_kernel(ProjectParams<T> p) {
     const int n = n0 + column;
     if (row >= p.slices.rows || n >= p.channels) continue;
     const Vec<T, kW> bias = load_matrix<T, kW>(p.bias, 0, 1, n, p.channels, p.wide_out);
-    Vec<T, kW> extra, out;  // pos, or d_y
-    if (kBackward) {
-      extra = load_matrix<T, kW>(p.d_y, row, p.slices.rows, n, p.channels, p.wide_out);
-    } else if (p.pos != nullptr) {
-      extra = load_matrix<T, kW>(p.pos, row % p.slices.steps, p.slices.steps, n, p.channels,
-                                 p.wide_out);
+    Vec<T, kW> pos, y, slope;
+    if (p.pos != nullptr) {
+      pos = load_matrix<T, kW>(p.pos, row % p.slices.steps, p.slices.steps, n, p.channels,
+                               p.wide_out);
     }
     WGPT_UNROLL
     for (int j = 0; j < kW; j += 4) {
       const Vec<float, 4> sum = load_vec<4>(sums.base + r * sums.kPitch + column + j);
       WGPT_UNROLL
       for (int c = 0; c < 4; ++c) {
-        const float z = sum.e[c] + to_float(bias.e[j + c]);
-        float y;
-        if (kBackward) {
-          y = to_float(extra.e[j + c]) * gelu_slope(z);
-        } else {
-          y = gelu(z);
-          if (p.pos != nullptr) y += to_float(extra.e[j + c]);
-        }
-        out.e[j + c] = from_float<T>(y);
+        float slope_of_z, active = gelu(sum.e[c] + to_float(bias.e[j + c]), slope_of_z);
+        if (p.pos != nullptr) active += to_float(pos.e[j + c]);
+        y.e[j + c] = from_float<T>(active);
+        slope.e[j + c] = from_float<T>(slope_of_z);
       }
     }
-    T* to = p.out + row * p.channels + n;
-    if (p.wide_out) {
-      store_vec<kW>(to, out);
-    } else {
-      WGPT_UNROLL
-      for (int c = 0; c < kW; ++c) {
-        if (n + c < p.channels) to[c] = out.e[c];
-      }
-    }
+    const int64_t to = row * p.channels + n;
+    store_channels(p.y + to, y, p.channels - n, p.wide_out);
+    if (p.slope != nullptr) store_channels(p.slope + to, slope, p.channels - n, p.wide_out);
   }
 }
 
 template <typename T>
 struct WeightGradParams {
   Slices slices;
-  const T* g;
+  const T *d_y, *slope;
   float* partial;  // (splits, channels, K + 1): the last column is the bias
   int64_t steps_per_split;
   int channels;
@@ -127,7 +123,12 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(WeightGradParams<
     for (int i = 0; i < kLoads; ++i) {
       const int at = threadIdx.x + i * kThreads, column = at % kChunks * kW;
       const int64_t row = row0 + at / kChunks;
-      g[i] = load_matrix<T, kW>(p.g, row, end, n0 + column, p.channels, p.wide_g);
+      g[i] = load_matrix<T, kW>(p.d_y, row, end, n0 + column, p.channels, p.wide_g);
+      const Vec<T, kW> slope =
+          load_matrix<T, kW>(p.slope, row, end, n0 + column, p.channels, p.wide_g);
+      WGPT_UNROLL
+      for (int c = 0; c < kW; ++c)
+        g[i].e[c] = from_float<T>(to_float(g[i].e[c]) * to_float(slope.e[c]));
       // Steps of the next split meet a zero of g.
       x[i] = load_slice<T, kW>(p.slices, row, k0 + column);
     }
@@ -243,65 +244,40 @@ inline Slices make_slices(const MelEmbedShape& s, const void* frames, const void
 }
 
 template <typename T>
-ProjectParams<T> make_params(const MelEmbedShape& s, const Slices& slices, const void* weight,
-                             const void* bias) {
+const char* forward(const MelEmbedForward& a, Stream stream) {
   ProjectParams<T> p = {};
-  p.slices = slices;
-  p.weight = static_cast<const T*>(weight);
-  p.bias = static_cast<const T*>(bias);
-  p.channels = static_cast<int>(s.channels);
-  p.wide_weight = slices.k_total % kVecLanes<T> == 0 && aligned16(weight);
-  p.wide_out = s.channels % kVecLanes<T> == 0 && aligned16(bias);
-  return p;
-}
-
-template <typename T, bool kBackward>
-const char* launch_project(const ProjectParams<T>& p, Stream stream) {
+  p.slices = make_slices(a.shape, a.frames, a.mean, a.inv_std);
+  p.weight = static_cast<const T*>(a.weight);
+  p.bias = static_cast<const T*>(a.bias);
+  p.pos = static_cast<const T*>(a.pos);
+  p.y = static_cast<T*>(a.y);
+  p.slope = static_cast<T*>(a.slope);
+  p.channels = static_cast<int>(a.shape.channels);
+  p.wide_weight = p.slices.k_total % kVecLanes<T> == 0 && aligned16(a.weight);
+  p.wide_out = a.shape.channels % kVecLanes<T> == 0 && aligned16(a.bias) && aligned16(a.pos) &&
+               aligned16(a.y) && aligned16(a.slope);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.slices.rows, int64_t{kTile})),
                   ceil_div(p.channels, kTile));
-  return launch(project_kernel<T, kBackward>, grid, kThreads, 0, stream, p);
-}
-
-template <typename T>
-const char* forward(const MelEmbedForward& a, Stream stream) {
-  ProjectParams<T> p =
-      make_params<T>(a.shape, make_slices(a.shape, a.frames, a.mean, a.inv_std), a.weight, a.bias);
-  p.pos = static_cast<const T*>(a.pos);
-  p.out = static_cast<T*>(a.y);
-  p.wide_out = p.wide_out && aligned16(a.pos) && aligned16(a.y);
-  return launch_project<T, false>(p, stream);
-}
-
-inline size_t activation_grad_bytes(const MelEmbedShape& s) {
-  const size_t element = s.dtype == DType::kFloat32 ? 4 : 2;
-  return ceil_div(static_cast<size_t>(s.batch * s.steps * s.channels) * element, size_t{64}) * 64;
+  return launch(project_kernel<T>, grid, kThreads, 0, stream, p);
 }
 
 template <typename T>
 const char* backward(const MelEmbedBackward& a, Stream stream) {
   const Slices slices = make_slices(a.shape, a.frames, a.mean, a.inv_std);
   const int channels = static_cast<int>(a.shape.channels);
-  T* g = static_cast<T*>(a.workspace);
-  float* partial =
-      reinterpret_cast<float*>(static_cast<char*>(a.workspace) + activation_grad_bytes(a.shape));
+  constexpr int kW = kVecLanes<T>;
+  const T* d_y = static_cast<const T*>(a.d_y);
+  T* d_pos = static_cast<T*>(a.d_pos);
+  float* partial = static_cast<float*>(a.workspace);
   const int n_splits = splits_for(slices.rows);
   const int64_t outputs = static_cast<int64_t>(channels) * (slices.k_total + 1);
-  const char* error = nullptr;
-  if (slices.rows > 0) {
-    ProjectParams<T> p = make_params<T>(a.shape, slices, a.weight, a.bias);
-    p.d_y = static_cast<const T*>(a.d_y);
-    p.out = g;
-    p.wide_out = p.wide_out && aligned16(a.d_y);
-    error = launch_project<T, true>(p, stream);
-  }
-  if (error == nullptr) {
-    const int64_t per_split =
-        ceil_div(ceil_div(slices.rows, int64_t{n_splits}), int64_t{kDepth}) * kDepth;
-    const dim3 grid(ceil_div(slices.k_total, kTile), ceil_div(channels, kTile), n_splits);
-    const WeightGradParams<T> p = {slices,    g,        partial,
-                                   per_split, channels, channels % kVecLanes<T> == 0};
-    error = launch(weight_grad_kernel<T>, grid, kThreads, 0, stream, p);
-  }
+  const int64_t per_split =
+      ceil_div(ceil_div(slices.rows, int64_t{n_splits}), int64_t{kDepth}) * kDepth;
+  const dim3 grid(ceil_div(slices.k_total, kTile), ceil_div(channels, kTile), n_splits);
+  const T* slope = static_cast<const T*>(a.slope);
+  const bool wide_g = channels % kW == 0 && aligned16(d_y) && aligned16(slope);
+  const WeightGradParams<T> p = {slices, d_y, slope, partial, per_split, channels, wide_g};
+  const char* error = launch(weight_grad_kernel<T>, grid, kThreads, 0, stream, p);
   if (error == nullptr) {
     error =
         launch(add_splits_kernel<T>, static_cast<unsigned>(ceil_div(outputs, int64_t{kAddThreads})),
@@ -309,9 +285,6 @@ const char* backward(const MelEmbedBackward& a, Stream stream) {
                static_cast<T*>(a.d_bias), n_splits, channels, slices.k_total);
   }
   if (error != nullptr) return error;
-  constexpr int kW = kVecLanes<T>;
-  const T* d_y = static_cast<const T*>(a.d_y);
-  T* d_pos = static_cast<T*>(a.d_pos);
   return channels % kW == 0 && aligned16(d_y) && aligned16(d_pos)
              ? pos_grad<T, kW>(d_y, d_pos, a.shape.batch, a.shape.steps, a.pos_rows, channels,
                                stream)
@@ -341,8 +314,7 @@ const char* mel_embed_backward(const MelEmbedBackward& a, Stream stream) {
 
 size_t mel_embed_backward_workspace_bytes(const MelEmbedShape& s) {
   const int64_t outputs = s.channels * ((s.context_frames + s.frames_per_step) * s.mels + 1);
-  return mel_embed::activation_grad_bytes(s) +
-         static_cast<size_t>(mel_embed::splits_for(s.batch * s.steps) * outputs) * sizeof(float);
+  return static_cast<size_t>(mel_embed::splits_for(s.batch * s.steps) * outputs) * sizeof(float);
 }
 
 }  // namespace wgpt::cuda

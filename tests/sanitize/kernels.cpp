@@ -1,0 +1,241 @@
+// Every CPU target's kernels under AddressSanitizer and UBSan: `make sanitize`.
+//
+// Needs no torch: contracts are pointers, sizes and strides. Each tensor is a heap block of exactly
+// its own size, so that one element too far is an error; outputs start as NaN and must end without;
+// 2 and 4 threads must give the bits of one. Sizes are odd, rows strided, batches empty. Tile loads
+// of AMX are assembly, which AddressSanitizer does not watch; what surrounds them it does.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/dispatch.h"
+#define WGPT_TARGET sanitize
+#include "kernels/cpu/elements.h"
+
+namespace {
+
+using namespace wgpt;
+using cpu::Kernels;
+using cpu::sanitize::BFloat16;
+using cpu::sanitize::Float16;
+using cpu::sanitize::narrow;
+
+int g_calls = 0;
+std::string g_what;  // the case under way
+
+[[noreturn]] void fail(const char* why) {
+  std::fprintf(stderr, "sanitize: %s: %s\n", g_what.c_str(), why);
+  std::exit(1);
+}
+
+template <int kThreads>
+Executor executor() {
+  return {[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+            std::vector<std::thread> threads;
+            for (int64_t i = 0; i < n; ++i) threads.emplace_back(body, context, i, i + 1);
+            for (auto& thread : threads) thread.join();
+          },
+          kThreads};
+}
+
+size_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+uint32_t g_random = 1;
+double random_number() {  // in [-1, 1)
+  g_random = g_random * 1664525u + 1013904223u;
+  return static_cast<double>(g_random >> 8) / (1 << 23) - 1.0;
+}
+
+// A heap block of n elements: random numbers, or all bits set, which is NaN in every type.
+class Block {
+ public:
+  Block(DType dtype, int64_t n, bool is_output = false) : dtype_(dtype), n_(n) {
+    data_ = std::malloc(n_bytes());
+    if (is_output) {
+      std::memset(data_, 0xff, n_bytes());
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      cpu::sanitize::with_element(dtype, [&](auto element) {
+        using Element = decltype(element);
+        using Sum = cpu::sanitize::Arithmetic<Element>;
+        static_cast<Element*>(data_)[i] = narrow<Element>(static_cast<Sum>(random_number()));
+      });
+    }
+  }
+  Block(const Block&) = delete;
+  ~Block() { std::free(data_); }
+  void* get() { return data_; }
+  size_t n_bytes() const { return static_cast<size_t>(n_) * size_of(dtype_); }
+
+  void check_written() const {
+    for (int64_t i = 0; i < n_; ++i) {
+      cpu::sanitize::with_element(dtype_, [&](auto element) {
+        const auto x = cpu::sanitize::widen(static_cast<decltype(element)*>(data_)[i]);
+        if (x != x) fail("an output was left unwritten, or is NaN");
+      });
+    }
+  }
+
+ private:
+  DType dtype_;
+  int64_t n_;
+  void* data_;
+};
+
+// Runs a kernel on 1, 2 and 4 threads over fresh outputs and compares their bytes.
+template <typename Run>
+void check(std::initializer_list<std::pair<DType, int64_t>> outputs, size_t workspace_bytes,
+           Run&& run) {
+  std::vector<std::vector<char>> first;
+  for (const Executor& threads : {executor<1>(), executor<2>(), executor<4>()}) {
+    std::vector<Block*> blocks;
+    for (const auto& [dtype, n] : outputs) blocks.push_back(new Block(dtype, n, true));
+    void* workspace = std::aligned_alloc(64, (workspace_bytes + 63) / 64 * 64);
+    run(blocks, workspace, threads);
+    std::free(workspace);
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      blocks[i]->check_written();
+      const auto* bytes = static_cast<const char*>(blocks[i]->get());
+      if (threads.n_threads == 1) {
+        first.emplace_back(bytes, bytes + blocks[i]->n_bytes());
+      } else if (!std::equal(first[i].begin(), first[i].end(), bytes)) {
+        fail("the bits depend on the number of threads");
+      }
+      delete blocks[i];
+    }
+    ++g_calls;
+  }
+}
+
+void token_concat(const Kernels& kernels, DType dtype, int64_t b, int64_t t, int64_t v, int64_t ct,
+                  int64_t cm, bool with_pos) {
+  const int64_t c = ct + cm, mel_row = cm + 3, mel_batch = t * mel_row + 5;
+  std::vector<int64_t> tokens(static_cast<size_t>(b * t));
+  for (auto& token : tokens) token = static_cast<int64_t>((random_number() + 1) / 2 * v);
+  Block table(dtype, v * ct), pos(dtype, t * c), d_y(dtype, b * t * c);
+  Block mel(dtype, b == 0 || cm == 0 ? 0 : (b - 1) * mel_batch + (t - 1) * mel_row + cm);
+  const TokenConcatShape shape{dtype, b, t, v, ct, cm, mel_batch, mel_row};
+  check({{dtype, b * t * c}}, 0, [&](auto& out, void*, const Executor& threads) {
+    kernels.token_concat_forward({shape, tokens.data(), table.get(), cm > 0 ? mel.get() : nullptr,
+                                  with_pos ? pos.get() : nullptr, out[0]->get()},
+                                 threads);
+  });
+  const int64_t pos_rows = with_pos ? t + 2 : 0;
+  check({{dtype, v * ct}, {dtype, pos_rows * c}},
+        kernels.token_concat_backward_workspace_bytes(shape),
+        [&](auto& out, void* workspace, const Executor& threads) {
+          kernels.token_concat_backward({shape, tokens.data(), d_y.get(), out[0]->get(),
+                                         with_pos ? out[1]->get() : nullptr, pos_rows, workspace},
+                                        threads);
+        });
+}
+
+void mel_embed(const Kernels& kernels, DType dtype, DType frames_dtype, int64_t b, int64_t t,
+               int64_t m, int64_t cm, int64_t r, int64_t c, bool with_pos) {
+  const DType sum = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const int64_t k = (c + r) * m, frame = m + 2, sequence = t * r * frame + 7, n = b * t * cm;
+  Block frames(frames_dtype, b == 0 ? 0 : (b - 1) * sequence + (t * r - 1) * frame + m);
+  Block mean(sum, m), inv_std(sum, m), weight(dtype, cm * k), bias(dtype, cm), pos(dtype, t * cm);
+  Block d_y(dtype, n), slope(dtype, n);
+  const MelEmbedShape shape{dtype, frames_dtype, b, t, m, cm, r, c, sequence, frame};
+  for (const bool save_slope : {false, true}) {
+    check({{dtype, n}, {dtype, save_slope ? n : 0}}, 0,
+          [&](auto& out, void*, const Executor& threads) {
+            kernels.mel_embed_forward({shape, frames.get(), mean.get(), inv_std.get(), weight.get(),
+                                       bias.get(), with_pos ? pos.get() : nullptr, out[0]->get(),
+                                       save_slope ? out[1]->get() : nullptr},
+                                      threads);
+          });
+  }
+  const int64_t pos_rows = with_pos ? t + 2 : 0;
+  check({{dtype, cm * k}, {dtype, cm}, {dtype, pos_rows * cm}},
+        kernels.mel_embed_backward_workspace_bytes(shape),
+        [&](auto& out, void* workspace, const Executor& threads) {
+          kernels.mel_embed_backward({shape, frames.get(), mean.get(), inv_std.get(), d_y.get(),
+                                      slope.get(), out[0]->get(), out[1]->get(),
+                                      with_pos ? out[2]->get() : nullptr, pos_rows, workspace},
+                                     threads);
+        });
+}
+
+void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq, int64_t tk,
+                     int64_t h, int64_t d, bool causal, int64_t window) {
+  const DType sum = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  // Rows as in a fused projection: three times as far apart as they are long.
+  const int64_t row = 3 * h * d, n_q = b * tq * h * d, n_k = b * tk * h * d;
+  const auto strided = [&](int64_t t) { return b == 0 ? 0 : (b * t - 1) * row + h * d; };
+  Block q(dtype, strided(tq)), k(dtype, strided(tk)), v(dtype, strided(tk));
+  Block d_out(dtype, n_q), d_lse(sum, b * h * tq);
+  const auto wide = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * row, row, d}; };
+  const auto dense = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * h * d, h * d, d}; };
+  const FlashAttentionShape shape{dtype, b, tq, tk, h, d, 0.2, causal, window};
+  Block out(dtype, n_q), lse(sum, b * h * tq);
+  const auto forward = [&](Block& to, Block& to_lse, void* workspace, const Executor& threads) {
+    kernels.flash_attention_forward(
+        {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(to, tq), to_lse.get(), workspace},
+        threads);
+  };
+  const size_t forward_bytes = kernels.flash_attention_forward_workspace_bytes(shape);
+  check({{dtype, n_q}, {sum, b * h * tq}}, forward_bytes,
+        [&](auto& to, void* workspace, const Executor& threads) {
+          forward(*to[0], *to[1], workspace, threads);
+        });
+  std::vector<char> workspace(forward_bytes + 64);
+  const size_t skip = 64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64;
+  forward(out, lse, workspace.data() + skip, executor<1>());
+  check({{dtype, n_q}, {dtype, n_k}, {dtype, n_k}},
+        kernels.flash_attention_backward_workspace_bytes(shape),
+        [&](auto& to, void* scratch, const Executor& threads) {
+          kernels.flash_attention_backward(
+              {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(out, tq), dense(d_out, tq),
+               lse.get(), b % 2 == 0 ? nullptr : d_lse.get(), dense(*to[0], tq), dense(*to[1], tk),
+               dense(*to[2], tk), scratch},
+              threads);
+        });
+}
+
+void run_all(const Kernels& kernels, DType dtype) {
+  const std::string where =
+      std::string(kernels.target) + ", type " + std::to_string(static_cast<int>(dtype));
+  for (const bool with_pos : {false, true}) {
+    g_what = "token_concat, " + where;
+    token_concat(kernels, dtype, 0, 3, 5, 4, 3, with_pos);
+    token_concat(kernels, dtype, 1, 1, 1, 1, 0, with_pos);
+    token_concat(kernels, dtype, 2, 7, 13, 5, 3, with_pos);
+    token_concat(kernels, dtype, 3, 65, 17, 33, 47, with_pos);
+    g_what = "mel_embed, " + where;
+    mel_embed(kernels, dtype, dtype, 0, 3, 5, 4, 1, 0, with_pos);
+    mel_embed(kernels, dtype, dtype, 1, 1, 1, 1, 1, 0, with_pos);
+    mel_embed(kernels, dtype, DType::kFloat16, 2, 7, 13, 5, 1, 2, with_pos);
+    mel_embed(kernels, dtype, dtype, 3, 97, 64, 65, 1, 1, with_pos);
+    mel_embed(kernels, dtype, dtype, 2, 193, 32, 70, 3, 2, with_pos);
+  }
+  g_what = "flash_attention, " + where;
+  for (const int64_t d : {32, 64, 128}) {
+    flash_attention(kernels, dtype, 0, 3, 3, 2, d, true, 0);
+    flash_attention(kernels, dtype, 1, 1, 1, 1, d, true, 0);
+    flash_attention(kernels, dtype, 2, 7, 7, 3, d, true, 3);
+    flash_attention(kernels, dtype, 1, 75, 75, 1, d, false, 0);
+    flash_attention(kernels, dtype, 1, 193, 193, 2, d, true, 0);
+    flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0);  // decoding
+    flash_attention(kernels, dtype, 1, 5, 205, 3, d, true, 100);
+    flash_attention(kernels, dtype, 1, 51, 60, 1, d, false, 17);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (auto kernels = cpu::available(); *kernels != nullptr; ++kernels) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
+      run_all(**kernels, dtype);
+    std::printf("sanitize: %s done\n", (*kernels)->target);
+  }
+  std::printf("sanitize: %d kernel calls, no fault\n", g_calls);
+}
