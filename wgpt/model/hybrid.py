@@ -95,7 +95,13 @@ class HybridModel(nn.Module):
     def forward(
         self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of the token that follows each step.
+        """Logits (B, T, V) of the token that follows each step; arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, frames, cache))
+
+    def hidden(
+        self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The normed decoder state (B, T, C) after each step: what the head reads.
 
         Args:
             tokens: (B, T) int64 in [0, V]; V is the begin-of-clip token.
@@ -113,7 +119,7 @@ class HybridModel(nn.Module):
             x = block(x, angles, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.position += tokens.shape[1]
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
         """Mean NLL in nats over the targets (B, T) int64 that are not -1."""
