@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from wgpt import checkpoint, config, evaluate, plots
@@ -245,10 +244,7 @@ class Trainer:
         batch = batch.to(device)
         n_scored = self.world.sum((batch.targets >= 0).sum())
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
-            logits = self.model(batch.tokens, batch.frames)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1, reduction="sum"
-        )
+            losses, correct = self.model.score(batch.tokens, batch.frames, batch.targets)
         loss = losses / n_scored
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -256,7 +252,6 @@ class Trainer:
         _sum_gradients(parameters, self.world)
         limit = settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        correct = ((logits.detach().argmax(-1) == batch.targets) & (batch.targets >= 0)).sum()
         facts = self.world.sum(torch.stack([loss.detach(), (correct / n_scored).float()])).tolist()
         if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
             rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))

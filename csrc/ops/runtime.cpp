@@ -29,6 +29,11 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return Tensor(handle);
 }
 
+Tensor empty_shaped_like(const Tensor& like, ScalarType dtype) {
+  Tensor flat = empty(like, {like.numel()}, dtype);
+  return torch::stable::view(flat, like.sizes());
+}
+
 Tensor contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

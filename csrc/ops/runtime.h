@@ -18,6 +18,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty(like, sizes, like.scalar_type());
 }
 
+// An uninitialised contiguous tensor with the shape and device of `like`.
+Tensor empty_shaped_like(const Tensor& like, ScalarType dtype);
+
 // `tensor`, or a copy of it, with contiguous memory.
 Tensor contiguous(const Tensor& tensor);
 
