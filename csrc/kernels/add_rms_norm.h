@@ -41,8 +41,8 @@ struct AddRmsNormForward {
 struct AddRmsNormBackward {
   AddRmsNormShape shape;
   const void *d_sum, *d_y, *sum, *inv_rms, *weight;  // d_sum may be nullptr
-  void *d_x, *d_delta, *d_weight;  // d_delta is nullptr where it would equal d_x
-  void* workspace;                 // add_rms_norm_backward_workspace_bytes(shape)
+  void *d_x, *d_delta, *d_weight;                    // d_delta is nullptr where it would equal d_x
+  void* workspace;                                   // add_rms_norm_backward_workspace_bytes(shape)
 };
 
 inline size_t add_rms_norm_backward_workspace_bytes(const AddRmsNormShape& shape) {

@@ -44,7 +44,8 @@ AddRmsNormShape shape_of(const char* op, const Tensor& x, const Tensor& weight) 
 
 // x (..., C), delta (..., C) or none, weight (C,) -> sum (..., C), or (0,) without delta; y (..., C)
 // of type dtype; inv_rms (rows,)
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const std::optional<Tensor>& delta_in,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in,
+                                           const std::optional<Tensor>& delta_in,
                                            const Tensor& weight_in, double eps, ScalarType dtype) {
   AddRmsNormForward call{};
   call.shape = shape_of(kOp, x_in, weight_in);
@@ -95,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_sum_i
     d_sum = contiguous(*d_sum_in);
     call.d_sum = d_sum->const_data_ptr();
   }
-  Tensor d_x = empty_shaped_like(sum, sum.scalar_type()), d_weight = empty(weight, {call.shape.channels});
+  Tensor d_x = empty_shaped_like(sum, sum.scalar_type()),
+         d_weight = empty(weight, {call.shape.channels});
   Tensor d_delta = delta_dtype.has_value() ? empty_shaped_like(sum, *delta_dtype) : empty(sum, {0});
   if (call.shape.rows == 0) return {d_x, d_delta, zeroed(d_weight)};
   if (delta_dtype.has_value()) {

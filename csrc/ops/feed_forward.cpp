@@ -1,23 +1,21 @@
-// feed_forward for torch: down(gelu(up(x))), block of rows by block of rows, so that the GELU and the
-// second product find in a cache what the first has written. Only the pre-activations are kept for
-// backward; the activations are made again where their gradient is.
+// feed_forward for torch: down(gelu(up(x))). The products are torch's; one pass makes the activations,
+// and in backward one pass makes them again together with the gradient of the pre-activations, in the
+// place of theirs. Only the pre-activations are kept.
 #include "kernels/feed_forward.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
 #include "kernels/cpu/dispatch.h"
-#include "ops/products.h"
+#include "ops/runtime.h"
 
 namespace wgpt {
 namespace {
 
 constexpr const char* kOp = "feed_forward";
 constexpr const char* kBackward = "feed_forward_backward";
-constexpr int64_t kBlockRows = 256;
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tensor& down) {
   element_type(op, "x", x);
@@ -29,51 +27,41 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tenso
 }
 
 // x (N, C), up (F, C), down (C, F) -> y (N, C), z (N, F) the pre-activations
-std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& up_in, const Tensor& down_in) {
-  check_inputs(kOp, x_in, up_in, down_in);
-  const Tensor x = contiguous(x_in), up = contiguous(up_in), down = contiguous(down_in);
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tensor& down) {
+  check_inputs(kOp, x, up, down);
   const int64_t n = x.size(0), hidden = up.size(0);
   Tensor y = empty(x, {n, x.size(1)}), z = empty(x, {n, hidden});
-  for_each_block(n, kBlockRows, [&](int64_t begin, int64_t end) {
-    const Tensor active = empty(x, {end - begin, hidden});
-    const Matrix z_rows = Matrix(z).slice_rows(begin, end);
-    multiply(z_rows, Matrix(x).slice_rows(begin, end), Matrix(up).transposed());
-    GeluForward call{element_type(kOp, "x", x), z_rows.numel(), z_rows.data,
-                     active.mutable_data_ptr()};
-    cpu::active().gelu_forward(call, this_thread());
-    multiply(Matrix(y).slice_rows(begin, end), Matrix(active), Matrix(down).transposed());
-  });
+  const Tensor active = empty(x, {n, hidden});
+  multiply(z, x, transposed(up));
+  const GeluForward call{element_type(kOp, "x", x), z.numel(), z.const_data_ptr(),
+                         active.mutable_data_ptr()};
+  cpu::active().gelu_forward(call, torch_executor());
+  multiply(y, active, transposed(down));
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& x_in,
-                                            const Tensor& z_in, const Tensor& up_in,
-                                            const Tensor& down_in) {
-  check_inputs(kBackward, x_in, up_in, down_in);
-  const int64_t n = x_in.size(0), channels = x_in.size(1), hidden = up_in.size(0);
-  check_shape(kBackward, "d_y", d_y_in, "(N, C)", {n, channels});
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, const Tensor& z_in,
+                                            const Tensor& up, const Tensor& down) {
+  check_inputs(kBackward, x, up, down);
+  const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0);
+  check_shape(kBackward, "d_y", d_y, "(N, C)", {n, channels});
   check_shape(kBackward, "z", z_in, "(N, F)", {n, hidden});
-  check_dtype(kBackward, "d_y", d_y_in, x_in.scalar_type(), " like x");
-  check_dtype(kBackward, "z", z_in, x_in.scalar_type(), " like x");
-  const Tensor d_y = contiguous(d_y_in), x = contiguous(x_in), z = contiguous(z_in),
-               up = contiguous(up_in), down = contiguous(down_in);
+  check_dtype(kBackward, "d_y", d_y, x.scalar_type(), " like x");
+  check_dtype(kBackward, "z", z_in, x.scalar_type(), " like x");
+  const Tensor z = contiguous(z_in), active = empty(x, {n, hidden}), d_z = empty(x, {n, hidden});
   Tensor d_x = empty(x, {n, channels}), d_up = empty(x, {hidden, channels}),
          d_down = empty(x, {channels, hidden});
-  const Tensor active = empty(x, {n, hidden}), d_z = empty(x, {n, hidden});
-  for_each_block(n, kBlockRows, [&](int64_t begin, int64_t end) {
-    const Matrix d_rows = Matrix(d_z).slice_rows(begin, end);
-    multiply(d_rows, Matrix(d_y).slice_rows(begin, end), Matrix(down));
-    GeluBackward call{element_type(kBackward, "x", x),
-                      d_rows.numel(),
-                      Matrix(z).slice_rows(begin, end).data,
-                      d_rows.data,
-                      Matrix(active).slice_rows(begin, end).data,
-                      d_rows.data};
-    cpu::active().gelu_backward(call, this_thread());
-    multiply(Matrix(d_x).slice_rows(begin, end), d_rows, Matrix(up));
-  });
-  multiply_transposed(Matrix(d_up), Matrix(d_z), Matrix(x));
-  multiply_transposed(Matrix(d_down), Matrix(d_y), Matrix(active));
+  multiply(d_z, d_y, down);
+  const GeluBackward call{element_type(kBackward, "x", x),
+                          z.numel(),
+                          z.const_data_ptr(),
+                          d_z.const_data_ptr(),
+                          active.mutable_data_ptr(),
+                          d_z.mutable_data_ptr()};
+  cpu::active().gelu_backward(call, torch_executor());
+  multiply(d_down, transposed(d_y), active);
+  multiply(d_up, transposed(d_z), x);
+  multiply(d_x, d_z, up);
   return {d_x, d_up, d_down};
 }
 

@@ -1,23 +1,21 @@
-// linear_cross_entropy for torch: projection, loss and gradients block of rows by block of rows. One
-// N x V matrix holds logits and then their gradients, where eager torch holds three or four; without
-// gradients there is none. The row's formula stands in kernels/linear_cross_entropy.h.
+// linear_cross_entropy for torch: torch's products around one pass over the rows. One N x V matrix
+// holds logits and then their gradients, where eager torch holds three or four. The row's formula
+// stands in kernels/linear_cross_entropy.h.
 #include "kernels/linear_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
 #include "checks.h"
 #include "kernels/cpu/dispatch.h"
-#include "ops/products.h"
+#include "ops/runtime.h"
 
 namespace wgpt {
 namespace {
 
 constexpr const char* kOp = "linear_cross_entropy";
-constexpr int64_t kBlockRows = 256;
 
 void check_targets(const Tensor& targets, int64_t vocab, int64_t ignore_index) {
   const int64_t* values = targets.const_data_ptr<int64_t>();
@@ -55,30 +53,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   const int64_t n = hidden.size(0), channels = hidden.size(1), vocab = weight.size(0);
   check_targets(targets, vocab, ignore_index);
 
-  const DType dtype = element_type(kOp, "hidden", hidden);
-  const ScalarType sum_dtype = accumulation_type(dtype);
-  const Tensor losses = empty(hidden, {n}, sum_dtype), correct = empty(hidden, {n}, ScalarType::Byte);
+  const ScalarType sum_dtype = accumulation_type(element_type(kOp, "hidden", hidden));
+  const Tensor losses = empty(hidden, {n}, sum_dtype),
+               correct = empty(hidden, {n}, ScalarType::Byte);
   Tensor d_hidden = gradients ? empty(hidden, {n, channels}) : empty(hidden, {0});
   Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
-  const Tensor d_logits = empty(hidden, {gradients ? n : 0, vocab});
-  for_each_block(n, kBlockRows, [&](int64_t begin, int64_t end) {
-    const Tensor block = empty(hidden, {gradients ? 0 : end - begin, vocab});
-    const Matrix logits = gradients ? Matrix(d_logits).slice_rows(begin, end) : Matrix(block);
-    multiply(logits, Matrix(hidden).slice_rows(begin, end), Matrix(weight).transposed());
-    CrossEntropyRows call{};
-    call.dtype = dtype;
-    call.rows = end - begin;
-    call.vocab = vocab;
-    call.ignore_index = ignore_index;
-    call.gradients = gradients;
-    call.logits = logits.data;
-    call.targets = targets.const_data_ptr<int64_t>() + begin;
-    call.loss = static_cast<char*>(losses.mutable_data_ptr()) + begin * losses.element_size();
-    call.correct = correct.mutable_data_ptr<uint8_t>() + begin;
-    cpu::active().cross_entropy_rows(call, this_thread());
-    if (gradients) multiply(Matrix(d_hidden).slice_rows(begin, end), logits, Matrix(weight));
-  });
-  if (gradients) multiply_transposed(Matrix(d_weight), Matrix(d_logits), Matrix(hidden));
+  const Tensor logits = empty(hidden, {n, vocab});
+  multiply(logits, hidden, transposed(weight));
+  const CrossEntropyRows call{element_type(kOp, "hidden", hidden),
+                              n,
+                              vocab,
+                              ignore_index,
+                              gradients,
+                              logits.mutable_data_ptr(),
+                              targets.const_data_ptr<int64_t>(),
+                              losses.mutable_data_ptr(),
+                              correct.mutable_data_ptr<uint8_t>()};
+  cpu::active().cross_entropy_rows(call, torch_executor());
+  if (gradients) {  // the logits are their own gradients now
+    multiply(d_hidden, logits, weight);
+    multiply(d_weight, transposed(logits), hidden);
+  }
 
   Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);
   if (sum_dtype == ScalarType::Double) {
@@ -94,4 +89,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) { m.impl("linear_cross_entropy", TORCH_BOX(&wgpt::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&wgpt::forward));
+}

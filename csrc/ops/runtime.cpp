@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -45,6 +46,12 @@ Tensor with_dense_rows(const Tensor& tensor) {
   const bool dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 Executor torch_executor() {
   uint32_t n_threads = 1;

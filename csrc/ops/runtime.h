@@ -30,6 +30,10 @@ Tensor zeroed(Tensor tensor);
 // `tensor`, or a contiguous copy where its last axis is strided. Alignment is for kernels to check.
 Tensor with_dense_rows(const Tensor& tensor);
 
+// torch's own matrix product of CPU tensors, on all its threads: out = a b.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
+Tensor transposed(const Tensor& matrix);
+
 // Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
 inline Tensor workspace(const Tensor& like, size_t n_bytes) {
   return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);

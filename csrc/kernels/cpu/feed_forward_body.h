@@ -13,9 +13,8 @@ constexpr int64_t kGeluPerTask = 16384;
 // Calls body(begin, end) over [0, n) in pieces of whole vectors.
 template <typename Body>
 void run_pieces(const Executor& executor, int64_t n, Body&& body) {
-  run_tasks(executor, ceil_div(n, kGeluPerTask), [&](int64_t task) {
-    body(task * kGeluPerTask, min_of((task + 1) * kGeluPerTask, n));
-  });
+  run_tasks(executor, ceil_div(n, kGeluPerTask),
+            [&](int64_t task) { body(task * kGeluPerTask, min_of((task + 1) * kGeluPerTask, n)); });
 }
 
 template <typename Element>

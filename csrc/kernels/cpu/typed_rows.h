@@ -7,7 +7,8 @@ namespace wgpt::cpu::WGPT_TARGET {
 
 // out[i] = row[i]
 template <typename Element>
-inline void widen_row(const Element* __restrict row, int64_t n, Arithmetic<Element>* __restrict out) {
+inline void widen_row(const Element* __restrict row, int64_t n,
+                      Arithmetic<Element>* __restrict out) {
   const int64_t n_vector = vector_part<Element>(n);
   if constexpr (sizeof(Element) < sizeof(double)) {
     for (int64_t i = 0; i < n_vector; i += kLanes) store(out + i, load(row + i));
