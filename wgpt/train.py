@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import logging
@@ -79,6 +80,21 @@ class World:
             if self.size == 1
             else bool(self.sum(torch.tensor(float(flag), device=self.device)))
         )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, which allocates the same again.
+
+    By default it hands large blocks back to the kernel, and every step pays for some ten thousand
+    page faults (docs/log.md). No-op with another C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def resolve_device(name: str) -> str:
@@ -426,6 +442,7 @@ def run(args: argparse.Namespace) -> int:
             f"--resume takes every setting from {args.out}/config.json; leave out "
             + ", ".join(f"--{name.replace('_', '-')}" for name in (*settings, *shape))
         )
+    keep_freed_memory()
     summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")

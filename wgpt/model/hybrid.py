@@ -113,7 +113,9 @@ class HybridModel(nn.Module):
         config = self.config
         x = self.fusion(tokens, frames, cache)
         position = cache.position if cache is not None else 0
-        angles = rotary_angles(position, tokens.shape[1], config.head_dim, config.rope_base, x.device)
+        angles = rotary_angles(
+            position, tokens.shape[1], config.head_dim, config.rope_base, x.device
+        )
         delta = None
         for i, block in enumerate(self.blocks):
             x, delta = block(x, delta, angles, cache.layers[i] if cache is not None else None)

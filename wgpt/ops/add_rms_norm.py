@@ -60,6 +60,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, delta, weight, _, ctx.dtype = inputs
     total, _, inv_rms = output
+    ctx.mark_non_differentiable(inv_rms)
     ctx.has_delta = delta is not None
     ctx.delta_dtype = delta.dtype if delta is not None and delta.dtype != x.dtype else None
     ctx.save_for_backward(total if ctx.has_delta else x, inv_rms, weight)
@@ -67,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, d_sum: Tensor | None, d_y: Tensor | None, _: Tensor | None
+    ctx: Any, d_sum: Tensor | None, d_y: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
     total, inv_rms, weight = ctx.saved_tensors
     if d_y is None:

@@ -1,4 +1,4 @@
-"""feed_forward: two linear layers around an exact GELU that keep one activation. CPU only."""
+"""feed_forward: two linear layers around an exact GELU that keep one tensor. CPU only."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """gelu(x up^T) down^T over the last axis of x (..., C), with up (F, C) and down (C, F).
 
-    float32, bfloat16, float16 or float64, all of one type. The matrix products are torch's; the
-    GELU runs between them on blocks of rows that are still in a cache, and only the pre-activations
-    are kept for the backward. Differentiable in all three; gradients of the weights are summed over
-    the blocks in float32, in order. Raises ValueError for other shapes, types or devices.
+    float32, bfloat16, float16 or float64, all of one type. The matrix products are torch's, with
+    their determinism (same bits for the same number of threads). Only the pre-activations are kept
+    for the backward, which makes the activations again in the pass that needs their slope.
+    Differentiable in all three. Raises ValueError for other shapes, types or devices.
     """
     require_cpu("feed_forward", x)
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
@@ -36,15 +36,11 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     x, up, down = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], up, down)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_y: Tensor | None, d_z: Tensor | None) -> tuple[Tensor | None, ...]:
-    if d_z is not None:
-        raise RuntimeError("feed_forward: the pre-activations are not differentiable")
-    if d_y is None:
-        return None, None, None
+def _backward(ctx: Any, d_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return torch.ops.wgpt.feed_forward_backward(d_y, *ctx.saved_tensors)
 
 

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the head's loss and its gradients without a matrix of logits. CPU only."""
+"""linear_cross_entropy: the head's loss and its gradients in one (N, V) matrix. CPU only."""
 
 from typing import Any
 
@@ -17,8 +17,10 @@ def linear_cross_entropy(
     Returns the sum (), float32 (float64 for float64), differentiable in hidden and weight, and the
     count () int64 of targets that are the first of their largest logits.
 
-    Logits live for one block of rows at a time; the gradients are made in the same pass and only
-    scaled by the backward. Raises ValueError for other shapes, types, targets or devices.
+    The logits become their own gradients in place, and nothing of their size is kept: the gradients
+    of hidden and weight are made in the forward and only scaled by the backward. The matrix
+    products are torch's, with their determinism (same bits for the same number of threads). Raises
+    ValueError for other shapes, types, targets or devices.
     """
     require_cpu("linear_cross_entropy", hidden)
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
@@ -42,22 +44,34 @@ def _fake(
     )
 
 
+@torch.library.custom_op("wgpt::linear_cross_entropy_backward", mutates_args=())
+def _scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients times d_loss, which torch keeps in its own type for the product."""
+    scaled, scaled_weight = ((g * d_loss).to(g.dtype) for g in (d_hidden, d_weight))
+    return scaled, scaled_weight
+
+
+@_scale.register_fake
+def _fake_scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(d_hidden), torch.empty_like(d_weight)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, d_hidden, d_weight = output
+    _, n_correct, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(n_correct, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(gradient is not None for gradient in unused):
-        raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
-    if d_loss is None:
-        return None, None, None, None, None
-    # The factor in float32: in 16 bits it would be rounded before the product is.
-    gradients = ((g.to(d_loss.dtype) * d_loss).to(g.dtype) for g in ctx.saved_tensors)
-    return *gradients, None, None, None
+def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = torch.ops.wgpt.linear_cross_entropy_backward(d_loss, *ctx.saved_tensors)
+    return d_hidden, d_weight, None, None, None
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
 
 
 torch.library.register_autograd(
     "wgpt::linear_cross_entropy", _backward, setup_context=_setup_context
 )
+torch.library.register_autograd("wgpt::linear_cross_entropy_backward", _double_backward)
