@@ -1,82 +1,122 @@
 """How long does one optimizer step take in wgpt, in honest eager PyTorch, and in that compiled?
 
-Same parameters, same data, same AdamW; the first losses must agree before anything is timed. Batch
-8 of 10 s (750 steps) as in the presets' training. On CUDA also wgpt's step replayed from one CUDA
-graph. `--profile` prints where wgpt's step goes.
+Same parameters, same data, same AdamW; the losses of the first two steps must agree before
+anything is timed. Batch 8 of 10 s (750 steps) as in the presets' training. Every contestant lives
+in a process of its own, so that its memory is its own: peak_memory_bytes is how far its steps raise
+the resident set (on CUDA: the caching allocator) above what it held before its first step,
+optimizer state included, and for `compiled` what compiling left behind. They still take turns
+within a round. wgpt's process keeps freed memory, as `wgpt train` does. On CUDA there is also
+wgpt's step replayed from one CUDA graph.
+
+`--profile FILE` writes where the time of wgpt's and of eager's step goes, as a markdown table.
 """
 
 import argparse
-import gc
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 from eager_model import EagerModel
 from harness import say
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from wgpt import config
 from wgpt.config import TrainConfig
 from wgpt.model import HybridModel
-from wgpt.train import make_optimizer
+from wgpt.train import keep_freed_memory, make_optimizer
 
 COLUMNS = [
     "preset", "dtype", "device", "batch", "steps", "contestant", "step_ms", "tokens_per_s",
     "peak_memory_bytes",
 ]  # fmt: skip
 
+# What a profile's operators belong to: the first name that an operator's starts with.
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+    "attention": (
+        "wgpt::flash_attention",
+        "GeneratedBackwardFor_wgpt_flash_attention",
+        "aten::_scaled_dot_product",
+    ),
+    "feed-forward (products and GELU)": (
+        "wgpt::feed_forward",
+        "GeneratedBackwardFor_wgpt_feed_forward",
+    ),
+    "head and loss (products and softmax)": (
+        "wgpt::linear_cross_entropy",
+        "GeneratedBackwardFor_wgpt_linear_cross",
+    ),
+    "softmax and loss": ("aten::_log_softmax", "aten::nll_loss"),
+    "norms and residual sums": (
+        "wgpt::add_rms_norm",
+        "GeneratedBackwardFor_wgpt_add_rms_norm",
+    ),
+    "rotary positions": ("wgpt::rotary_qkv", "GeneratedBackwardFor_wgpt_rotary_qkv"),
+    "GELU": ("aten::gelu",),
+    "embedding": (
+        "wgpt::mel_embed",
+        "wgpt::token_concat",
+        "GeneratedBackwardFor_wgpt_mel",
+        "GeneratedBackwardFor_wgpt_token",
+        "aten::embedding",
+        "aten::index",
+    ),
+    "AdamW and clipping": ("aten::_fused_adamw", "aten::linalg_vector_norm", "Optimizer"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::fill_", "aten::clone"),
+    "elementwise (norms, rotary, residuals)": (
+        "aten::mul", "aten::add", "aten::sub", "aten::div", "aten::pow", "aten::neg", "aten::sum",
+        "aten::mean", "aten::rsqrt",
+    ),
+}  # fmt: skip
+
 
 class Step:
     """One contestant: a call makes one whole optimizer step and keeps its loss."""
 
-    def __init__(
-        self, model: nn.Module, forward: Any, batch: tuple, dtype: str, device: str
-    ) -> None:
-        self.model, self.forward, self.batch = model, forward, batch
-        self.bf16, self.device = dtype == "bf16", device
-        self.optimizer = make_optimizer(model, TrainConfig(lr=1e-4))
-        self.loss: torch.Tensor | None = None
+    def __init__(self, name: str, preset: str, dtype: str, device: str, batch: int, steps: int):
+        shape = config.preset(preset)
+        torch.manual_seed(0)
+        self.ours = HybridModel(shape).to(device)
+        tokens = torch.randint(shape.codebook_size, (batch, steps + 1), device=device)
+        self.frames = (
+            torch.randn(batch, steps, shape.n_mels, device=device) if shape.mel_dim else None
+        )
+        self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.device, self.bf16 = device, dtype == "bf16"
+        self.model: nn.Module = self.ours
+        self.summed_loss = self.our_loss
+        if name.startswith("wgpt"):
+            keep_freed_memory()
+        else:
+            self.model = EagerModel(shape, steps).to(device)
+            self.model.copy_weights(self.ours)
+            del self.ours
+            self.forward = torch.compile(self.model) if name == "compiled" else self.model
+            self.summed_loss = self.eager_loss
+        self.optimizer = make_optimizer(self.model, TrainConfig(lr=1e-4))
+        self.loss: Tensor | None = None
+
+    def our_loss(self) -> Tensor:
+        hidden = self.ours.hidden(self.tokens, self.frames)
+        return self.ours.score(hidden, self.targets)[0]
+
+    def eager_loss(self) -> Tensor:
+        logits = self.forward(self.tokens, self.frames).flatten(0, 1).float()
+        return functional.cross_entropy(logits, self.targets.flatten(), reduction="sum")
 
     def __call__(self) -> None:
-        tokens, frames, targets = self.batch
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            logits = self.forward(tokens, frames)
-        loss = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            loss = self.summed_loss() / self.targets.numel()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.loss = loss.detach()
-
-
-def contestants(preset: str, dtype: str, device: str, batch: int, steps: int, names: list[str]):
-    """The contestants with equal weights and data; raises AssertionError if their losses differ."""
-    shape = config.preset(preset)
-    torch.manual_seed(0)
-    ours = HybridModel(shape).to(device)
-    tokens = torch.randint(shape.codebook_size, (batch, steps + 1), device=device)
-    frames = torch.randn(batch, steps, shape.n_mels, device=device) if shape.mel_dim else None
-    data = (tokens[:, :-1].contiguous(), frames, tokens[:, 1:].contiguous())
-    made = {}
-    for name in names:
-        if name == "wgpt":
-            made[name] = Step(ours, ours, data, dtype, device)
-            continue
-        eager = EagerModel(shape, steps).to(device)
-        eager.copy_weights(ours)
-        forward = torch.compile(eager) if name == "compiled" else eager
-        made[name] = Step(eager, forward, data, dtype, device)
-    losses = {}
-    for name, step in made.items():
-        say(f"{preset} {dtype}: first step of {name}")
-        step()
-        assert step.loss is not None
-        losses[name] = step.loss.item()
-    tolerance = 2e-2 if dtype == "bf16" else 1e-4
-    spread = max(losses.values()) - min(losses.values())
-    assert spread < tolerance, f"the contestants do not compute the same loss: {losses}"
-    return made
 
 
 class GraphedStep:
@@ -91,7 +131,7 @@ class GraphedStep:
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.step, self.graph = step, torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             step()
 
@@ -99,12 +139,107 @@ class GraphedStep:
         self.graph.replay()
 
 
-def profile(step: Step) -> str:
-    """Where the time of a step goes, by operator."""
+def serve(connection: Connection, threads: int, name: str, *settings: Any) -> None:
+    """A contestant's process: answers "first" (two losses), "step" (ms), "profile" and "memory"."""
+    torch.set_num_threads(threads)
+    step = Step(name, *settings)
+    run: Any = step
+    device = step.device
+    meter = harness.MemoryMeter(device)
+    clock = harness.cuda_wall_ms if device == "cuda" else harness.wall_ms
+    for request in iter(connection.recv, "stop"):
+        if request == "first":
+            losses = []
+            for _ in range(2):
+                step()
+                assert step.loss is not None
+                losses.append(step.loss.item())
+            if name == "wgpt_graphed":
+                run = GraphedStep(step)
+            meter.forget_peak()  # of compiling
+            connection.send(losses)
+        elif request == "step":
+            connection.send(clock(run))
+        elif request == "profile":
+            connection.send(profile(step))
+        elif request == "memory":
+            connection.send(meter.peak_bytes())
+
+
+class Contestant:
+    """The benchmark's end of a contestant's process."""
+
+    def __init__(self, *settings: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        arguments = (other, torch.get_num_threads(), *settings)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+
+    def ask(self, request: str) -> Any:
+        self.connection.send(request)
+        while not self.connection.poll(1):
+            if not self.process.is_alive():
+                raise RuntimeError(f"a contestant's process ended with {self.process.exitcode}")
+        return self.connection.recv()
+
+    def stop(self) -> None:
+        self.connection.send("stop")
+        self.process.join()
+
+
+def contestants(names: list[str], *settings: Any) -> dict[str, Contestant]:
+    """Started and warm, one after the other; AssertionError if their first losses differ."""
+    made, losses = {}, {}
+    for name in names:
+        say(f"{' '.join(map(str, settings))}: first steps of {name}")
+        made[name] = Contestant(name, *settings)
+        losses[name] = made[name].ask("first")
+    tolerance = 2e-2 if settings[1] == "bf16" else 1e-4
+    for values in zip(*losses.values(), strict=True):
+        assert max(values) - min(values) < tolerance, f"the losses differ: {losses}"
+    return made
+
+
+def step_ms(contestant: Contestant) -> float:
+    time.sleep(0.01)  # the last contestant's idle threads go to sleep
+    return float(contestant.ask("step"))
+
+
+def profile(step: Step, n_steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step by group of operators, self time."""
     with torch.profiler.profile() as recorded:
-        for _ in range(3):
+        for _ in range(n_steps):
             step()
-    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=22)
+    groups = dict.fromkeys((*GROUPS, "other"), 0.0)
+    for event in recorded.key_averages():
+        if event.key.startswith("ProfilerStep"):
+            continue
+        owner = next(
+            (group for group, names in GROUPS.items() if event.key.startswith(names)), "other"
+        )
+        groups[owner] += event.self_cpu_time_total / 1e3 / n_steps
+    return groups
+
+
+def profile_table(title: str, columns: dict[str, dict[str, float]]) -> str:
+    """The profiles side by side, in markdown."""
+    rows = [
+        group for group in (*GROUPS, "other") if any(c[group] >= 0.05 for c in columns.values())
+    ]
+    lines = [f"### {title}", "", "| ms a step | " + " | ".join(columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    totals = {name: sum(column.values()) for name, column in columns.items()}
+    for group in rows:
+        cells = [
+            f"{column[group]:.1f} ({100 * column[group] / totals[name]:.0f} %)"
+            if column[group] >= 0.05
+            else "-"
+            for name, column in columns.items()
+        ]
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    lines.append("| **all** | " + " | ".join(f"{total:.0f}" for total in totals.values()) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -116,7 +251,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=750)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="print the profile of wgpt's step")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="append profiles to FILE")
     harness.add_common_arguments(parser)
     args = parser.parse_args()
     if args.threads:
@@ -126,19 +261,19 @@ def main() -> None:
     )
     if args.resume:
         results.resume()
+    names = [*args.contestants, *(["wgpt_graphed"] if args.device == "cuda" else [])]
     for preset in args.presets[:1] if args.quick else args.presets:
         for dtype in args.dtype:
             if results.has(preset=preset, dtype=dtype, contestant="wgpt"):
                 continue
-            made = contestants(preset, dtype, args.device, args.batch, args.steps, args.contestants)
-            if args.device == "cuda":
-                # A second wgpt model: the captured one's optimizer state must not move under it.
-                twin = contestants(preset, dtype, "cuda", args.batch, args.steps, ["wgpt"])
-                made["wgpt_graphed"] = GraphedStep(twin["wgpt"])
-            clock = harness.cuda_wall_ms if args.device == "cuda" else None
-            timings = harness.interleave(made, rounds=args.rounds, time_limit_s=90, clock=clock)
+            made = contestants(names, preset, dtype, args.device, args.batch, args.steps)
+            timings = harness.interleave(
+                {name: lambda c=c: step_ms(c) for name, c in made.items()},
+                rounds=args.rounds,
+                time_limit_s=min(args.time_limit, 90),
+                clock=lambda run: run(),
+            )
             for name, timing in timings.items():
-                memory = harness.peak_memory_mib(made[name], args.device)
                 results.add({
                     "preset": preset, "dtype": dtype, "device": args.device,
                     "batch": args.batch, "steps": args.steps, "contestant": name,
@@ -146,12 +281,14 @@ def main() -> None:
                     "quartiles_ms": [timing.low_ms, timing.high_ms],
                     "tokens_per_s": args.batch * args.steps / timing.median_ms * 1e3,
                     "wgpt_speedup": harness.ratio(timing, timings["wgpt"]),
-                    "peak_memory_bytes": None if memory is None else int(memory * 2**20),
+                    "peak_memory_bytes": made[name].ask("memory"),
                 })  # fmt: skip
             if args.profile:
-                say(profile(made["wgpt"]))
-            del made
-            gc.collect()
+                columns = {n: made[n].ask("profile") for n in ("wgpt", "eager") if n in made}
+                with args.profile.open("a") as file:
+                    file.write("\n" + profile_table(f"`{preset}`, {dtype}", columns))
+            for contestant in made.values():
+                contestant.stop()
     if not args.json:
         harness.print_table(results.rows, [*COLUMNS, "wgpt_speedup"])
     results.print_json()

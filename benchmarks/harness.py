@@ -150,6 +150,34 @@ def peak_memory_mib(run: Callable[[], Any], device: str) -> float | None:
         return None
 
 
+class MemoryMeter:
+    """How far this process rises above what it holds now; for a process with one thing to do.
+
+    CUDA: the caching allocator. CPU on Linux: the resident set.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.before = self._held()
+
+    def _held(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.memory_allocated()
+        return _status_kib("VmRSS") * 1024
+
+    def forget_peak(self) -> None:
+        """Counts the peak from now on (still above what was held at the start)."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    def peak_bytes(self) -> int:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return _status_kib("VmHWM") * 1024 - self.before
+
+
 def _status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

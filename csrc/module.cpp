@@ -85,4 +85,22 @@ STABLE_TORCH_LIBRARY(wgpt, m) {
       "flash_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float scale, bool causal, int window) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
+  // On the CPU only: what a profile of the training step there paid for (docs/log.md).
+  m.def(
+      "add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps, ScalarType dtype) "
+      "-> (Tensor sum, Tensor y, Tensor inv_rms)");
+  m.def(
+      "add_rms_norm_backward(Tensor? d_sum, Tensor d_y, Tensor sum, Tensor inv_rms, Tensor weight, "
+      "ScalarType? delta_dtype) -> (Tensor d_x, Tensor d_delta, Tensor d_weight)");
+  m.def("rotary_qkv(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "rotary_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) "
+      "-> Tensor d_qkv");
+  m.def("feed_forward(Tensor x, Tensor up, Tensor down) -> (Tensor y, Tensor z)");
+  m.def(
+      "feed_forward_backward(Tensor d_y, Tensor x, Tensor z, Tensor up, Tensor down) "
+      "-> (Tensor d_x, Tensor d_up, Tensor d_down)");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
+      "bool gradients) -> (Tensor loss, Tensor n_correct, Tensor d_hidden, Tensor d_weight)");
 }

@@ -153,7 +153,7 @@ def test_train_two_processes_equal_one(prepared, whole, tmp_path):
 
 def test_train_stops_at_a_loss_that_is_not_finite(prepared, tmp_path, monkeypatch):
     def broken(self, tokens, frames=None, cache=None):
-        return torch.full((*tokens.shape, 128), torch.nan, requires_grad=True)
+        return torch.full((*tokens.shape, self.config.width), torch.nan, requires_grad=True)
 
     monkeypatch.setattr(HybridModel, "hidden", broken)
     with pytest.raises(TrainError, match=r"step 1: loss nan.*\(clip, first step\) \[\(\d+, \d+\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import logging
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from wgpt import checkpoint, config, evaluate, plots
@@ -82,6 +82,21 @@ class World:
             if self.size == 1
             else bool(self.sum(torch.tensor(float(flag), device=self.device)))
         )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, which allocates the same again.
+
+    By default it hands large blocks back to the kernel, and every step pays for some ten thousand
+    page faults (docs/log.md). No-op with another C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def resolve_device(name: str) -> str:
@@ -287,10 +302,7 @@ class Trainer:
             torch.set_grad_enabled(not settings.freeze_trunk),
         ):
             hidden = self.model.hidden(batch.tokens, batch.frames)
-            logits = self.model.head(hidden)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-1, reduction="sum"
-        )
+            losses, correct = self.model.score(hidden, batch.targets)
         loss = losses / n_scored
         total = loss
         if batch.codes is not None:
@@ -302,7 +314,6 @@ class Trainer:
         _sum_gradients(parameters, self.world)
         limit = settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        correct = ((logits.detach().argmax(-1) == batch.targets) & (batch.targets >= 0)).sum()
         parts = [loss.detach(), (correct / n_scored).float()]
         if batch.codes is not None:
             parts.append(fine_nll.detach())
@@ -527,6 +538,7 @@ def run(args: argparse.Namespace) -> int:
             f"--resume takes every setting from {args.out}/config.json; leave out "
             + ", ".join(config.flag_of(f) for f in fields if f.name in settings | shape)
         )
+    keep_freed_memory()
     summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")

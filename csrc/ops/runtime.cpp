@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -29,6 +30,11 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return Tensor(handle);
 }
 
+Tensor empty_shaped_like(const Tensor& like, ScalarType dtype) {
+  Tensor flat = empty(like, {like.numel()}, dtype);
+  return torch::stable::view(flat, like.sizes());
+}
+
 Tensor contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -40,6 +46,12 @@ Tensor with_dense_rows(const Tensor& tensor) {
   const bool dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 Executor torch_executor() {
   uint32_t n_threads = 1;

@@ -18,6 +18,9 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty(like, sizes, like.scalar_type());
 }
 
+// An uninitialised contiguous tensor with the shape and device of `like`.
+Tensor empty_shaped_like(const Tensor& like, ScalarType dtype);
+
 // `tensor`, or a copy of it, with contiguous memory.
 Tensor contiguous(const Tensor& tensor);
 
@@ -26,6 +29,10 @@ Tensor zeroed(Tensor tensor);
 
 // `tensor`, or a contiguous copy where its last axis is strided. Alignment is for kernels to check.
 Tensor with_dense_rows(const Tensor& tensor);
+
+// torch's own matrix product of CPU tensors, on all its threads: out = a b.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
+Tensor transposed(const Tensor& matrix);
 
 // Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
 inline Tensor workspace(const Tensor& like, size_t n_bytes) {

@@ -1,34 +1,44 @@
-"""A pre-norm causal Transformer block with rotary positions, over wgpt's flash attention."""
+"""A pre-norm causal Transformer block with rotary positions, over wgpt's fused ops."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wgpt import ops
 from wgpt.model.cache import LayerCache
 
 
-def rotary_angles(
-    start: int, n_steps: int, head_dim: int, base: float, like: Tensor
+def fused(name: str, x: Tensor) -> Any:
+    """The op `name` for tensors on the device of x: the one place where the model chooses.
+
+    On the CPU it is wgpt's fused op. Four of them have no CUDA kernel, and everywhere else the same
+    formula in plain torch runs, from wgpt.ops.reference.
+    """
+    return getattr(ops if x.device.type == "cpu" else ops.reference, name)
+
+
+def add_norm(
+    norm: nn.RMSNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (n_steps, 1, head_dim/2), of positions start .. start + n_steps - 1.
+    """x + delta (delta None: x), and that normed: in `dtype`, by default what products want."""
+    return fused("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
+
+
+def rotary_angles(
+    start: int, n_steps: int, head_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (n_steps, head_dim/2), of positions start .. start + n_steps - 1.
 
     Pair i turns by position * base^(-2i/D) (Su et al., RoFormer, arXiv 2104.09864). Angles are
-    formed in float64, so that a long stream keeps its phase, and returned in `like`'s dtype.
+    formed in float64, so that a long stream keeps its phase, and returned in float32.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device) / head_dim
-    steps = torch.arange(start, start + n_steps, dtype=torch.float64, device=like.device)
-    angles = torch.outer(steps, base**-exponents)[:, None, :]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def apply_rotary(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the channel pairs (i, i + D/2) of x (B, T, H, D) by the given angles."""
-    cos, sin = (a.to(x.dtype) for a in angles)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    steps = torch.arange(start, start + n_steps, dtype=torch.float64, device=device)
+    angles = torch.outer(steps, base**-exponents)
+    return angles.cos().float(), angles.sin().float()
 
 
 class Attention(nn.Module):
@@ -44,12 +54,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache | None) -> Tensor:
         """One pass; with a cache, x is the newest steps and the cache is extended by them."""
         batch, steps, width = x.shape
-        q, k, v = self.qkv(x).view(batch, steps, 3, -1, self.head_dim).unbind(2)
-        q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        qkv = self.qkv(x).view(batch, steps, 3, -1, self.head_dim)
+        q, k, v = fused("rotary_qkv", x)(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
         y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps)
-        return self.out(y.reshape(batch, steps, width))
+        return self.out(y.view(batch, steps, width))
 
 
 class FeedForward(nn.Module):
@@ -62,11 +72,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return self.down(functional.gelu(self.up(x)))
+        return fused("feed_forward", x)(x, self.up.weight, self.down.weight)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    The last sum is left to whoever norms next: a block takes and returns a pair (x, delta) that
+    stands for x + delta.
+    """
 
     def __init__(
         self, width: int, head_dim: int, ffn_dim: int, window_steps: int, dropout: float
@@ -79,8 +93,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache | None = None
-    ) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, cache))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, delta (B, T, C) to a new pair of them."""
+        x, normed = add_norm(self.attention_norm, x, delta)
+        delta = self.dropout(self.attention(normed, angles, cache))
+        x, normed = add_norm(self.ffn_norm, x, delta)
+        return x, self.dropout(self.ffn(normed))

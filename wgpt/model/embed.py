@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from wgpt import ops
 from wgpt.config import ModelConfig
-from wgpt.model.block import Block, rotary_angles
+from wgpt.model.block import Block, add_norm, rotary_angles
 from wgpt.model.cache import Cache
 
 
@@ -58,10 +58,11 @@ class MelBranch(nn.Module):
             context_frames=config.mel_context_frames,
         )
         x = x[:, x.shape[1] - steps :]
-        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x)
+        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x.device)
+        delta = None
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, cache.mel_layers[i] if cache is not None else None)
-        return self.norm(x)
+            x, delta = block(x, delta, angles, cache.mel_layers[i] if cache is not None else None)
+        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
 
 
 class Fusion(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wgpt.config import ModelConfig
-from wgpt.model.block import Block, rotary_angles
+from wgpt.model.block import Block, add_norm, rotary_angles
 from wgpt.model.cache import LayerCache
 
 
@@ -126,14 +126,15 @@ class FineHead(nn.Module):
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        return rotary_angles(0, config.n_fine, config.fine_head_dim, config.rope_base, like)
+        return rotary_angles(0, config.n_fine, config.fine_head_dim, config.rope_base, like.device)
 
     def _blocks(
         self, x: Tensor, angles: tuple[Tensor, Tensor], caches: list[LayerCache] | None
     ) -> Tensor:
+        delta = None
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, caches[i] if caches is not None else None)
-        return self.norm(x)
+            x, delta = block(x, delta, angles, caches[i] if caches is not None else None)
+        return add_norm(self.norm, x, delta)[1]
 
     def _check_codes(self, hidden: Tensor, codes: Tensor) -> int:
         n_fine = self.config.n_fine

@@ -13,10 +13,9 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wgpt.config import STEP_RATE_HZ, ConfigError, ModelConfig, from_json, to_json
-from wgpt.model.block import Block, rotary_angles
+from wgpt.model.block import Block, add_norm, fused, rotary_angles
 from wgpt.model.cache import Cache
 from wgpt.model.embed import Fusion
 from wgpt.model.fine import FineHead
@@ -121,19 +120,24 @@ class HybridModel(nn.Module):
         config = self.config
         x = self.fusion(tokens, frames, cache)
         position = cache.position if cache is not None else 0
-        angles = rotary_angles(position, tokens.shape[1], config.head_dim, config.rope_base, x)
+        angles = rotary_angles(
+            position, tokens.shape[1], config.head_dim, config.rope_base, x.device
+        )
+        delta = None
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, cache.layers[i] if cache is not None else None)
+            x, delta = block(x, delta, angles, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.position += tokens.shape[1]
-        return self.norm(x)
+        return add_norm(self.norm, x, delta)[1]
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed NLL in nats over the targets (B, T) int64 that are not -1, and how many of them
+        the model puts first, from the hidden state (B, T, C)."""
+        return fused("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
         """Mean NLL in nats over the targets (B, T) int64 that are not -1."""
-        logits = self(tokens, frames)
-        return functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1
-        )
+        return self.score(self.hidden(tokens, frames), targets)[0] / (targets != -1).sum()
 
     def _check_inputs(self, tokens: Tensor, frames: Tensor | None) -> None:
         config = self.config

@@ -1,6 +1,8 @@
-"""The three fused ops, and what runs them.
+"""The fused ops, and what runs them.
 
-The device of the arguments decides between CPU and CUDA kernels; there is no fallback. On CPUs the
+flash_attention, mel_embed and token_concat have CPU and CUDA kernels, and the device of the
+arguments decides. add_rms_norm, rotary_qkv, feed_forward and linear_cross_entropy run on the CPU
+only, where a profile of the training step asked for them. There is no fallback. On CPUs the
 best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another. `reference` specifies each op in plain torch and runs only when
 asked.
@@ -24,11 +26,26 @@ except ImportError as error:
     ) from error
 
 from wgpt.ops import reference
+from wgpt.ops.add_rms_norm import add_rms_norm
+from wgpt.ops.feed_forward import feed_forward
 from wgpt.ops.flash_attention import flash_attention
+from wgpt.ops.linear_cross_entropy import linear_cross_entropy
 from wgpt.ops.mel_embed import mel_embed
+from wgpt.ops.rotary_qkv import rotary_qkv
 from wgpt.ops.token_concat import token_concat
 
-__all__ = ["flash_attention", "info", "mel_embed", "reference", "set_cpu_target", "token_concat"]
+__all__ = [
+    "add_rms_norm",
+    "feed_forward",
+    "flash_attention",
+    "info",
+    "linear_cross_entropy",
+    "mel_embed",
+    "reference",
+    "rotary_qkv",
+    "set_cpu_target",
+    "token_concat",
+]
 
 
 def info() -> dict[str, Any]:

@@ -34,3 +34,24 @@ def cast_to_widest_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         if tensor is not None:
             dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def autocast_type(tensor: Tensor) -> torch.dtype:
+    """The type that the enclosing autocast wants for products of `tensor`, else its own."""
+    device = tensor.device.type
+    wanted = torch.is_autocast_enabled(device) and _castable(tensor)
+    return torch.get_autocast_dtype(device) if wanted else tensor.dtype
+
+
+def statistic_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of sums and constants: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def require_cpu(op: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor elsewhere: the op has CPU kernels only."""
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"{op}: runs on the CPU only, got a tensor on {tensor.device}; "
+            f"wgpt.ops.reference.{op} is the same in plain torch"
+        )

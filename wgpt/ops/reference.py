@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wgpt.ops.autocast import autocast_type
+
 
 def mel_embed(
     frames: Tensor,
@@ -71,3 +73,46 @@ def flash_attention(
     lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
     out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
     return (out, lse) if return_lse else out
+
+
+def add_rms_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `wgpt.ops.add_rms_norm`."""
+    total = x if delta is None else x + delta
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    y = F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps)
+    return total.to(x.dtype), y.to(dtype or autocast_type(x))
+
+
+def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `wgpt.ops.rotary_qkv`."""
+    cos, sin = (angle[:, None, :].to(qkv.dtype) for angle in (cos, sin))
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    q, k, v = qkv.unbind(2)
+    return turned(q), turned(k), v
+
+
+def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """See `wgpt.ops.feed_forward`."""
+    return F.linear(F.gelu(F.linear(x, up)), down)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -1
+) -> tuple[Tensor, Tensor]:
+    """See `wgpt.ops.linear_cross_entropy`; this one writes all logits."""
+    logits = F.linear(hidden, weight).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return loss, ((logits.argmax(-1) == targets) & (targets != ignore_index)).sum()

@@ -4,8 +4,12 @@
 
 #include <cstddef>
 
+#include "kernels/add_rms_norm.h"
+#include "kernels/feed_forward.h"
 #include "kernels/flash_attention.h"
+#include "kernels/linear_cross_entropy.h"
 #include "kernels/mel_embed.h"
+#include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
 
 namespace wgpt::cpu {
@@ -22,6 +26,13 @@ struct Kernels {
   void (*token_concat_forward)(const TokenConcatForward&, const Executor&);
   void (*token_concat_backward)(const TokenConcatBackward&, const Executor&);
   size_t (*token_concat_backward_workspace_bytes)(const TokenConcatShape&);
+  void (*add_rms_norm_forward)(const AddRmsNormForward&, const Executor&);
+  void (*add_rms_norm_backward)(const AddRmsNormBackward&, const Executor&);
+  void (*rotary_qkv_forward)(const RotaryForward&, const Executor&);
+  void (*rotary_qkv_backward)(const RotaryBackward&, const Executor&);
+  void (*gelu_forward)(const GeluForward&, const Executor&);
+  void (*gelu_backward)(const GeluBackward&, const Executor&);
+  void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
   double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
 };
 

@@ -3,10 +3,14 @@
 // target's flags.
 #pragma once
 
+#include "kernels/cpu/add_rms_norm_body.h"
 #include "kernels/cpu/attention_body.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/feed_forward_body.h"
+#include "kernels/cpu/linear_cross_entropy_body.h"
 #include "kernels/cpu/mel_embed_body.h"
 #include "kernels/cpu/peak.h"
+#include "kernels/cpu/rotary_qkv_body.h"
 #include "kernels/cpu/token_concat_body.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -27,6 +31,13 @@ const Kernels kKernels{
     token_concat_forward,
     token_concat_backward,
     token_concat_backward_workspace_bytes,
+    add_rms_norm_forward,
+    add_rms_norm_backward,
+    rotary_qkv_forward,
+    rotary_qkv_backward,
+    gelu_forward,
+    gelu_backward,
+    cross_entropy_rows,
     multiply_adds,
 };
 

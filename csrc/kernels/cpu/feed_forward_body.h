@@ -1,0 +1,80 @@
+// feed_forward's GELU passes on the CPU. Formula: kernels/feed_forward.h.
+#pragma once
+
+#include "kernels/cpu/gelu.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/tasks.h"
+#include "kernels/feed_forward.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+constexpr int64_t kGeluPerTask = 16384;
+
+// Calls body(begin, end) over [0, n) in pieces of whole vectors.
+template <typename Body>
+void run_pieces(const Executor& executor, int64_t n, Body&& body) {
+  run_tasks(executor, ceil_div(n, kGeluPerTask),
+            [&](int64_t task) { body(task * kGeluPerTask, min_of((task + 1) * kGeluPerTask, n)); });
+}
+
+template <typename Element>
+inline Element gelu_of(Element z) {
+  if constexpr (sizeof(Element) == sizeof(double)) {
+    return gelu(z);
+  } else {
+    return narrow<Element>(first_lane(gelu(splat(widen(z)))));
+  }
+}
+
+template <typename Element>
+inline Element gelu_gradient(Element z, Element d) {
+  if constexpr (sizeof(Element) == sizeof(double)) {
+    return d * gelu_slope(z);
+  } else {
+    return narrow<Element>(widen(d) * first_lane(gelu_slope(splat(widen(z)))));
+  }
+}
+
+template <typename Element>
+void gelu_forward_as(const GeluForward& args, const Executor& executor) {
+  const auto* z = static_cast<const Element*>(args.z);
+  auto* active = static_cast<Element*>(args.active);
+  run_pieces(executor, args.n, [&](int64_t begin, int64_t end) {
+    const int64_t vectors_end = begin + vector_part<Element>(end - begin);
+    if constexpr (sizeof(Element) < sizeof(double)) {
+      for (int64_t i = begin; i < vectors_end; i += kLanes) store(active + i, gelu(load(z + i)));
+    }
+    for (int64_t i = vectors_end; i < end; ++i) active[i] = gelu_of(z[i]);
+  });
+}
+
+template <typename Element>
+void gelu_backward_as(const GeluBackward& args, const Executor& executor) {
+  const auto *z = static_cast<const Element*>(args.z),
+             *d_active = static_cast<const Element*>(args.d_active);
+  auto *active = static_cast<Element*>(args.active), *d_z = static_cast<Element*>(args.d_z);
+  run_pieces(executor, args.n, [&](int64_t begin, int64_t end) {
+    const int64_t vectors_end = begin + vector_part<Element>(end - begin);
+    if constexpr (sizeof(Element) < sizeof(double)) {
+      for (int64_t i = begin; i < vectors_end; i += kLanes) {
+        const Floats x = load(z + i);
+        const GaussianPair g = gaussian(x);
+        store(active + i, x * g.cdf);
+        store(d_z + i, load(d_active + i) * fma(x * splat(0.39894228040143268f), g.bell, g.cdf));
+      }
+    }
+    for (int64_t i = vectors_end; i < end; ++i) {
+      active[i] = gelu_of(z[i]);
+      d_z[i] = gelu_gradient(z[i], d_active[i]);
+    }
+  });
+}
+
+inline void gelu_forward(const GeluForward& args, const Executor& executor) {
+  with_element(args.dtype, [&](auto e) { gelu_forward_as<decltype(e)>(args, executor); });
+}
+inline void gelu_backward(const GeluBackward& args, const Executor& executor) {
+  with_element(args.dtype, [&](auto e) { gelu_backward_as<decltype(e)>(args, executor); });
+}
+
+}  // namespace wgpt::cpu::WGPT_TARGET

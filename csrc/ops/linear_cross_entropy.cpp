@@ -1,0 +1,94 @@
+// linear_cross_entropy for torch: torch's products around one pass over the rows. One N x V matrix
+// holds logits and then their gradients, where eager torch holds three or four. The row's formula
+// stands in kernels/linear_cross_entropy.h.
+#include "kernels/linear_cross_entropy.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "checks.h"
+#include "kernels/cpu/dispatch.h"
+#include "ops/runtime.h"
+
+namespace wgpt {
+namespace {
+
+constexpr const char* kOp = "linear_cross_entropy";
+
+void check_targets(const Tensor& targets, int64_t vocab, int64_t ignore_index) {
+  const int64_t* values = targets.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < targets.numel(); ++i) {
+    if ((values[i] < 0 || values[i] >= vocab) && values[i] != ignore_index) {
+      fail(kOp, "targets must lie in [0, ", vocab, ") or be ", ignore_index, ", got ", values[i],
+           " at [", i, "]");
+    }
+  }
+}
+
+// The losses of all rows in their order, summed in double.
+template <typename Sum>
+double sum_of(const Tensor& losses) {
+  const Sum* values = losses.const_data_ptr<Sum>();
+  double sum = 0;
+  for (int64_t i = 0; i < losses.numel(); ++i) sum += static_cast<double>(values[i]);
+  return sum;
+}
+
+// hidden (N, C), weight (V, C), targets (N,) -> the summed loss (), the number of correct rows ()
+// int64, and the gradients of the summed loss: d_hidden (N, C), d_weight (V, C), each (0,) when not
+// asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, const Tensor& weight_in,
+                                                   const Tensor& targets_in, int64_t ignore_index,
+                                                   bool gradients) {
+  check_shape(kOp, "hidden", hidden_in, "(N, C)", {kAny, kAny});
+  check_shape(kOp, "weight", weight_in, "(V, C)", {kAny, hidden_in.size(1)});
+  check_at_least(kOp, "V", weight_in.size(0), 1);
+  check_dtype(kOp, "weight", weight_in, hidden_in.scalar_type(), " like hidden");
+  check_shape(kOp, "targets", targets_in, "(N,)", {hidden_in.size(0)});
+  check_dtype(kOp, "targets", targets_in, ScalarType::Long);
+  const Tensor hidden = contiguous(hidden_in), weight = contiguous(weight_in),
+               targets = contiguous(targets_in);
+  const int64_t n = hidden.size(0), channels = hidden.size(1), vocab = weight.size(0);
+  check_targets(targets, vocab, ignore_index);
+
+  const ScalarType sum_dtype = accumulation_type(element_type(kOp, "hidden", hidden));
+  const Tensor losses = empty(hidden, {n}, sum_dtype),
+               correct = empty(hidden, {n}, ScalarType::Byte);
+  Tensor d_hidden = gradients ? empty(hidden, {n, channels}) : empty(hidden, {0});
+  Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
+  const Tensor logits = empty(hidden, {n, vocab});
+  multiply(logits, hidden, transposed(weight));
+  const CrossEntropyRows call{element_type(kOp, "hidden", hidden),
+                              n,
+                              vocab,
+                              ignore_index,
+                              gradients,
+                              logits.mutable_data_ptr(),
+                              targets.const_data_ptr<int64_t>(),
+                              losses.mutable_data_ptr(),
+                              correct.mutable_data_ptr<uint8_t>()};
+  cpu::active().cross_entropy_rows(call, torch_executor());
+  if (gradients) {  // the logits are their own gradients now
+    multiply(d_hidden, logits, weight);
+    multiply(d_weight, transposed(logits), hidden);
+  }
+
+  Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);
+  if (sum_dtype == ScalarType::Double) {
+    *loss.mutable_data_ptr<double>() = sum_of<double>(losses);
+  } else {
+    *loss.mutable_data_ptr<float>() = static_cast<float>(sum_of<float>(losses));
+  }
+  const uint8_t* flags = correct.const_data_ptr<uint8_t>();
+  *n_correct.mutable_data_ptr<int64_t>() = std::count(flags, flags + n, uint8_t{1});
+  return {loss, n_correct, d_hidden, d_weight};
+}
+
+}  // namespace
+}  // namespace wgpt
+
+STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&wgpt::forward));
+}

@@ -1,0 +1,89 @@
+"""add_rms_norm: the residual sum of a pre-norm block and its RMS norm, in one pass. CPU only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import autocast_type, require_cpu, statistic_dtype
+
+
+def add_rms_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = x + delta and s / rms(s) * weight, rms over the last axis; returns both.
+
+    x: (..., C) float32, bfloat16, float16 or float64, the residual stream. delta: (..., C), a
+    branch's result in a type of its own, or None; s is then x itself. weight: (C,).
+    dtype: of the normed output; None is the type autocast wants for products, else that of x.
+
+    s has the type of x; sums and statistics are float32 (float64 for float64). Differentiable in x,
+    delta and weight, with the same bits for any number of threads. Raises ValueError for other
+    shapes, types or devices. Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+    require_cpu("add_rms_norm", x)
+    dtype = dtype or autocast_type(x)
+    weight = weight.to(statistic_dtype(x))
+    total, y, _ = torch.ops.wgpt.add_rms_norm(x, delta, weight, eps, dtype)
+    return (x if delta is None else total), y
+
+
+@torch.library.register_fake("wgpt::add_rms_norm")
+def _fake(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((0,) if delta is None else x.shape),
+        x.new_empty(x.shape, dtype=dtype),
+        weight.new_empty((x.numel() // x.shape[-1] if x.shape[-1] else 0,)),
+    )
+
+
+@torch.library.register_fake("wgpt::add_rms_norm_backward")
+def _fake_backward(
+    d_sum: Tensor | None,
+    d_y: Tensor,
+    total: Tensor,
+    inv_rms: Tensor,
+    weight: Tensor,
+    delta_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_delta = total.new_empty((0,) if delta_dtype is None else total.shape, dtype=delta_dtype)
+    return total.new_empty(total.shape), d_delta, weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, delta, weight, _, ctx.dtype = inputs
+    total, _, inv_rms = output
+    ctx.mark_non_differentiable(inv_rms)
+    ctx.has_delta = delta is not None
+    ctx.delta_dtype = delta.dtype if delta is not None and delta.dtype != x.dtype else None
+    ctx.save_for_backward(total if ctx.has_delta else x, inv_rms, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, d_sum: Tensor | None, d_y: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
+    total, inv_rms, weight = ctx.saved_tensors
+    if d_y is None:
+        d_y = torch.zeros_like(total, dtype=ctx.dtype)
+    d_x, d_delta, d_weight = torch.ops.wgpt.add_rms_norm_backward(
+        d_sum if ctx.has_delta else None, d_y, total, inv_rms, weight, ctx.delta_dtype
+    )
+    if not ctx.has_delta:
+        return d_x, None, d_weight, None, None
+    return d_x, d_x if ctx.delta_dtype is None else d_delta, d_weight, None, None
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("add_rms_norm: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::add_rms_norm", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::add_rms_norm_backward", _double_backward)

@@ -1,0 +1,52 @@
+"""feed_forward: two linear layers around an exact GELU that keep one tensor. CPU only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+
+
+def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """gelu(x up^T) down^T over the last axis of x (..., C), with up (F, C) and down (C, F).
+
+    float32, bfloat16, float16 or float64, all of one type. The matrix products are torch's, with
+    their determinism (same bits for the same number of threads). Only the pre-activations are kept
+    for the backward, which makes the activations again in the pass that needs their slope.
+    Differentiable in all three. Raises ValueError for other shapes, types or devices.
+    """
+    require_cpu("feed_forward", x)
+    x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
+    y, _ = torch.ops.wgpt.feed_forward(x.reshape(-1, x.shape[-1]), up, down)
+    return y.view(x.shape)
+
+
+@torch.library.register_fake("wgpt::feed_forward")
+def _fake(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], up.shape[0]))
+
+
+@torch.library.register_fake("wgpt::feed_forward_backward")
+def _fake_backward(
+    d_y: Tensor, x: Tensor, z: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    x, up, down = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], up, down)
+
+
+def _backward(ctx: Any, d_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return torch.ops.wgpt.feed_forward_backward(d_y, *ctx.saved_tensors)
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("feed_forward: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::feed_forward", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::feed_forward_backward", _double_backward)

@@ -1,0 +1,77 @@
+"""linear_cross_entropy: the head's loss and its gradients in one (N, V) matrix. CPU only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -1
+) -> tuple[Tensor, Tensor]:
+    """The summed NLL in nats of targets under softmax(hidden weight^T), and how many it got right.
+
+    hidden (..., C), weight (V, C) of the same type, targets (...) int64 in [0, V) or ignore_index.
+    Returns the sum (), float32 (float64 for float64), differentiable in hidden and weight, and the
+    count () int64 of targets that are the first of their largest logits.
+
+    The logits become their own gradients in place, and nothing of their size is kept: the gradients
+    of hidden and weight are made in the forward and only scaled by the backward. The matrix
+    products are torch's, with their determinism (same bits for the same number of threads). Raises
+    ValueError for other shapes, types, targets or devices.
+    """
+    require_cpu("linear_cross_entropy", hidden)
+    hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
+    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss, n_correct, _, _ = torch.ops.wgpt.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, gradients
+    )
+    return loss, n_correct
+
+
+@torch.library.register_fake("wgpt::linear_cross_entropy")
+def _fake(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(hidden.shape if gradients else (0,)),
+        weight.new_empty(weight.shape if gradients else (0,)),
+    )
+
+
+@torch.library.custom_op("wgpt::linear_cross_entropy_backward", mutates_args=())
+def _scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gradients times d_loss, which torch keeps in its own type for the product."""
+    scaled, scaled_weight = ((g * d_loss).to(g.dtype) for g in (d_hidden, d_weight))
+    return scaled, scaled_weight
+
+
+@_scale.register_fake
+def _fake_scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(d_hidden), torch.empty_like(d_weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, n_correct, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(n_correct, d_hidden, d_weight)
+    ctx.save_for_backward(d_hidden, d_weight)
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = torch.ops.wgpt.linear_cross_entropy_backward(d_loss, *ctx.saved_tensors)
+    return d_hidden, d_weight, None, None, None
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
+
+
+torch.library.register_autograd(
+    "wgpt::linear_cross_entropy", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd("wgpt::linear_cross_entropy_backward", _double_backward)
