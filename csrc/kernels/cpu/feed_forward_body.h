@@ -18,24 +18,6 @@ void run_pieces(const Executor& executor, int64_t n, Body&& body) {
 }
 
 template <typename Element>
-inline Element gelu_of(Element z) {
-  if constexpr (sizeof(Element) == sizeof(double)) {
-    return gelu(z);
-  } else {
-    return narrow<Element>(first_lane(gelu(splat(widen(z)))));
-  }
-}
-
-template <typename Element>
-inline Element gelu_gradient(Element z, Element d) {
-  if constexpr (sizeof(Element) == sizeof(double)) {
-    return d * gelu_slope(z);
-  } else {
-    return narrow<Element>(widen(d) * first_lane(gelu_slope(splat(widen(z)))));
-  }
-}
-
-template <typename Element>
 void gelu_forward_as(const GeluForward& args, const Executor& executor) {
   const auto* z = static_cast<const Element*>(args.z);
   auto* active = static_cast<Element*>(args.active);
@@ -44,7 +26,10 @@ void gelu_forward_as(const GeluForward& args, const Executor& executor) {
     if constexpr (sizeof(Element) < sizeof(double)) {
       for (int64_t i = begin; i < vectors_end; i += kLanes) store(active + i, gelu(load(z + i)));
     }
-    for (int64_t i = vectors_end; i < end; ++i) active[i] = gelu_of(z[i]);
+    for (int64_t i = vectors_end; i < end; ++i) {
+      Arithmetic<Element> slope;
+      active[i] = narrow<Element>(gelu(widen(z[i]), slope));
+    }
   });
 }
 
@@ -57,15 +42,15 @@ void gelu_backward_as(const GeluBackward& args, const Executor& executor) {
     const int64_t vectors_end = begin + vector_part<Element>(end - begin);
     if constexpr (sizeof(Element) < sizeof(double)) {
       for (int64_t i = begin; i < vectors_end; i += kLanes) {
-        const Floats x = load(z + i);
-        const GaussianPair g = gaussian(x);
-        store(active + i, x * g.cdf);
-        store(d_z + i, load(d_active + i) * fma(x * splat(0.39894228040143268f), g.bell, g.cdf));
+        Floats slope;
+        store(active + i, gelu(load(z + i), slope));
+        store(d_z + i, load(d_active + i) * slope);
       }
     }
     for (int64_t i = vectors_end; i < end; ++i) {
-      active[i] = gelu_of(z[i]);
-      d_z[i] = gelu_gradient(z[i], d_active[i]);
+      Arithmetic<Element> slope;
+      active[i] = narrow<Element>(gelu(widen(z[i]), slope));
+      d_z[i] = narrow<Element>(widen(d_active[i]) * slope);
     }
   });
 }

@@ -49,4 +49,16 @@ inline double gelu_slope(double x) {
   return gaussian_cdf(x) + x * 0.39894228040143268 * exp(-0.5 * x * x);
 }
 
+// The same for single numbers: the ends of rows, and float64.
+inline double gelu(double x, double& slope) {
+  slope = gelu_slope(x);
+  return gelu(x);
+}
+inline float gelu(float x, float& slope) {
+  Floats slopes;
+  const float active = first_lane(gelu(splat(x), slopes));
+  slope = first_lane(slopes);
+  return active;
+}
+
 }  // namespace wgpt::cpu::WGPT_TARGET
