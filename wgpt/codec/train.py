@@ -37,6 +37,8 @@ from wgpt.codec.quantizer import ResidualQuantizer
 logger = logging.getLogger(__name__)
 
 CROP_SAMPLES = 38 * 320
+# The last tenth of a training, at its smallest steps, goes to the waveform.
+FINISH, FINISH_MAGNITUDES = 0.9, 0.2
 
 
 def build_model(n_filters: int = 12, hidden: int = 48) -> Any:
@@ -221,7 +223,8 @@ class Trainer:
             n_used = torch.where(draw < 0.18, 1, torch.where(draw < 0.4, middle, 8))
             quantized, commitment = self.quantizer(z, n_used.to(z.device), generator)
         decoded = self.model.decoder(quantized)
-        loss, parts = self.loss(decoded[:, 0], wave[:, 0], n_used.to(z.device))
+        magnitudes = 1.0 if progress < FINISH else FINISH_MAGNITUDES
+        loss, parts = self.loss(decoded[:, 0], wave[:, 0], n_used.to(z.device), magnitudes)
         # The level of the latents is free; near 1 the decoder's LSTM can make use of them.
         level = z.square().mean().log().square()
         total = loss + 0.05 * commitment + 0.1 * level
