@@ -29,7 +29,7 @@ from wgpt.model import Cache, HybridModel
 from wgpt.model.packed import PackedModel
 from wgpt.sampling import Draw, Sampling
 
-Wave = np.ndarray | Tensor
+Wave: TypeAlias = np.ndarray | Tensor
 
 # Steps of a prompt that are encoded and read together. At the prompt's end at most one step fewer
 # is left to do; eight rows cost a matrix product of this size little more than one.
