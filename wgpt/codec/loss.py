@@ -64,11 +64,9 @@ class CodecLoss(nn.Module):
         return 1 - (levels[0] * levels[1]).sum(1).mean(1)
 
     def forward(
-        self, decoded: Tensor, wave: Tensor, n_used: Tensor, magnitudes: float = 1.0
+        self, decoded: Tensor, wave: Tensor, n_used: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of decoded against wave, both float32 (B, L); n_used int64 (B,) codebooks.
-
-        `magnitudes` scales the magnitude terms of items that can match the waveform (n_used > 2).
 
         Returns:
             the scalar loss, and its parts as numbers: by 1 and by all codebooks.
@@ -94,8 +92,7 @@ class CodecLoss(nn.Module):
             mel = mel + log_gap.mean((1, 2)) / len(self.scales)
         few = (n_used <= 2).to(error)
         wave_part = error + 0.5 * (error + 0.02).log()
-        wave_weight = 1 - 0.4 * few
-        magnitude_weight = 0.35 * magnitudes * (1 - few) + 0.8 * few
+        wave_weight, magnitude_weight = 1 - 0.4 * few, 0.35 + 0.45 * few
         loss = wave_weight * wave_part + magnitude_weight * (convergence + mel + envelope)
         with torch.no_grad():
             parts = {"loss": float(loss.mean())}
