@@ -34,7 +34,7 @@ class Optimizer:
 
     Muon (Jordan et al., 2024) replaces the momentum of a matrix by the nearest orthogonal one, so
     that every direction is learnt at the same speed: the autoencoder reaches in 800 steps what
-    takes Adam more than 10,000 (docs/log.md). Steps are relative to a tensor's size at the start.
+    takes Adam about 8,000 (docs/log.md). Steps are relative to a tensor's size at the start.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
