@@ -241,7 +241,7 @@ def test_generate_is_a_function_and_a_module():
     )
     for first in ("", "from wgpt.generate import Speaker", "import wgpt.generate"):
         done = subprocess.run(
-            [sys.executable, "-c", code.format(first)], capture_output=True, text=True
+            [sys.executable, "-c", code.format(first)], capture_output=True, text=True, cwd="/"
         )
         assert "no such file" in done.stdout, done.stderr
 

@@ -41,7 +41,7 @@ def test_generate_command_streams_what_it_writes(tiny_run, recordings, tmp_path)
     raw = {}
     for kind in ("s16le", "f32le"):
         done = subprocess.run(
-            command(*common, "--stream", "--format", kind), capture_output=True, check=True
+            command(*common, "--stream", "--format", kind), capture_output=True, check=True, cwd="/"
         )
         raw[kind] = done.stdout
     floats = np.frombuffer(raw["f32le"], "<f4")
@@ -58,6 +58,7 @@ def test_generate_command_ends_quietly_when_the_listener_leaves(tiny_run):
         command(tiny_run, "--stream", "--end-when-stuck", 0),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        cwd="/",
     )
     assert len(process.stdout.read(4000)) == 4000
     process.stdout.close()
@@ -96,6 +97,7 @@ def test_generate_command_does_not_write_sound_to_a_terminal(tiny_run):
         stdout=slave,
         stderr=subprocess.PIPE,
         text=True,
+        cwd="/",
     )
     os.close(slave)
     os.close(master)

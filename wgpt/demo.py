@@ -22,6 +22,7 @@ from wgpt.data.prepare import prepare
 from wgpt.data.shards import Dataset
 from wgpt.generate import Sampling, Speaker
 from wgpt.mel import MelFrontend
+from wgpt.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ def demo(out: str | Path, steps: int, device: str = "auto") -> dict[str, Any]:
         out / "data", out / "runs", size="xs", max_steps=steps, device=device, **SETTINGS
     )
     done("training and scoring")
-    torch.set_num_threads(1)  # a sampled step is many small operations: threads only wait
-    result["sounds"] = [sounds(out, group) for group in ("speech", "music")]
+    with one_thread():
+        result["sounds"] = [sounds(out, group) for group in ("speech", "music")]
     result["codec"] = _ceiling(out)
     done("sampling")
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}

@@ -29,6 +29,7 @@ from wgpt.model import HybridModel
 from wgpt.runs import Run
 from wgpt.sampling import Sampling, Stuck
 from wgpt.speaker import Continuation, Speaker, Step, n_steps_of
+from wgpt.threads import one_thread
 
 __all__ = ["Continuation", "Sampling", "Speaker", "Step", "Stuck", "generate", "sample_into"]
 
@@ -157,7 +158,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt generate`."""
-    import torch
 
     if bool(args.out) == args.stream:
         raise ConfigError("generate: give one of --out AUDIO and --stream")
@@ -175,12 +175,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out and args.seconds is None:
         raise ConfigError("generate: --out needs --seconds")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    torch.set_num_threads(1)  # a step is a few hundred small operations: threads only wait
-    speaker = Speaker.open(args.run, args.device)
-    prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
-    if args.stream:
-        return _stream(args, speaker, prompt, sampling)
-    return _write(args, speaker, prompt, sampling)
+    with one_thread():
+        speaker = Speaker.open(args.run, args.device)
+        prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
+        work = _stream if args.stream else _write
+        return work(args, speaker, prompt, sampling)
 
 
 def _stream(

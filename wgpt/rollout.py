@@ -24,6 +24,7 @@ from wgpt.data.shards import DataError, Split
 from wgpt.evaluate import DB_PER_NEPER, with_decoded_mel
 from wgpt.sampling import Sampling
 from wgpt.speaker import Speaker
+from wgpt.threads import one_thread
 
 PROMPT_S = 3.0
 N_FLOOR_DRAWS = 200
@@ -158,14 +159,10 @@ def _roll_out(
         for clip, start in prompts
     ]
     seeds = [seed + i for i in range(len(prompts))]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step is a few hundred small operations: threads only wait
-    try:
+    with one_thread():
         batches = speaker.stream_batch(heard, n_steps, Sampling(), seeds)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
-    finally:
-        torch.set_num_threads(n_threads)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T
     waves = np.array([[step.wave for step in batch] for batch in steps]).swapaxes(0, 1)
     waves = waves.reshape(len(prompts), n_steps * HOP_SAMPLES)

@@ -12,9 +12,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from wgpt.config import MelConfig
 from wgpt.data.encode import Codec, Done, Encoder, Job
+from wgpt.threads import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def load_codec(codec: str | Path | Codec, download: bool) -> Codec:
 
 def encode_here(encoder: Encoder, jobs: list[Job], finished: Callable[[Job, Done], None]) -> None:
     """Encode one after another in this process, calling `finished` for each."""
-    with _one_thread():
+    with one_thread():
         for job in jobs:
             finished(job, encoder.encode_file(job))
 
@@ -146,13 +146,3 @@ def _encode(job: Job) -> Done:
     if isinstance(_built, Encoder):
         return _built.encode_file(job)
     raise _built if _built is not None else RuntimeError("worker: no encoder was built")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
