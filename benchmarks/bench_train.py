@@ -28,7 +28,8 @@ from torch.nn import functional
 from wgpt import config
 from wgpt.config import TrainConfig
 from wgpt.model import HybridModel
-from wgpt.train import keep_freed_memory, make_optimizer
+from wgpt.optimizer import make_optimizer
+from wgpt.world import keep_freed_memory
 
 COLUMNS = [
     "preset", "dtype", "device", "batch", "steps", "contestant", "step_ms", "tokens_per_s",

@@ -17,8 +17,9 @@ from wgpt import checkpoint, train
 from wgpt.config import ConfigError, TrainConfig
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
+from wgpt.optimizer import learning_rate
 from wgpt.runs import METRICS, Run, read_metrics
-from wgpt.train import TrainError, learning_rate
+from wgpt.train import TrainError
 
 SETTINGS = {
     "max_steps": 12,

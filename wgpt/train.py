@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,8 +23,10 @@ from wgpt.data.augment import MelAugment, scored_steps
 from wgpt.data.loader import Batch, Batches, prefetch
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
+from wgpt.optimizer import learning_rate, make_optimizer
 from wgpt.runs import Metrics, Run, facts_of, read_metrics
 from wgpt.warm_start import WarmStart
+from wgpt.world import World, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -39,95 +37,6 @@ class TrainError(RuntimeError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
-
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """This process among those of torchrun; alone by default."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-
-    @staticmethod
-    def join(device: str) -> World:
-        """Reads torchrun's environment and, if there are several processes, joins them."""
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        name = resolve_device(device)
-        if name == "cuda" and size > 1:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        chosen = torch.device(name)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        if size > 1 and not dist.is_initialized():
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=1))
-        return World(rank, size, chosen)
-
-    def leave(self) -> None:
-        """Ends the process group, so that no process is torn down with its peers' links open."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
-    def sum(self, value: Tensor) -> Tensor:
-        """`value` summed over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return (
-            flag
-            if self.size == 1
-            else bool(self.sum(torch.tensor(float(flag), device=self.device)))
-        )
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees for the next one, which allocates the same again.
-
-    By default it hands large blocks back to the kernel, and every step pays for some ten thousand
-    page faults (docs/log.md). No-op with another C library.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def resolve_device(name: str) -> str:
-    """`auto` becomes cuda if there is one, else cpu. Raises ConfigError for what is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ConfigError(f"device must be auto, cpu, or an available cuda device, got {name!r}")
-    return name
-
-
-def learning_rate(step: int, settings: TrainConfig) -> float:
-    """Linear warm-up to lr, then a half cosine to lr * min_lr_ratio at max_steps. step from 0."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    span = max(settings.max_steps - settings.warmup_steps, 1)
-    progress = min((step - settings.warmup_steps) / span, 1.0)
-    low = settings.lr * settings.min_lr_ratio
-    return low + (settings.lr - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model: nn.Module, settings: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW that decays matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True
-    )
 
 
 def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
@@ -311,7 +220,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        _sum_gradients(parameters, self.world)
+        self.world.sum_gradients(parameters)
         limit = settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         parts = [loss.detach(), (correct / n_scored).float()]
@@ -415,16 +324,6 @@ class Trainer:
             f"Codec: `{self.data.codec_identity}`. Mel source: {self.mel_source}.\n\n"
             "Load with `wgpt.model.HybridModel.from_pretrained(folder)`.\n"
         )
-
-
-def _sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """Sums gradients over processes, in one flat message."""
-    if world.size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = world.sum(torch.cat([g.flatten() for g in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _spread_clips(split: Any, audio_s: float) -> list[int] | None:
