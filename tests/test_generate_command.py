@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from wgpt import audio
 from wgpt.cli import main
@@ -69,10 +70,12 @@ def test_generate_command_ends_quietly_when_the_listener_leaves(tiny_run):
 
 def test_generate_command_writes_numbered_files(tiny_run, tmp_path, capsys):
     base = ["generate", str(tiny_run), "--seconds", "0.1"]
+    n_threads = torch.get_num_threads()
     assert main([*base, "--n", "3", "--out", str(tmp_path / "y.wav"), "--seed", "5"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / f"y-{i}.wav") for i in (1, 2, 3)]
     assert main([*base, "--out", str(tmp_path / "alone.wav"), "--seed", "6"]) == 0
     assert (tmp_path / "alone.wav").read_bytes() == (tmp_path / "y-2.wav").read_bytes()
+    assert torch.get_num_threads() == n_threads  # a training in the same process needs them all
 
 
 @pytest.mark.parametrize(
