@@ -60,6 +60,20 @@ def loss_curves(
     return out
 
 
+def _draw_mel(axis: Any, mel: np.ndarray, start_s: float, loudest: float) -> None:
+    """Log-mel (T, M) from start_s on, over the 10 nats below `loudest`."""
+    end_s = start_s + len(mel) / STEP_RATE_HZ
+    axis.imshow(
+        mel.T,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=loudest - 10,
+        vmax=loudest,
+        extent=(start_s, end_s, 0, mel.shape[1]),
+    )
+
+
 def spectrograms(sounds: Sequence[tuple[str, np.ndarray]], out: str | Path) -> Path:
     """Log-mel slices of several sounds, one under the other on one time axis.
 
@@ -69,15 +83,7 @@ def spectrograms(sounds: Sequence[tuple[str, np.ndarray]], out: str | Path) -> P
     high = max(float(mel.max()) for _, mel in sounds if mel.size)
     longest_s = max(len(mel) for _, mel in sounds) / STEP_RATE_HZ
     for axis, (title, mel) in zip(axes[:, 0], sounds, strict=True):
-        axis.imshow(
-            mel.T,
-            origin="lower",
-            aspect="auto",
-            cmap="magma",
-            vmin=high - 10,
-            vmax=high,
-            extent=(0, len(mel) / STEP_RATE_HZ, 0, mel.shape[1]),
-        )
+        _draw_mel(axis, mel, 0.0, high)
         axis.set_xlim(0, longest_s)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_ylabel("mel bin")
@@ -111,7 +117,6 @@ def continuation(
     figure, axes = _axes(4, 1, (9.5, 6.2), heights=(1, 1.8, 0.9, 0.9), sharex=True)
     sound, spectrum, codes, doubt = axes[:, 0]
     start_s, end_s = -n_prompt / STEP_RATE_HZ, n_steps / STEP_RATE_HZ
-    now_s = start_s + len(mel) / STEP_RATE_HZ
     samples = wave[: len(mel) * HOP_SAMPLES].reshape(-1, HOP_SAMPLES)
     seconds = start_s + np.arange(len(mel)) / STEP_RATE_HZ
     for steps, colour in ((slice(n_prompt), "0.45"), (slice(n_prompt, None), "C1")):
@@ -120,15 +125,7 @@ def continuation(
     sound.set_ylim(-1, 1)
     sound.set_ylabel("wave")
     loudest = float(mel.max()) if mel.size else 0.0
-    spectrum.imshow(
-        mel.T,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        vmin=loudest - 10,
-        vmax=loudest,
-        extent=(start_s, now_s, 0, mel.shape[1]),
-    )
+    _draw_mel(spectrum, mel, start_s, loudest)
     spectrum.set_ylabel("log-mel bin")
     steps_s = (np.arange(len(tokens)) + 0.5) / STEP_RATE_HZ
     codes.plot(steps_s, tokens, ".", ms=3.5, mew=0, color="C1")
