@@ -32,6 +32,14 @@ def require_cuda() -> None:
     pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A test that leaves another number of threads makes later ones round otherwise: it fails."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":

@@ -21,11 +21,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wgpt import loopback
 from wgpt.desk import Desk, Limits
 from wgpt.speaker import Speaker
+from wgpt.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -220,9 +219,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`wgpt serve`: until Ctrl-C or SIGTERM, which are a success."""
     limits = Limits(args.max_prompt_s, args.max_seconds, args.max_upload_mb)
-    torch.set_num_threads(1)  # a step is a few thousand small operations: threads only wait
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+    with contextlib.suppress(KeyboardInterrupt), one_thread(), contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = stack.enter_context(loopback.private_folder("wgpt-serve-"))
         gradio = load_gradio(folder / "uploads")
         try:
