@@ -92,7 +92,7 @@ class CodecLoss(nn.Module):
             mel = mel + log_gap.mean((1, 2)) / len(self.scales)
         few = (n_used <= 2).to(error)
         wave_part = error + 0.5 * (error + 0.02).log()
-        wave_weight, magnitude_weight = 1 - 0.4 * few, 0.35 + 0.45 * few
+        wave_weight, magnitude_weight = 1 - 0.4 * few, 0.2 + 0.6 * few
         loss = wave_weight * wave_part + magnitude_weight * (convergence + mel + envelope)
         with torch.no_grad():
             parts = {"loss": float(loss.mean())}

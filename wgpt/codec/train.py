@@ -142,7 +142,7 @@ class Trainer:
                 self._start_codebooks()
             draw = torch.rand(args.batch, generator=generator)
             middle = torch.randint(2, 8, (args.batch,), generator=generator)
-            n_used = torch.where(draw < 0.18, 1, torch.where(draw < 0.4, middle, 8))
+            n_used = torch.where(draw < 0.12, 1, torch.where(draw < 0.27, middle, 8))
             quantized, commitment = self.quantizer(z, n_used.to(z.device), generator)
         decoded = self.model.decoder(quantized)
         loss, parts = self.loss(decoded[:, 0], wave[:, 0], n_used.to(z.device))
