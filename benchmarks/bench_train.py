@@ -38,7 +38,18 @@ COLUMNS = [
 
 # What a profile's operators belong to: the first name that an operator's starts with.
 GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+    "head and loss (products and softmax)": (
+        "wgpt::linear_cross_entropy",
+        "GeneratedBackwardFor_wgpt_linear_cross",
+    ),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::linear",
+        "wgpt::linear",
+        "GeneratedBackwardFor_wgpt_linear",
+    ),
     "attention": (
         "wgpt::flash_attention",
         "GeneratedBackwardFor_wgpt_flash_attention",
@@ -47,10 +58,6 @@ GROUPS = {
     "feed-forward (products and GELU)": (
         "wgpt::feed_forward",
         "GeneratedBackwardFor_wgpt_feed_forward",
-    ),
-    "head and loss (products and softmax)": (
-        "wgpt::linear_cross_entropy",
-        "GeneratedBackwardFor_wgpt_linear_cross",
     ),
     "softmax and loss": ("aten::_log_softmax", "aten::nll_loss"),
     "norms and residual sums": (

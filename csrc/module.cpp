@@ -96,6 +96,8 @@ STABLE_TORCH_LIBRARY(wgpt, m) {
   m.def(
       "rotary_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) "
       "-> Tensor d_qkv");
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def("linear_backward(Tensor d_y, Tensor x, Tensor weight) -> (Tensor d_x, Tensor d_weight)");
   m.def("feed_forward(Tensor x, Tensor up, Tensor down) -> (Tensor y, Tensor z)");
   m.def(
       "feed_forward_backward(Tensor d_y, Tensor x, Tensor z, Tensor up, Tensor down) "

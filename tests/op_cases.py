@@ -1,5 +1,6 @@
 """Random calls of each op, and how to run one in a given type with its gradients."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ from wgpt import ops
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LSE_PLACES_16_BIT = 1 / 32  # measured: 1/108 of a bfloat16's last place with vdpbf16ps kernels
+
+
+# For FlopCounterMode, which sees shapes.
+LINEAR_FLOPS = {torch.ops.wgpt.linear: lambda x, weight, out_shape: 2 * math.prod(out_shape) * x[1]}
 
 
 def skip_float64_on_cuda(device: str, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from op_cases import LINEAR_FLOPS
 from waking import awake
 
 from wgpt import config
@@ -169,7 +170,7 @@ def test_fine_flops_agree_with_what_happens():
     shape = dataclasses.replace(config.preset("gpt-xs"), n_fine=7, n_fine_layers=3)
     head = HybridModel(shape).fine
     hidden, codes = case(1, 16, shape)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=LINEAR_FLOPS) as counter:
         head(hidden, codes)
     attention = 4 * 3 * shape.fine_dim * sum(range(1, 8)) * 16
     feed_forward = 4 * 3 * shape.fine_dim * shape.fine_ffn_dim * 7 * 16

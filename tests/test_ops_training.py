@@ -61,6 +61,14 @@ def rotary_call(steps: int = 7, heads: int = 3, head_dim: int = 32, *, dtype=tor
     return FirstOutputs("rotary_qkv", tensors, ("qkv",))
 
 
+def linear_call(rows: int = 7, channels: int = 13, outputs: int = 29, *, dtype=torch.float32):
+    tensors = {
+        "x": torch.randn(rows, channels).to(dtype),
+        "weight": torch.randn(outputs, channels).mul(channels**-0.5).to(dtype),
+    }
+    return FirstOutputs("linear", tensors, ("x", "weight"))
+
+
 def ffn_call(rows: int = 7, channels: int = 13, hidden: int = 29, *, dtype=torch.float32):
     tensors = {
         "x": torch.randn(rows, channels).to(dtype),
@@ -84,14 +92,30 @@ def loss_call(rows: int = 7, channels: int = 13, vocab: int = 29, *, dtype=torch
 MAKERS: dict[str, Callable[..., FirstOutputs]] = {
     "add_rms_norm": norm_call,
     "rotary_qkv": rotary_call,
+    "linear": linear_call,
     "feed_forward": ffn_call,
     "linear_cross_entropy": loss_call,
 }
 SIZES = {
     "add_rms_norm": [{"rows": 1, "channels": 1}, {"rows": 131, "channels": 256}, {"delta": False}],
     "rotary_qkv": [{"steps": 1, "heads": 1}, {"steps": 67, "head_dim": 64}, {"head_dim": 6}],
-    "feed_forward": [{"rows": 1}, {"rows": 257, "channels": 64, "hidden": 255}],
-    "linear_cross_entropy": [{"rows": 1}, {"rows": 131, "channels": 64, "vocab": 1024}],
+    # Whole and partial tiles, blocks of rows and of depth in every direction, and small products.
+    "linear": [
+        {"rows": 1},
+        {"rows": 333, "channels": 300, "outputs": 65},
+        {"rows": 32, "channels": 1025, "outputs": 32},
+        {"rows": 1024, "channels": 32, "outputs": 64},
+    ],
+    "feed_forward": [
+        {"rows": 1},
+        {"rows": 257, "channels": 64, "hidden": 255},
+        {"rows": 1601, "channels": 40, "hidden": 72},
+    ],
+    "linear_cross_entropy": [
+        {"rows": 1},
+        {"rows": 131, "channels": 64, "vocab": 1024},
+        {"rows": 1601, "channels": 33, "vocab": 67},
+    ],
 }
 CASES = [(name, sizes) for name in MAKERS for sizes in SIZES[name]]
 
@@ -147,6 +171,7 @@ def test_training_backward_ops_pass_opcheck() -> None:
         "rotary_qkv_backward": (
             *torch.randn(3, 2, 4, 3, 8).unbind(0), torch.rand(4, 4), torch.rand(4, 4),
         ),
+        "linear_backward": (torch.randn(6, 9), x, torch.randn(9, 5)),
         "feed_forward_backward": (
             d, x, torch.randn(6, 9), torch.randn(9, 5), torch.randn(5, 9),
         ),
@@ -169,8 +194,21 @@ def test_training_op_compiles_in_one_graph_with_dynamic_sizes(name: str) -> None
 def test_passes_give_the_same_bits_for_any_thread_count(
     name: str, dtype: torch.dtype, restore_threads: None
 ) -> None:
-    """The other two contain torch's own products, which promise it for one thread count only."""
+    """The others contain torch's own products, which promise it for one thread count only."""
     call = MAKERS[name](203, dtype=dtype)
+    assert_same_bits_for_any_thread_count(call)
+
+
+@pytest.mark.skipif("amx" not in ops.info()["cpu_targets"], reason="no tile registers here")
+@pytest.mark.parametrize("name", ["linear", "feed_forward", "linear_cross_entropy"])
+def test_products_by_tiles_give_the_same_bits_for_any_thread_count(
+    name: str, restore_threads: None, restore_cpu_target: None
+) -> None:
+    ops.set_cpu_target("amx")
+    assert_same_bits_for_any_thread_count(MAKERS[name](1200, 300, 330))
+
+
+def assert_same_bits_for_any_thread_count(call: Call) -> None:
     torch.set_num_threads(1)
     alone = run(call.op, call)
     for n_threads in (2, 4):
@@ -317,3 +355,28 @@ def test_loss_of_what_is_not_finite_is_not_finite(value: float) -> None:
 def test_training_ops_refuse_what_does_not_fit(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_linear_treats_numbers_without_bounds_as_torch_does(value: float) -> None:
+    x, weight = torch.randn(64, 300), torch.rand(80, 300) + 0.5
+    x[5, 7] = value
+    y = ops.linear(x, weight)
+    torch.testing.assert_close(y, F.linear(x, weight), equal_nan=True)
+    assert y[:5].isfinite().all()
+
+
+def test_linear_keeps_the_digits_of_numbers_far_apart() -> None:
+    """A number of 24 bits times one: what a split into fewer bits would round."""
+    x = torch.zeros(64, 256)
+    x[:, 0] = 1 + torch.arange(64) * 2**-23
+    weight = torch.zeros(64, 256)
+    weight[:, 0] = 1.0
+    assert torch.equal(ops.linear(x, weight), x[:, :1].expand(64, 64))
+
+
+def test_linear_rows_do_not_depend_on_other_rows() -> None:
+    x, weight = torch.randn(333, 300), torch.randn(65, 300)
+    changed = x.clone()
+    changed[100:] = torch.randn(233, 300) * 1e6
+    assert torch.equal(ops.linear(x, weight)[:100], ops.linear(changed, weight)[:100])

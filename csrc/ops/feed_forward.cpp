@@ -1,10 +1,11 @@
-// feed_forward for torch: down(gelu(up(x))). The products are torch's; one pass makes the activations,
-// and in backward one pass makes them again together with the gradient of the pre-activations, in the
-// place of theirs. Only the pre-activations are kept.
+// feed_forward for torch: down(gelu(up(x))), by blocks of rows. Between the products one pass makes the
+// activations, and in backward makes them again together with the gradient of the pre-activations, in
+// the place of theirs. Only the pre-activations are kept.
 #include "kernels/feed_forward.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -29,39 +30,56 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tenso
 // x (N, C), up (F, C), down (C, F) -> y (N, C), z (N, F) the pre-activations
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tensor& down) {
   check_inputs(kOp, x, up, down);
-  const int64_t n = x.size(0), hidden = up.size(0);
+  const DType dtype = element_type(kOp, "x", x);
+  const int64_t n = x.size(0), hidden = up.size(0), at_once = rows_at_once(dtype, n);
   Tensor y = empty(x, {n, x.size(1)}), z = empty(x, {n, hidden});
-  const Tensor active = empty(x, {n, hidden});
-  multiply(z, x, transposed(up));
-  const GeluForward call{element_type(kOp, "x", x), z.numel(), z.const_data_ptr(),
-                         active.mutable_data_ptr()};
-  cpu::active().gelu_forward(call, torch_executor());
-  multiply(y, active, transposed(down));
+  const Tensor active_memory = empty(x, {at_once, hidden});
+  for (int64_t begin = 0; begin < n; begin += at_once) {
+    const int64_t n_rows = std::min(at_once, n - begin);
+    const Tensor z_rows = rows_of(z, begin, n_rows), active = rows_of(active_memory, 0, n_rows);
+    multiply(z_rows, rows_of(x, begin, n_rows), transposed(up));
+    const GeluForward call{dtype, z_rows.numel(), z_rows.const_data_ptr(),
+                           active.mutable_data_ptr()};
+    cpu::active().gelu_forward(call, torch_executor());
+    multiply(rows_of(y, begin, n_rows), active, transposed(down));
+  }
   return {y, z};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, const Tensor& z_in,
                                             const Tensor& up, const Tensor& down) {
   check_inputs(kBackward, x, up, down);
-  const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0);
+  const DType dtype = element_type(kBackward, "x", x);
+  const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0),
+                at_once = rows_at_once(dtype, n);
   check_shape(kBackward, "d_y", d_y, "(N, C)", {n, channels});
   check_shape(kBackward, "z", z_in, "(N, F)", {n, hidden});
   check_dtype(kBackward, "d_y", d_y, x.scalar_type(), " like x");
   check_dtype(kBackward, "z", z_in, x.scalar_type(), " like x");
-  const Tensor z = contiguous(z_in), active = empty(x, {n, hidden}), d_z = empty(x, {n, hidden});
+  const Tensor z = contiguous(z_in);
+  const Tensor active_memory = empty(x, {at_once, hidden}),
+               d_z_memory = empty(x, {at_once, hidden});
   Tensor d_x = empty(x, {n, channels}), d_up = empty(x, {hidden, channels}),
          d_down = empty(x, {channels, hidden});
-  multiply(d_z, d_y, down);
-  const GeluBackward call{element_type(kBackward, "x", x),
-                          z.numel(),
-                          z.const_data_ptr(),
-                          d_z.const_data_ptr(),
-                          active.mutable_data_ptr(),
-                          d_z.mutable_data_ptr()};
-  cpu::active().gelu_backward(call, torch_executor());
-  multiply(d_down, transposed(d_y), active);
-  multiply(d_up, transposed(d_z), x);
-  multiply(d_x, d_z, up);
+  if (n == 0) return {d_x, zeroed(d_up), zeroed(d_down)};
+  for (int64_t begin = 0; begin < n; begin += at_once) {
+    const int64_t n_rows = std::min(at_once, n - begin);
+    const Tensor x_rows = rows_of(x, begin, n_rows), z_rows = rows_of(z, begin, n_rows),
+                 d_y_rows = rows_of(d_y, begin, n_rows), active = rows_of(active_memory, 0, n_rows),
+                 d_z = rows_of(d_z_memory, 0, n_rows);
+    multiply(d_z, d_y_rows, down);
+    const GeluBackward call{dtype,
+                            z_rows.numel(),
+                            z_rows.const_data_ptr(),
+                            d_z.const_data_ptr(),
+                            active.mutable_data_ptr(),
+                            d_z.mutable_data_ptr()};
+    cpu::active().gelu_backward(call, torch_executor());
+    const auto sum = begin == 0 ? multiply : multiply_add;
+    sum(d_down, transposed(d_y_rows), active);
+    sum(d_up, transposed(d_z), x_rows);
+    multiply(rows_of(d_x, begin, n_rows), d_z, up);
+  }
   return {d_x, d_up, d_down};
 }
 

@@ -1,6 +1,6 @@
-// linear_cross_entropy for torch: torch's products around one pass over the rows. One N x V matrix
-// holds logits and then their gradients, where eager torch holds three or four. The row's formula
-// stands in kernels/linear_cross_entropy.h.
+// linear_cross_entropy for torch: products around one pass over the rows, by blocks of them. One matrix
+// of a block's logits, then of their gradients, is all that is held, where eager torch holds three or
+// four of all rows. The row's formula stands in kernels/linear_cross_entropy.h.
 #include "kernels/linear_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
@@ -53,26 +53,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   const int64_t n = hidden.size(0), channels = hidden.size(1), vocab = weight.size(0);
   check_targets(targets, vocab, ignore_index);
 
-  const ScalarType sum_dtype = accumulation_type(element_type(kOp, "hidden", hidden));
+  const DType dtype = element_type(kOp, "hidden", hidden);
+  const int64_t at_once = rows_at_once(dtype, n);
+  const ScalarType sum_dtype = accumulation_type(dtype);
   const Tensor losses = empty(hidden, {n}, sum_dtype),
                correct = empty(hidden, {n}, ScalarType::Byte);
   Tensor d_hidden = gradients ? empty(hidden, {n, channels}) : empty(hidden, {0});
   Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
-  const Tensor logits = empty(hidden, {n, vocab});
-  multiply(logits, hidden, transposed(weight));
-  const CrossEntropyRows call{element_type(kOp, "hidden", hidden),
-                              n,
-                              vocab,
-                              ignore_index,
-                              gradients,
-                              logits.mutable_data_ptr(),
-                              targets.const_data_ptr<int64_t>(),
-                              losses.mutable_data_ptr(),
-                              correct.mutable_data_ptr<uint8_t>()};
-  cpu::active().cross_entropy_rows(call, torch_executor());
-  if (gradients) {  // the logits are their own gradients now
-    multiply(d_hidden, logits, weight);
-    multiply(d_weight, transposed(logits), hidden);
+  if (gradients && n == 0) zeroed(d_weight);
+  const Tensor logits_memory = empty(hidden, {at_once, vocab});
+  for (int64_t begin = 0; begin < n; begin += at_once) {
+    const int64_t n_rows = std::min(at_once, n - begin);
+    const Tensor logits = rows_of(logits_memory, 0, n_rows),
+                 hidden_rows = rows_of(hidden, begin, n_rows);
+    multiply(logits, hidden_rows, transposed(weight));
+    const CrossEntropyRows call{
+        dtype,
+        n_rows,
+        vocab,
+        ignore_index,
+        gradients,
+        logits.mutable_data_ptr(),
+        targets.const_data_ptr<int64_t>() + begin,
+        rows_of(losses, begin, n_rows).mutable_data_ptr(),
+        correct.mutable_data_ptr<uint8_t>() + begin,
+    };
+    cpu::active().cross_entropy_rows(call, torch_executor());
+    if (!gradients) continue;  // else the logits are their own gradients now
+    multiply(rows_of(d_hidden, begin, n_rows), logits, weight);
+    (begin == 0 ? multiply : multiply_add)(d_weight, transposed(logits), hidden_rows);
   }
 
   Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);

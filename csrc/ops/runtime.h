@@ -30,9 +30,19 @@ Tensor zeroed(Tensor tensor);
 // `tensor`, or a contiguous copy where its last axis is strided. Alignment is for kernels to check.
 Tensor with_dense_rows(const Tensor& tensor);
 
-// torch's own matrix product of CPU tensors, on all its threads: out = a b.
+// Matrix products of CPU tensors on all of torch's threads: torch's own, or those of the CPU target in
+// use where it has better ones (kernels/matmul.h). out = a b, and out += a b.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
+void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b);
 Tensor transposed(const Tensor& matrix);
+
+// Rows that an op between products takes at once, so that what lies between them stays in the
+// caches. Gradients of weights become sums over such blocks; types that would round each of them
+// take all n rows.
+int64_t rows_at_once(DType dtype, int64_t n);
+
+// Rows [begin, begin + n) of `tensor`, in its memory.
+Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n);
 
 // Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
 inline Tensor workspace(const Tensor& like, size_t n_bytes) {

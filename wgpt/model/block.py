@@ -14,7 +14,7 @@ from wgpt.model.cache import LayerCache
 def fused(name: str, x: Tensor) -> Any:
     """The op `name` for tensors on the device of x: the one place where the model chooses.
 
-    On the CPU it is wgpt's fused op. Four of them have no CUDA kernel, and everywhere else the same
+    On the CPU it is wgpt's own op. Five of them have no CUDA kernel, and everywhere else the same
     formula in plain torch runs, from wgpt.ops.reference.
     """
     return getattr(ops if x.device.type == "cpu" else ops.reference, name)
@@ -54,12 +54,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache | None) -> Tensor:
         """One pass; with a cache, x is the newest steps and the cache is extended by them."""
         batch, steps, width = x.shape
-        qkv = self.qkv(x).view(batch, steps, 3, -1, self.head_dim)
+        qkv = fused("linear", x)(x, self.qkv.weight).view(batch, steps, 3, -1, self.head_dim)
         q, k, v = fused("rotary_qkv", x)(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
         y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps)
-        return self.out(y.view(batch, steps, width))
+        return fused("linear", x)(y.view(batch, steps, width), self.out.weight)
 
 
 class FeedForward(nn.Module):

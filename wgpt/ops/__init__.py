@@ -1,8 +1,8 @@
 """The fused ops, and what runs them.
 
 flash_attention, mel_embed and token_concat have CPU and CUDA kernels, and the device of the
-arguments decides. add_rms_norm, rotary_qkv, feed_forward and linear_cross_entropy run on the CPU
-only, where a profile of the training step asked for them. There is no fallback. On CPUs the
+arguments decides. add_rms_norm, rotary_qkv, linear, feed_forward and linear_cross_entropy run on
+the CPU only, where a profile of the training step asked for them. There is no fallback. On CPUs the
 best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another. `reference` specifies each op in plain torch and runs only when
 asked.
@@ -29,6 +29,7 @@ from wgpt.ops import reference
 from wgpt.ops.add_rms_norm import add_rms_norm
 from wgpt.ops.feed_forward import feed_forward
 from wgpt.ops.flash_attention import flash_attention
+from wgpt.ops.linear import linear
 from wgpt.ops.linear_cross_entropy import linear_cross_entropy
 from wgpt.ops.mel_embed import mel_embed
 from wgpt.ops.rotary_qkv import rotary_qkv
@@ -39,6 +40,7 @@ __all__ = [
     "feed_forward",
     "flash_attention",
     "info",
+    "linear",
     "linear_cross_entropy",
     "mel_embed",
     "reference",

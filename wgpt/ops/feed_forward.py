@@ -37,10 +37,13 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     x, up, down = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as the pre-activations
     ctx.save_for_backward(x, output[1], up, down)
 
 
-def _backward(ctx: Any, d_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if d_y is None:
+        return None, None, None
     return torch.ops.wgpt.feed_forward_backward(d_y, *ctx.saved_tensors)
 
 

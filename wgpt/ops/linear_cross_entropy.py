@@ -59,10 +59,13 @@ def _fake_scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Ten
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, n_correct, d_hidden, d_weight = output
     ctx.mark_non_differentiable(n_correct, d_hidden, d_weight)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_hidden, d_weight)
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 5
     d_hidden, d_weight = torch.ops.wgpt.linear_cross_entropy_backward(d_loss, *ctx.saved_tensors)
     return d_hidden, d_weight, None, None, None
 

@@ -102,6 +102,11 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     return turned(q), turned(k), v
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `wgpt.ops.linear`."""
+    return F.linear(x, weight)
+
+
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """See `wgpt.ops.feed_forward`."""
     return F.linear(F.gelu(F.linear(x, up)), down)

@@ -8,6 +8,7 @@
 #include "kernels/feed_forward.h"
 #include "kernels/flash_attention.h"
 #include "kernels/linear_cross_entropy.h"
+#include "kernels/matmul.h"
 #include "kernels/mel_embed.h"
 #include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
@@ -33,6 +34,9 @@ struct Kernels {
   void (*gelu_forward)(const GeluForward&, const Executor&);
   void (*gelu_backward)(const GeluBackward&, const Executor&);
   void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
+  // nullptr where torch's own float32 products are as fast as this target could make them.
+  bool (*matmul)(const Matmul&, const Executor&);
+  size_t (*matmul_workspace_bytes)(int64_t n, int64_t k);
   double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
 };
 

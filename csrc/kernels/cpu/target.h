@@ -8,6 +8,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/feed_forward_body.h"
 #include "kernels/cpu/linear_cross_entropy_body.h"
+#include "kernels/cpu/matmul_body.h"
 #include "kernels/cpu/mel_embed_body.h"
 #include "kernels/cpu/peak.h"
 #include "kernels/cpu/rotary_qkv_body.h"
@@ -38,6 +39,13 @@ const Kernels kKernels{
     gelu_forward,
     gelu_backward,
     cross_entropy_rows,
+#if defined(__AMX_BF16__)
+    matmul,
+    matmul_workspace_bytes,
+#else
+    nullptr,
+    nullptr,
+#endif
     multiply_adds,
 };
 

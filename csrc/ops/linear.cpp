@@ -1,0 +1,45 @@
+// linear for torch: y = x weight^T and its two gradients, products of `multiply` all three.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "ops/runtime.h"
+
+namespace wgpt {
+namespace {
+
+void check_inputs(const char* op, const Tensor& x, const Tensor& weight) {
+  element_type(op, "x", x);
+  check_shape(op, "x", x, "(N, C)", {kAny, kAny});
+  check_shape(op, "weight", weight, "(F, C)", {kAny, x.size(1)});
+  check_dtype(op, "weight", weight, x.scalar_type(), " like x");
+}
+
+// x (N, C), weight (F, C) -> y (N, F)
+Tensor forward(const Tensor& x, const Tensor& weight) {
+  check_inputs("linear", x, weight);
+  Tensor y = empty(x, {x.size(0), weight.size(0)});
+  multiply(y, x, transposed(weight));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, const Tensor& weight) {
+  constexpr const char* kOp = "linear_backward";
+  check_inputs(kOp, x, weight);
+  check_shape(kOp, "d_y", d_y, "(N, F)", {x.size(0), weight.size(0)});
+  check_dtype(kOp, "d_y", d_y, x.scalar_type(), " like x");
+  Tensor d_x = empty(x, {x.size(0), x.size(1)});
+  Tensor d_weight = empty(weight, {weight.size(0), weight.size(1)});
+  multiply(d_x, d_y, weight);
+  multiply(d_weight, transposed(d_y), x);
+  return {d_x, d_weight};
+}
+
+}  // namespace
+}  // namespace wgpt
+
+STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
+  m.impl("linear", TORCH_BOX(&wgpt::forward));
+  m.impl("linear_backward", TORCH_BOX(&wgpt::backward));
+}

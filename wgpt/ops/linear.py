@@ -1,0 +1,48 @@
+"""linear: y = x weight^T, with products that may be faster than torch's. CPU only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T over the last axis of x (..., C), with weight (F, C): (..., F).
+
+    float32, bfloat16, float16 or float64, both of one type. In float32 the `amx` target makes large
+    products itself, each of six bfloat16 ones, with an error no larger than torch's and the same
+    bits for any number of threads; all others are torch's. Differentiable in both. Raises
+    ValueError for other shapes, types or devices.
+    """
+    require_cpu("linear", x)
+    x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
+    y = torch.ops.wgpt.linear(x.reshape(-1, x.shape[-1]), weight)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("wgpt::linear")
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("wgpt::linear_backward")
+def _fake_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.wgpt.linear_backward(d_y, *ctx.saved_tensors)
+
+
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("linear: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::linear_backward", _double_backward)
