@@ -146,7 +146,8 @@ def join(server: Server, **chosen: Any) -> Job:
     if isinstance(prompt, str):
         prompt = {"path": prompt, "meta": {"_type": "gradio.FileData"}}
     values = {"run": "tiny", "seconds": 0.2, "with_prompt": False, "temperature": 1.0,
-              "top_k": 100, "top_p": 1.0, "seed": 0}  # fmt: skip
+              "top_k": 100, "top_p": 1.0, "fine_temperature": 0.5, "fine_top_k": 0,
+              "seed": 0}  # fmt: skip
     assert set(chosen) <= set(values)
     config = json.loads(server.get("/config")[1])
     (fn_index,) = [d["id"] for d in config["dependencies"] if d["api_name"] == "continue"]

@@ -95,7 +95,7 @@ def test_generate_does_not_hear_how_a_prompt_was_cut(speaker, prompt):
 @pytest.mark.parametrize("kind", ["wave", "decoded-1", "decoded-3", "decoded-8"])
 def test_generate_items_of_a_batch_are_what_they_are_alone(kind, prompt):
     speaker = untrained(kind, n_fine=2)
-    sampling = Sampling(top_k=50, top_p=0.9)
+    sampling = Sampling(top_k=50, top_p=0.9, fine_temperature=1.0)
     prompts = [prompt, prompt[:5000], None, prompt[::-1].copy(), prompt[:5000] * 0.5]
     batch = list(speaker.stream_batch(prompts, 12, sampling, seeds=[5, 6, 7, 8, 9]))
     for i, own in enumerate(prompts):
@@ -206,9 +206,52 @@ def test_sampling_keeps_to_its_rules():
     np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
+def test_sampling_gives_the_finer_codebooks_rules_of_their_own():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+
+    def drawn(**options):
+        draw = Draw(Sampling(top_p=0.4, **options), [0])  # top_p leaves one, of the coarse tokens
+        fine = {int(draw.fine(logits)) for _ in range(200)}
+        assert {int(draw(logits)) for _ in range(20)} == {0}
+        return fine
+
+    assert drawn(fine_temperature=0) == {0}
+    assert drawn(fine_temperature=1, fine_top_k=2) == {0, 1}
+    assert drawn(fine_temperature=1) == {0, 1, 2, 3}
+    draw = Draw(Sampling(temperature=0, fine_temperature=0.5), [0])
+    counts = np.bincount([int(draw.fine(logits)) for _ in range(4000)], minlength=4)
+    cooled = np.square([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(counts / 4000, cooled / cooled.sum(), atol=0.03)
+
+
+@torch.inference_mode()
+def test_generate_takes_the_most_likely_finer_codes_at_temperature_0(prompt):
+    speaker = untrained("decoded-4", n_fine=3)
+    greedy = Sampling(fine_temperature=0)
+    prompt = prompt[len(prompt) % 320 :]  # as `stream` crops it
+    heard, steps = speaker.listen(), []
+    heard.hear(prompt)
+    for (step,) in heard.steps(6, greedy, [4]):
+        coarse = torch.tensor(step.tokens[:1])
+        codes = speaker.model.fine.sample(heard._state, coarse, lambda logits: logits.argmax(-1))
+        assert step.tokens[1:] == tuple(codes[0].tolist())
+        steps.append(step)
+    assert len({step.tokens for step in steps}) > 1
+    same_as_alone(speaker, list(speaker.stream(prompt, 12, greedy, 4)), prompt, greedy, 4)
+    warm = list(speaker.stream(prompt, 6, Sampling(fine_temperature=1), 4))
+    assert warm[0].tokens[0] == steps[0].tokens[0]  # the same coarse draw
+    assert [s.tokens for s in warm] != [s.tokens for s in steps]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p")],
+    [
+        ({"temperature": -1.0}, "^temperature must be finite and at least 0, got -1.0"),
+        ({"fine_temperature": math.inf}, "^fine_temperature must be finite.*got inf"),
+        ({"top_k": -1}, "^top_k must be at least 0, got -1"),
+        ({"fine_top_k": -2}, "^fine_top_k must be at least 0, got -2"),
+        ({"top_p": 0.0}, "^top_p must be in .0, 1., got 0.0"),
+    ],
 )
 def test_sampling_refuses(options, words):
     with pytest.raises(ConfigError, match=words):

@@ -44,7 +44,7 @@ def test_serve_streams_what_generate_makes(server, tiny_run, prompt):
     from gradio_client import Client, handle_file
 
     client = Client(server.url, verbose=False)
-    arguments = [handle_file(str(prompt)), "tiny", 1.0, False, 1.0, 100, 1.0, 7]
+    arguments = [handle_file(str(prompt)), "tiny", 1.0, False, 1.0, 100, 1.0, 0.5, 0, 7]
     updates = list(client.submit(*arguments, api_name="/continue"))
     pcms = [update[0]["pcm"] for update in updates]
     assert len(updates) >= 4  # it streams
@@ -95,6 +95,7 @@ def test_serve_refuses_in_plain_words(server, prompt, tmp_path):
         (prompt, {"seed": -1}, "-1"),
         (prompt, {"temperature": -0.5}, "-0.5"),
         (prompt, {"top_p": 0}, "0"),
+        (prompt, {"fine_temperature": -0.25}, "-0.25"),
     ):
         ended = join(server, prompt=upload(server, path), **options).finish()
         assert not ended["success"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wgpt import audio, codec, evaluate, plots, study, synth
+from wgpt import audio, codec, evaluate, likeness, plots, study, synth
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
 from wgpt.data.prepare import prepare
 from wgpt.data.shards import Dataset
@@ -31,6 +31,9 @@ PROMPT_S = 3.0
 CONTINUATION_S = 5.0
 MUSIC_CLIPS = 24
 MUSIC_CLIP_S = 15.0
+GROUPS = ("speech", "music")
+N_PROMPTS = 12  # of each kind, for the distance of continuations to real sound
+SAMPLING = Sampling(top_k=100)  # as `wgpt generate` does
 # Windows of 3.4 s and a high rate suit a million parameters and 25 minutes of sound.
 SETTINGS: dict[str, Any] = {
     "batch_size": 8,
@@ -59,23 +62,28 @@ def demo(out: str | Path, steps: int, device: str = "auto") -> dict[str, Any]:
     gather_audio(out / "audio")
     done("gathering audio")
     jobs = os.cpu_count() or 1
-    prepare(out / "audio", out / "data", mel_sources=("wave", "decoded-1"), jobs=jobs)
+    n_codebooks = codec.load("mini").n_codebooks
+    spoken = f"decoded-{n_codebooks}"  # the mel that a model with all codebooks hears of itself
+    prepare(out / "audio", out / "data", mel_sources=("wave", "decoded-1", spoken), jobs=jobs)
     done("preparing")
     result = study.study(
-        out / "data", out / "runs", size="xs", max_steps=steps, device=device, **SETTINGS
-    )
+        out / "data", out / "runs", size="xs", arms=["tokens", "hybrid", "decoded-1"],
+        max_steps=steps, device=device, **SETTINGS,
+    )  # fmt: skip
     done("training and scoring")
-    # The hybrid stays as the table has it; a head on top of it learns the finer codebooks.
-    finer = {**SETTINGS, "max_steps": max(steps // 2, 1), "eval_every": 0, "device": device}
+    # From the hybrid, a model that speaks: all codebooks, and the mel that it will hear.
+    speaking = {"max_steps": max(steps * 3 // 4, 1), "eval_every": 0, "lr": 2e-3, "device": device}
     train(
         out / "data", out / "runs" / "full", None, init=str(out / "runs" / "hybrid"),
-        freeze_trunk=True, model={"n_fine": codec.load("mini").n_codebooks - 1}, **finer,
+        model={"n_fine": n_codebooks - 1}, **{**SETTINGS, **speaking, "mel_source": spoken},
     )  # fmt: skip
-    done("training the finer codebooks")
+    done("training all codebooks")
     with one_thread():
-        result["sounds"] = [sounds(out, group) for group in ("speech", "music")]
+        result["sounds"] = [sounds(out, group) for group in GROUPS]
+        done("sampling")
+        result["likeness"] = {group: compare(out, group) for group in GROUPS}
+    done("comparing with real sound")
     result["codec"] = _ceiling(out)
-    done("sampling")
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     (out / "report.md").write_text(report(result, steps))
     return result
@@ -108,8 +116,7 @@ def sounds(out: Path, group: str) -> dict[str, Any]:
     coarse, whole = speaker.codec.decode(codes[:1]).numpy(), speaker.codec.decode(codes).numpy()
     full = Speaker.open(out / "runs" / "full")
     continued = [
-        model.continue_wave(prompt, CONTINUATION_S, Sampling(top_k=100), seed=0)
-        for model in (speaker, full)
+        model.continue_wave(prompt, CONTINUATION_S, SAMPLING, seed=0) for model in (speaker, full)
     ]
     waves = {
         "prompt": prompt,
@@ -142,6 +149,33 @@ def sounds(out: Path, group: str) -> dict[str, Any]:
     }
 
 
+def compare(out: Path, group: str) -> dict[str, dict[str, float]]:
+    """likeness.distances, against the training split, of continuations of prompts that no model
+    heard: without and with the finer codebooks."""
+    split = Dataset(out / "data").split("train")
+    clips = [clip for clip in range(split.n_clips) if split.groups[clip] == group]
+    mel, offsets = split.mel_array("wave"), split.offsets
+    reference = [np.asarray(mel[offsets[clip] : offsets[clip + 1]]) for clip in clips]
+    runs = {"codebook 0 (hybrid)": "hybrid", "all codebooks (full)": "full"}
+    speakers = {title: Speaker.open(out / "runs" / name) for title, name in runs.items()}
+    return likeness.distances(_unheard(out, group), PROMPT_S, speakers, reference, SAMPLING)
+
+
+def _unheard(out: Path, group: str) -> list[np.ndarray]:
+    """Up to N_PROMPTS sounds of a prompt's and a continuation's length: music rendered anew, speech
+    from the validation split."""
+    n_samples = round((PROMPT_S + CONTINUATION_S) * SAMPLE_RATE_HZ)
+    if group == "music":
+        seeds = range(MUSIC_CLIPS, MUSIC_CLIPS + N_PROMPTS)
+        return [synth.render_music(PROMPT_S + CONTINUATION_S, seed=seed) for seed in seeds]
+    waves = [
+        audio.read(out / "audio" / source["path"])[:n_samples]
+        for source in Dataset(out / "data").manifest["sources"]
+        if source["split"] == "valid" and source["group"] == group
+    ]
+    return [wave for wave in waves if len(wave) == n_samples][:N_PROMPTS]
+
+
 def _ceiling(out: Path) -> list[dict[str, Any]]:
     dataset = Dataset(out / "data")
     return evaluate.codec_ceiling(
@@ -172,6 +206,15 @@ def report(result: dict[str, Any], steps: int) -> str:
         + ".",
         "",
         "![loss curves](runs/loss.png)",
+        "",
+        "## Continuations",
+        "",
+        f"Of {CONTINUATION_S:g} s that follow prompts of {PROMPT_S:g} s which no model heard. "
+        "*Frechet*: distance to the training audio, as distributions of log-mel slices and their "
+        "changes. *Spectrum*: distance of a continuation's average log-mel to that of its true "
+        "rest. *codec* is the true rest decoded from its own codes, a model's ceiling.",
+        "",
+        likeness.table(result["likeness"]),
     ]
     for item in result["sounds"]:
         lines += ["", f"## {item['group']}", "", f"![spectrograms]({item['picture']})", ""]
@@ -195,7 +238,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
-        sys.stdout.write(study.as_markdown(result) + f"\n\n{Path(args.out) / 'report.md'}\n")
+        tables = f"{study.as_markdown(result)}\n\n{likeness.table(result['likeness'])}"
+        sys.stdout.write(f"{tables}\n\n{Path(args.out) / 'report.md'}\n")
     return 0
 
 

@@ -115,6 +115,8 @@ class Desk:
         temperature: float,
         top_k: float,
         top_p: float,
+        fine_temperature: float,
+        fine_top_k: float,
         seed: float,
     ) -> Iterator[tuple[Any, Any, Any, Any]]:
         """Yields (player value, status, figure, token text); gradio.skip() for what stays."""
@@ -122,7 +124,7 @@ class Desk:
 
         try:
             self.check(run, seconds, seed)
-            sampling = Sampling(temperature, int(top_k), top_p)
+            sampling = Sampling(temperature, int(top_k), top_p, fine_temperature, int(fine_top_k))
             wave = read_prompt(prompt, self.limits)
         except (audio.AudioError, ConfigError) as error:
             raise gradio.Error(str(error), print_exception=False) from None

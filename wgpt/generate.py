@@ -27,7 +27,7 @@ from wgpt.data.shards import Dataset
 from wgpt.mel import MelFrontend
 from wgpt.model import HybridModel
 from wgpt.runs import Run
-from wgpt.sampling import Sampling, Stuck
+from wgpt.sampling import FINE_TEMPERATURE, Sampling, Stuck
 from wgpt.speaker import Continuation, Speaker, Step, n_steps_of
 from wgpt.threads import one_thread
 
@@ -144,6 +144,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely (default 1)")
     parser.add_argument("--top-k", type=int, default=100, help="0: all (default 100)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default 1)")
+    parser.add_argument(
+        "--fine-temperature",
+        type=float,
+        default=FINE_TEMPERATURE,
+        help=f"temperature of the finer codebooks; 0: most likely (default {FINE_TEMPERATURE:g})",
+    )
+    parser.add_argument(
+        "--fine-top-k", type=int, default=0, help="top k of the finer codebooks; 0: all (default 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default 0)")
     parser.add_argument(
         "--end-when-stuck",
@@ -174,7 +183,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.out and args.seconds is None:
         raise ConfigError("generate: --out needs --seconds")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.fine_temperature, args.fine_top_k
+    )
     with one_thread():
         speaker = Speaker.open(args.run, args.device)
         prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)

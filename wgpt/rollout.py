@@ -160,7 +160,7 @@ def _roll_out(
     ]
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
-        batches = speaker.stream_batch(heard, n_steps, Sampling(), seeds)
+        batches = speaker.stream_batch(heard, n_steps, Sampling(fine_temperature=1.0), seeds)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T

@@ -23,6 +23,7 @@ from typing import Any
 
 from wgpt import loopback
 from wgpt.desk import Desk, Limits
+from wgpt.sampling import FINE_TEMPERATURE
 from wgpt.speaker import Speaker
 from wgpt.threads import one_thread
 
@@ -70,6 +71,16 @@ def page(desk: Desk) -> Any:
                     temperature = gradio.Slider(0, 2, value=1.0, step=0.05, label="Temperature")
                     top_k = gradio.Slider(0, 1024, value=100, step=1, label="Top k (0: all)")
                     top_p = gradio.Slider(0.05, 1, value=1.0, step=0.05, label="Top p (1: all)")
+                    fine_temperature = gradio.Slider(
+                        0,
+                        2,
+                        value=FINE_TEMPERATURE,
+                        step=0.05,
+                        label="Temperature of the finer codebooks (0: most likely)",
+                    )
+                    fine_top_k = gradio.Slider(
+                        0, 1024, value=0, step=1, label="Top k of the finer codebooks (0: all)"
+                    )
                     seed = gradio.Number(0, precision=0, minimum=0, label="Seed")
                 with gradio.Row():
                     start = gradio.Button("Continue", variant="primary", elem_id="continue")
@@ -94,7 +105,18 @@ def page(desk: Desk) -> Any:
                 )
         job = start.click(
             desk.serve,
-            [prompt, run, seconds, with_prompt, temperature, top_k, top_p, seed],
+            [
+                prompt,
+                run,
+                seconds,
+                with_prompt,
+                temperature,
+                top_k,
+                top_p,
+                fine_temperature,
+                fine_top_k,
+                seed,
+            ],
             [player, line, picture, text],
             api_name="continue",
             js="(...inputs) => { window.wgptStart(); return inputs; }",

@@ -305,7 +305,7 @@ class Continuation:
         for n_done in itertools.count(1):
             coarse = draw(packed.logits(self._state))
             entropies = draw.entropy_nats.tolist()
-            fine = packed.sample_fine(self._state, coarse, draw)
+            fine = packed.sample_fine(self._state, coarse, draw.fine)
             codes = torch.cat((coarse[:, None], fine), 1)[:, :, None].to(codec_device)
             wave = self._decoder.push(codes)
             rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, strict=True)

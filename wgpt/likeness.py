@@ -1,0 +1,133 @@
+"""How like real sound continuations are: log-mel statistics over many prompts, as a distance in dB.
+
+A continuation is no prediction: many are right, and the distance to the one true rest rewards blur.
+So the slices of all continuations together are compared with those of real sound as distributions:
+the Frechet distance between their Gaussians (Dowson and Landau, 1982; what FID and FAD compute on a
+network's features). It grows with a wrong spectrum, too little or too much variety, and, since a
+feature holds the change over 53 ms too, with wrong movement. Beside it stands the mean distance of
+each continuation's average spectrum to that of its own true rest: whether it keeps to the voice, or
+the instruments, of its prompt. Neither says anything about words or notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wgpt.evaluate import DB_PER_NEPER
+from wgpt.sampling import Sampling
+from wgpt.speaker import Speaker, n_steps_of
+
+# Slices are clipped this far below the loudest bin of their prompt (43 dB, what our pictures show):
+# deeper down there is little to hear and the logarithm makes it weigh as much as the sound.
+RANGE_NEPERS = 10.0
+SPAN_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Gaussian of the features of some sound: mean (2M,) and covariance (2M, 2M), float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def statistics(mels: Sequence[np.ndarray], prompt_steps: int, skip_prompt: bool) -> Statistics:
+    """Of log-mel slices (T, M) of several sounds, one a step, natural logarithm.
+
+    Each sound begins with a prompt of prompt_steps, which says how loud it is; its own slices are
+    left out with skip_prompt. A feature is a slice and its change over SPAN_STEPS steps.
+    """
+    half, features = SPAN_STEPS // 2, []
+    for mel in mels:
+        mel = _clipped(mel, prompt_steps)[prompt_steps if skip_prompt else 0 :]
+        features.append(np.hstack([mel[half:-half], mel[SPAN_STEPS:] - mel[:-SPAN_STEPS]]))
+    rows = np.concatenate(features)
+    return Statistics(rows.mean(0), np.cov(rows.T))
+
+
+def _clipped(mel: np.ndarray, prompt_steps: int) -> np.ndarray:
+    return np.maximum(mel, mel[:prompt_steps].max() - RANGE_NEPERS).astype(np.float64)
+
+
+def _spectra(mels: Sequence[np.ndarray], prompt_steps: int) -> np.ndarray:
+    """Mean clipped log-mel behind the prompt of each sound, dB, (n, M)."""
+    return DB_PER_NEPER * np.stack([_clipped(m, prompt_steps)[prompt_steps:].mean(0) for m in mels])
+
+
+def frechet_db(a: Statistics, b: Statistics) -> float:
+    """sqrt of (|mean a - mean b|^2 + trace(A + B - 2 (A B)^1/2)) / 2M, in dB a feature."""
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
+    square = np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance) - 2 * cross
+    return float(DB_PER_NEPER * np.sqrt(max(square, 0.0) / len(a.mean)))
+
+
+@torch.inference_mode()
+def distances(
+    waves: Sequence[np.ndarray],
+    prompt_s: float,
+    speakers: Mapping[str, Speaker],
+    reference: Sequence[np.ndarray],
+    sampling: Sampling,
+) -> dict[str, dict[str, float]]:
+    """Distances to real sound of what models make of prompts, in dB, beside the codec's own.
+
+    Args:
+        waves: float32 (L,) at 24 kHz of one length, whole steps: a prompt of prompt_s and its true
+            rest, which gives the length of the continuations.
+        speakers: models by name, of one codec and mel setting with one slice a step.
+        reference: log-mel slices (T, M) of other real sound of the same kind, a clip each.
+
+    Returns {"real sound", "codec, 1 codebook(s)", "codec, K codebook(s)": the true rest, and after
+    the codec; then for each model "NAME", and "NAME, its codebook 0" if it has more}, each with
+    {frechet_db: all slices against the reference, spectrum_db: mean |difference| of a sound's
+    average log-mel and its true rest's}.
+    """
+    first = next(iter(speakers.values()))
+    codec, frontend = first.codec, first.frontend
+    n_prompt = n_steps_of(prompt_s)
+    n_steps = len(waves[0]) // codec.hop_samples - n_prompt
+    real = statistics(reference, n_prompt, skip_prompt=False)
+
+    whole = [torch.from_numpy(wave) for wave in waves]
+    own = _spectra([frontend(wave).numpy() for wave in whole], n_prompt)
+
+    def distance(sounds: Sequence[torch.Tensor]) -> dict[str, float]:
+        mels = [frontend(sound.cpu()).numpy() for sound in sounds]
+        return {
+            "frechet_db": frechet_db(statistics(mels, n_prompt, skip_prompt=True), real),
+            "spectrum_db": float(np.abs(_spectra(mels, n_prompt) - own).mean()),
+        }
+
+    codes = [codec.encode(wave) for wave in whole]
+    found = {"real sound": distance(whole)}
+    for k in (1, codec.n_codebooks):
+        found[f"codec, {k} codebook(s)"] = distance([codec.decode(one[:k]) for one in codes])
+    prompts = [wave[: len(wave) - n_steps * codec.hop_samples] for wave in waves]
+    for name, speaker in speakers.items():
+        batches = speaker.stream_batch(prompts, n_steps, sampling, range(len(prompts)))
+        drawn = np.array([[step.tokens for step in batch] for batch in batches])  # (T, n, K)
+        said = torch.from_numpy(drawn).permute(1, 2, 0)
+        for k in sorted({1, speaker.n_codebooks}, reverse=True):
+            sounds = [
+                codec.decode(torch.cat([one[:k, :n_prompt], new[:k]], 1))
+                for one, new in zip(codes, said, strict=True)
+            ]
+            alone = k < speaker.n_codebooks
+            found[f"{name}, its codebook 0" if alone else name] = distance(sounds)
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Results of `distances` by kind of sound, as a markdown table."""
+    titles = [f"{kind}: {what}" for kind in found for what in ("Frechet", "spectrum")]
+    lines = ["| dB to real sound | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    for name in next(iter(found.values())):
+        cells = [f"{value:.2f}" for of_kind in found.values() for value in of_kind[name].values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
