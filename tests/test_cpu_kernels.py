@@ -163,6 +163,7 @@ def test_nan_of_an_earlier_call_does_not_come_back(dtype: torch.dtype, target: s
         lambda: attention_call(1, 450, heads=1, head_dim=32, dtype=dtype),
         lambda: attention_call(1, 3, 700, heads=1, head_dim=32, dtype=dtype),
         lambda: mel_call(1, 37, 33, 41, 1, 2, pos_rows=37, dtype=dtype),
+        lambda: mel_call(1, 37, 64, 41, 1, 2, pos_rows=37, dtype=dtype),
     ]
     for make in makers:
         torch.manual_seed(7)
@@ -173,6 +174,15 @@ def test_nan_of_an_earlier_call_does_not_come_back(dtype: torch.dtype, target: s
         }
         run(call.op, Call(call.name, spoiled, call.parameters, call.options))
         assert_same_bits(clean, run(call.op, call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steps, channels", [(99, 41), (194, 131)])
+def test_mel_embed_of_whole_vectors_is_as_accurate_as_torch(
+    steps: int, channels: int, dtype: torch.dtype, target: str
+) -> None:
+    """64 bins a frame: products of pairs of bfloat16 where the target has them."""
+    check_accuracy(mel_call(2, steps, 64, channels, 1, 1, pos_rows=steps, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -59,8 +59,10 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     }
     const MelEmbedShape& shape = args.shape;
     if (args.d_pos != nullptr) {
-      sum_over_batch(static_cast<const Element*>(args.d_y), shape.batch, shape.steps,
-                     shape.channels, args.pos_rows, static_cast<Element*>(args.d_pos), executor);
+      run_tasks(executor, sum_over_batch_tasks(args.pos_rows), [&](int64_t task) {
+        sum_over_batch(task, static_cast<const Element*>(args.d_y), shape.batch, shape.steps,
+                       shape.channels, args.pos_rows, static_cast<Element*>(args.d_pos));
+      });
     }
   });
 }

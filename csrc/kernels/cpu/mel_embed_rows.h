@@ -15,14 +15,15 @@ inline int64_t mel_slice_size(const MelEmbedShape& shape) {
 
 // Normalised frames [first, first + n) of sequence b, one after another; zero before the sequence's
 // first.
-template <typename Sum, typename Frame>
+template <typename Frame, typename Out>
 inline void normalise_frames(const MelEmbedShape& shape, const void* frames, const void* mean,
-                             const void* inv_std, int64_t b, int64_t first, int64_t n, Sum* out) {
+                             const void* inv_std, int64_t b, int64_t first, int64_t n, Out* out) {
+  using Sum = Arithmetic<Out>;
   const Frame* sequence = static_cast<const Frame*>(frames) + b * shape.frames_batch_stride;
   for (int64_t i = 0; i < n; ++i) {
-    Sum* row = out + i * shape.mels;
+    Out* row = out + i * shape.mels;
     if (first + i < 0) {
-      std::memset(row, 0, static_cast<size_t>(shape.mels) * sizeof(Sum));
+      std::memset(row, 0, static_cast<size_t>(shape.mels) * sizeof(Out));
     } else {
       normalise_row(sequence + (first + i) * shape.frames_frame_stride,
                     static_cast<const Sum*>(mean), static_cast<const Sum*>(inv_std), shape.mels,
@@ -36,8 +37,8 @@ template <typename Frame>
 inline void project_step(const MelEmbedForward& args, int64_t b, int64_t t, double* x, double* z) {
   const MelEmbedShape& shape = args.shape;
   const int64_t width = shape.frames_per_step + shape.context_frames, k = mel_slice_size(shape);
-  normalise_frames<double, Frame>(shape, args.frames, args.mean, args.inv_std, b,
-                                  t * shape.frames_per_step - shape.context_frames, width, x);
+  normalise_frames<Frame>(shape, args.frames, args.mean, args.inv_std, b,
+                          t * shape.frames_per_step - shape.context_frames, width, x);
   for (int64_t c = 0; c < shape.channels; ++c) {
     z[c] = static_cast<const double*>(args.bias)[c];
     for (int64_t i = 0; i < k; ++i)
@@ -75,9 +76,9 @@ void mel_embed_backward_by_rows(const MelEmbedBackward& args, const Executor& ex
     double d_bias = 0;
     for (int64_t i = 0; i < k; ++i) d_weight[i] = 0;
     for (int64_t row = 0; row < shape.batch * shape.steps; ++row) {
-      normalise_frames<double, Frame>(
-          shape, args.frames, args.mean, args.inv_std, row / shape.steps,
-          row % shape.steps * shape.frames_per_step - shape.context_frames, width, x);
+      normalise_frames<Frame>(shape, args.frames, args.mean, args.inv_std, row / shape.steps,
+                              row % shape.steps * shape.frames_per_step - shape.context_frames,
+                              width, x);
       const double g = static_cast<const double*>(args.d_y)[row * cm + c] *
                        static_cast<const double*>(args.slope)[row * cm + c];
       d_bias += g;

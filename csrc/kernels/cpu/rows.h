@@ -50,9 +50,9 @@ inline void add_rows(const Element* __restrict a, const Element* __restrict b, i
 }
 
 // out[i] = (row[i] - mean[i]) * inv_std[i]
-template <typename Sum, typename Element>
+template <typename Sum, typename Element, typename Out>
 inline void normalise_row(const Element* __restrict row, const Sum* __restrict mean,
-                          const Sum* __restrict inv_std, int64_t n, Sum* __restrict out) {
+                          const Sum* __restrict inv_std, int64_t n, Out* __restrict out) {
   const int64_t n_vector = vector_part<Sum>(n);
   if constexpr (sizeof(Sum) < sizeof(double)) {
     for (int64_t i = 0; i < n_vector; i += kLanes) {
@@ -60,7 +60,7 @@ inline void normalise_row(const Element* __restrict row, const Sum* __restrict m
     }
   }
   for (int64_t i = n_vector; i < n; ++i)
-    out[i] = (static_cast<Sum>(widen(row[i])) - mean[i]) * inv_std[i];
+    out[i] = narrow<Out>((static_cast<Sum>(widen(row[i])) - mean[i]) * inv_std[i]);
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -8,49 +8,78 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-constexpr int64_t kTokenConcatStepsPerTask = 64;
+constexpr int64_t kConcatStepsPerTask = 16;  // of every sequence: their rows of pos stay in L1
 
 template <typename Element>
 void token_concat_forward_as(const TokenConcatForward& args, const Executor& executor) {
   const TokenConcatShape& shape = args.shape;
-  const int64_t n_rows = shape.batch * shape.steps, ct = shape.token_channels,
-                cm = shape.mel_channels, c = ct + cm;
+  const int64_t steps = shape.steps, ct = shape.token_channels, cm = shape.mel_channels,
+                c = ct + cm;
   const auto* table = static_cast<const Element*>(args.table);
   const auto* mel = static_cast<const Element*>(args.mel_hidden);
   const auto* pos = static_cast<const Element*>(args.pos);
   auto* y = static_cast<Element*>(args.y);
-  run_tasks(executor, ceil_div(n_rows, kTokenConcatStepsPerTask), [&](int64_t task) {
-    const int64_t begin = task * kTokenConcatStepsPerTask,
-                  end = min_of(begin + kTokenConcatStepsPerTask, n_rows);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / shape.steps, t = row % shape.steps;
-      const Element* pos_row = pos == nullptr ? nullptr : pos + t * c;
-      add_rows(table + args.tokens[row] * ct, pos_row, ct, y + row * c);
-      if (cm == 0) continue;
-      const Element* mel_row = mel + b * shape.mel_batch_stride + t * shape.mel_step_stride;
-      add_rows(mel_row, pos == nullptr ? nullptr : pos_row + ct, cm, y + row * c + ct);
+  run_tasks(executor, ceil_div(steps, kConcatStepsPerTask), [&](int64_t task) {
+    const int64_t begin = task * kConcatStepsPerTask,
+                  end = min_of(begin + kConcatStepsPerTask, steps);
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const int64_t* tokens = args.tokens + b * steps;
+      for (int64_t t = begin; t < end; ++t) {
+        const Element* pos_row = pos == nullptr ? nullptr : pos + t * c;
+        Element* y_row = y + (b * steps + t) * c;
+        add_rows(table + tokens[t] * ct, pos_row, ct, y_row);
+        if (cm == 0) continue;
+        const Element* mel_row = mel + b * shape.mel_batch_stride + t * shape.mel_step_stride;
+        add_rows(mel_row, pos == nullptr ? nullptr : pos_row + ct, cm, y_row + ct);
+      }
     }
   });
 }
 
-// d_pos[t] = sum_b d_y[b,t] in ascending b; rows from steps on are zeroed.
-template <typename Element>
-void sum_over_batch(const Element* d_y, int64_t batch, int64_t steps, int64_t channels,
-                    int64_t pos_rows, Element* d_pos, const Executor& executor) {
-  using Sum = Arithmetic<Element>;
-  run_tasks(executor, ceil_div(pos_rows, kTokenConcatStepsPerTask), [&](int64_t task) {
-    auto* sum = static_cast<Sum*>(thread_scratch(static_cast<size_t>(channels) * sizeof(Sum)));
-    const int64_t begin = task * kTokenConcatStepsPerTask,
-                  end = min_of(begin + kTokenConcatStepsPerTask, pos_rows);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; i < channels; ++i) sum[i] = 0;
-      for (int64_t b = 0; t < steps && b < batch; ++b) {
-        const Element* row = d_y + (b * steps + t) * channels;
-        accumulate_row(row, channels, sum);
+// out[i] = the sum of n rows' i-th elements in their order, rounded once; row(k) points to one. Sums
+// stay in registers over the rows.
+template <typename Element, typename Row>
+inline void sum_rows(int64_t n, Row&& row, int64_t channels, Element* out) {
+  const int64_t n_vector = vector_part<Element>(channels);
+  int64_t c = 0;
+  if constexpr (sizeof(Element) < sizeof(double)) {
+    constexpr int kWidth = kRegisters / 4;
+    for (; c + kWidth * kLanes <= n_vector; c += kWidth * kLanes) {
+      Floats sums[kWidth];
+      for (int i = 0; i < kWidth; ++i) sums[i] = splat(0.0f);
+      for (int64_t k = 0; k < n; ++k) {
+        const auto* x = row(k) + c;
+        for (int i = 0; i < kWidth; ++i) sums[i] = sums[i] + load(x + i * kLanes);
       }
-      round_row(sum, channels, d_pos + t * channels);
+      for (int i = 0; i < kWidth; ++i) store(out + c + i * kLanes, sums[i]);
     }
-  });
+    for (; c < n_vector; c += kLanes) {
+      Floats sum = splat(0.0f);
+      for (int64_t k = 0; k < n; ++k) sum = sum + load(row(k) + c);
+      store(out + c, sum);
+    }
+  }
+  for (; c < channels; ++c) {
+    Arithmetic<Element> sum = 0;
+    for (int64_t k = 0; k < n; ++k) sum += widen(row(k)[c]);
+    out[c] = narrow<Element>(sum);
+  }
+}
+
+// Task of sum_over_batch: d_pos[t] = sum_b d_y[b,t] in ascending b; rows from steps on are zeroed.
+inline int64_t sum_over_batch_tasks(int64_t pos_rows) {
+  return ceil_div(pos_rows, kConcatStepsPerTask);
+}
+template <typename Element>
+void sum_over_batch(int64_t task, const Element* d_y, int64_t batch, int64_t steps,
+                    int64_t channels, int64_t pos_rows, Element* d_pos) {
+  const int64_t begin = task * kConcatStepsPerTask,
+                end = min_of(begin + kConcatStepsPerTask, pos_rows);
+  for (int64_t t = begin; t < end; ++t) {
+    sum_rows(
+        t < steps ? batch : 0, [&](int64_t b) { return d_y + (b * steps + t) * channels; },
+        channels, d_pos + t * channels);
+  }
 }
 
 // The steps of each token, in ascending order: order[first[v] .. first[v + 1]).
@@ -80,28 +109,26 @@ inline TokenBuckets sort_by_token(const int64_t* tokens, const TokenConcatShape&
 
 template <typename Element>
 void token_concat_backward_as(const TokenConcatBackward& args, const Executor& executor) {
-  using Sum = Arithmetic<Element>;
   const TokenConcatShape& shape = args.shape;
   const int64_t ct = shape.token_channels, c = ct + shape.mel_channels;
   const auto* d_y = static_cast<const Element*>(args.d_y);
-  auto* d_table = static_cast<Element*>(args.d_table);
+  auto *d_table = static_cast<Element*>(args.d_table), *d_pos = static_cast<Element*>(args.d_pos);
   const TokenBuckets buckets = sort_by_token(args.tokens, shape, args.workspace);
   constexpr int64_t kRowsPerTask = 16;
-  run_tasks(executor, ceil_div(shape.vocab, kRowsPerTask), [&](int64_t task) {
-    auto* sum = static_cast<Sum*>(thread_scratch(static_cast<size_t>(ct) * sizeof(Sum)));
-    for (int64_t v = task * kRowsPerTask; v < min_of((task + 1) * kRowsPerTask, shape.vocab); ++v) {
-      for (int64_t i = 0; i < ct; ++i) sum[i] = 0;
-      for (int64_t k = buckets.first[v]; k < buckets.first[v + 1]; ++k) {
-        const Element* row = d_y + buckets.order[k] * c;
-        accumulate_row(row, ct, sum);
-      }
-      round_row(sum, ct, d_table + v * ct);
+  const int64_t n_table = ceil_div(shape.vocab, kRowsPerTask),
+                n_pos = d_pos == nullptr ? 0 : sum_over_batch_tasks(args.pos_rows);
+  run_tasks(executor, n_table + n_pos, [&](int64_t task) {
+    if (task >= n_table) {
+      return sum_over_batch(task - n_table, d_y, shape.batch, shape.steps, c, args.pos_rows, d_pos);
+    }
+    const int64_t end = min_of((task + 1) * kRowsPerTask, shape.vocab);
+    for (int64_t v = task * kRowsPerTask; v < end; ++v) {
+      const int64_t* order = buckets.order + buckets.first[v];
+      sum_rows(
+          buckets.first[v + 1] - buckets.first[v], [&](int64_t k) { return d_y + order[k] * c; },
+          ct, d_table + v * ct);
     }
   });
-  if (args.d_pos != nullptr) {
-    sum_over_batch(d_y, shape.batch, shape.steps, c, args.pos_rows,
-                   static_cast<Element*>(args.d_pos), executor);
-  }
 }
 
 inline void token_concat_forward(const TokenConcatForward& args, const Executor& executor) {
