@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.autograd import differentiable, once_differentiable
 
 
 def mel_embed(
@@ -49,7 +48,7 @@ def mel_embed(
     save_slope = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight, bias, pos)
     )
-    y, _ = _run(
+    y, _ = torch.ops.wgpt.mel_embed(
         frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames, save_slope
     )
     return y
@@ -104,13 +103,16 @@ def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...
         raise RuntimeError("mel_embed: frames, mean and inv_std are data and get no gradient")
     if d_y is None:
         return (None,) * 9
-    pos_rows = ctx.pos_rows if ctx.needs_input_grad[5] else -1
-    d_weight, d_bias, d_pos = _run_backward(
-        d_y, *ctx.saved_tensors, pos_rows, ctx.frames_per_step, ctx.context_frames
+    d_weight, d_bias, d_pos = torch.ops.wgpt.mel_embed_backward(
+        d_y, *ctx.saved_tensors, ctx.pos_rows, ctx.frames_per_step, ctx.context_frames
     )
-    d_pos = None if pos_rows < 0 else d_pos
+    d_pos = None if ctx.pos_rows < 0 else d_pos
     return None, None, None, d_weight, d_bias, d_pos, None, None, None
 
 
-_run_backward = once_differentiable("mel_embed")
-_run = differentiable("mel_embed", _backward, _setup_context)
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("mel_embed: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::mel_embed", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::mel_embed_backward", _double_backward)

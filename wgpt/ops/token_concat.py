@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_widest_type
-from wgpt.ops.autograd import differentiable, once_differentiable
 
 
 def token_concat(
@@ -25,7 +24,7 @@ def token_concat(
     device, so there the step's token channels become NaN.
     """
     table, mel_hidden, pos = cast_to_widest_type(table, mel_hidden, pos)  # type: ignore[assignment]
-    return _run(tokens, table, mel_hidden, pos)
+    return torch.ops.wgpt.token_concat(tokens, table, mel_hidden, pos)
 
 
 @torch.library.register_fake("wgpt::token_concat")
@@ -51,14 +50,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     d_table = d_pos = d_mel_hidden = None
-    pos_rows = ctx.pos_rows if ctx.needs_input_grad[3] else -1
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
         (tokens,) = ctx.saved_tensors
-        d_table, d_pos = _run_backward(d_y, tokens, ctx.vocab, ctx.token_channels, pos_rows)
+        d_table, d_pos = torch.ops.wgpt.token_concat_backward(
+            d_y, tokens, ctx.vocab, ctx.token_channels, ctx.pos_rows
+        )
     if ctx.needs_input_grad[2]:
         d_mel_hidden = d_y[..., ctx.token_channels :]  # a view: the copy is the next op's business
-    return None, d_table, d_mel_hidden, None if pos_rows < 0 else d_pos
+    return None, d_table, d_mel_hidden, None if ctx.pos_rows < 0 else d_pos
 
 
-_run_backward = once_differentiable("token_concat")
-_run = differentiable("token_concat", _backward, _setup_context)
+def _double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("token_concat: second derivatives are not implemented")
+
+
+torch.library.register_autograd("wgpt::token_concat", _backward, setup_context=_setup_context)
+torch.library.register_autograd("wgpt::token_concat_backward", _double_backward)
