@@ -11,9 +11,9 @@ from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """gelu(x up^T) down^T over the last axis of x (..., C), with up (F, C) and down (C, F).
 
-    float32, bfloat16, float16 or float64, all of one type. The matrix products are torch's, with
-    their determinism (same bits for the same number of threads). Only the pre-activations are kept
-    for the backward, which makes the activations again in the pass that needs their slope.
+    float32, bfloat16, float16 or float64, all of one type. The matrix products are those of
+    `linear`, with their determinism. Only the pre-activations are kept for the backward, which
+    makes the activations again in the pass that needs their slope.
     Differentiable in all three. Raises ValueError for other shapes, types or devices.
     """
     require_cpu("feed_forward", x)

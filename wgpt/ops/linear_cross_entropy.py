@@ -19,8 +19,8 @@ def linear_cross_entropy(
 
     The logits become their own gradients in place, and nothing of their size is kept: the gradients
     of hidden and weight are made in the forward and only scaled by the backward. The matrix
-    products are torch's, with their determinism (same bits for the same number of threads). Raises
-    ValueError for other shapes, types, targets or devices.
+    products are those of `linear`, with their determinism. Raises ValueError for other shapes,
+    types, targets or devices.
     """
     require_cpu("linear_cross_entropy", hidden)
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
