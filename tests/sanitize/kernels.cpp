@@ -200,6 +200,31 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         });
 }
 
+void matmul(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
+  for (const bool a_across : {false, true}) {
+    for (const bool b_across : {false, true}) {
+      Block a(DType::kFloat32, m * k), b(DType::kFloat32, k * n);
+      check({{DType::kFloat32, m * n}}, kernels.matmul_workspace_bytes(n, k),
+            [&](auto& out, void* workspace, const Executor& threads) {
+              const Matmul call{m,
+                                n,
+                                k,
+                                static_cast<const float*>(a.get()),
+                                static_cast<const float*>(b.get()),
+                                a_across ? 1 : k,
+                                a_across ? m : 1,
+                                b_across ? 1 : n,
+                                b_across ? k : 1,
+                                static_cast<float*>(out[0]->get()),
+                                n,
+                                false,
+                                workspace};
+              if (!kernels.matmul(call, threads)) fail("a result is not finite");
+            });
+    }
+  }
+}
+
 void run_all(const Kernels& kernels, DType dtype) {
   const std::string where =
       std::string(kernels.target) + ", type " + std::to_string(static_cast<int>(dtype));
@@ -235,6 +260,14 @@ int main() {
   for (auto kernels = cpu::available(); *kernels != nullptr; ++kernels) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(**kernels, dtype);
+    if ((*kernels)->matmul != nullptr) {
+      g_what = std::string("matmul, ") + (*kernels)->target;
+      matmul(**kernels, 1, 1, 1);
+      matmul(**kernels, 32, 64, 32);
+      matmul(**kernels, 33, 65, 31);
+      matmul(**kernels, 300, 47, 257);
+      matmul(**kernels, 70, 550, 300);
+    }
     std::printf("sanitize: %s done\n", (*kernels)->target);
   }
   std::printf("sanitize: %d kernel calls, no fault\n", g_calls);
