@@ -102,19 +102,19 @@ SIZES = {
     # Whole and partial tiles, blocks of rows and of depth in every direction, and small products.
     "linear": [
         {"rows": 1},
-        {"rows": 333, "channels": 300, "outputs": 65},
-        {"rows": 32, "channels": 1025, "outputs": 32},
-        {"rows": 1024, "channels": 32, "outputs": 64},
+        {"rows": 701, "channels": 300, "outputs": 257},
+        {"rows": 33, "channels": 20001, "outputs": 65},
+        {"rows": 16384, "channels": 32, "outputs": 64},
     ],
     "feed_forward": [
         {"rows": 1},
         {"rows": 257, "channels": 64, "hidden": 255},
-        {"rows": 1601, "channels": 40, "hidden": 72},
+        {"rows": 1601, "channels": 201, "hidden": 240},
     ],
     "linear_cross_entropy": [
         {"rows": 1},
         {"rows": 131, "channels": 64, "vocab": 1024},
-        {"rows": 1601, "channels": 33, "vocab": 67},
+        {"rows": 1601, "channels": 201, "vocab": 240},
     ],
 }
 CASES = [(name, sizes) for name in MAKERS for sizes in SIZES[name]]
@@ -359,7 +359,7 @@ def test_training_ops_refuse_what_does_not_fit(call: Callable[[], Any], words: s
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
 def test_linear_treats_numbers_without_bounds_as_torch_does(value: float) -> None:
-    x, weight = torch.randn(64, 300), torch.rand(80, 300) + 0.5
+    x, weight = torch.randn(512, 300), torch.rand(280, 300) + 0.5
     x[5, 7] = value
     y = ops.linear(x, weight)
     torch.testing.assert_close(y, F.linear(x, weight), equal_nan=True)
@@ -368,15 +368,15 @@ def test_linear_treats_numbers_without_bounds_as_torch_does(value: float) -> Non
 
 def test_linear_keeps_the_digits_of_numbers_far_apart() -> None:
     """A number of 24 bits times one: what a split into fewer bits would round."""
-    x = torch.zeros(64, 256)
-    x[:, 0] = 1 + torch.arange(64) * 2**-23
-    weight = torch.zeros(64, 256)
+    x = torch.zeros(512, 256)
+    x[:, 0] = 1 + torch.arange(512) * 2**-23
+    weight = torch.zeros(257, 256)
     weight[:, 0] = 1.0
-    assert torch.equal(ops.linear(x, weight), x[:, :1].expand(64, 64))
+    assert torch.equal(ops.linear(x, weight), x[:, :1].expand(512, 257))
 
 
 def test_linear_rows_do_not_depend_on_other_rows() -> None:
-    x, weight = torch.randn(333, 300), torch.randn(65, 300)
+    x, weight = torch.randn(533, 300), torch.randn(265, 300)
     changed = x.clone()
-    changed[100:] = torch.randn(233, 300) * 1e6
+    changed[100:] = torch.randn(433, 300) * 1e6
     assert torch.equal(ops.linear(x, weight)[:100], ops.linear(changed, weight)[:100])

@@ -51,8 +51,9 @@ Tensor with_dense_rows(const Tensor& tensor) {
 
 namespace {
 
-// Below this many multiply-adds packing costs more than it saves.
-constexpr int64_t kLeastForTiles = int64_t{1} << 20;
+// Multiply-adds from which packing pays. Measured, two threads, ours and torch's: 256 x 256 x 256 90 and
+// 87 us, 512 x 256 x 256 130 and 164, 64 x 128 x 128 19 and 10.
+constexpr int64_t kLeastForTiles = int64_t{1} << 25;
 
 bool has_unit_stride(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
 

@@ -14,7 +14,8 @@ def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     float32, bfloat16, float16 or float64, all of one type. The matrix products are those of
     `linear`, with their determinism. Only the pre-activations are kept for the backward, which
     makes the activations again in the pass that needs their slope.
-    Differentiable in all three. Raises ValueError for other shapes, types or devices.
+    On the `amx` target a gradient of up or down that is not finite may be NaN where torch's is
+    infinite. Differentiable in all three. Raises ValueError for other shapes, types or devices.
     """
     require_cpu("feed_forward", x)
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]

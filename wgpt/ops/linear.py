@@ -16,8 +16,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     bits for any number of threads; all others are torch's. Differentiable in both. Raises
     ValueError for other shapes, types or devices.
 
-    torch's products give the same bits for the same number of threads. A sum of products that is
-    not finite is NaN on the `amx` target where torch may give an infinity.
+    torch's products give the same bits for the same number of threads.
     """
     require_cpu("linear", x)
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]

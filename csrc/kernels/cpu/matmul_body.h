@@ -31,6 +31,8 @@ constexpr int64_t kBlockDepth = 256;
 // GFLOP/s with 4, 375 with 8, whose two panels of 48 KiB no longer share L1; vector multiply-adds
 // reach 180 in MKL.
 constexpr int64_t kRunSteps = 4;
+// What a task keeps in L2. Measured, two threads, GFLOP/s at 6000 x 640 x 2560 and 256 x 6000 x 1024: 460
+// and 350; with 4 panels of rows and blocks of 512 400 and 300.
 constexpr int64_t kRowPanels = 8, kColumnPanels = 16;
 
 // Where element (i, k) of an operand lies: i counts rows of a, columns of b.
