@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -154,6 +155,40 @@ def test_nan_and_infinity_go_where_the_formula_sends_them(
     assert (out.isnan() | ~own).all()
     finite = out.isfinite() & exact.isfinite()
     assert (out.double() - exact)[finite].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_a_key_at_minus_infinity_are_as_finite_as_the_formula(
+    dtype: torch.dtype, target: str
+) -> None:
+    """It has no weight, so only the channel in which it is multiplied by 0 is lost."""
+    q, k, v, d_out = (torch.randn(1, 201, 1, 32).to(dtype) for _ in range(4))
+    SPOILERS["a key at -infinity"](q, k, v)
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attend(*leaves), leaves, d_out.to(dtype))
+
+    exact = gradients(ops.reference.flash_attention, torch.float64)
+    for name, ours, e in zip("qkv", gradients(ops.flash_attention, dtype), exact, strict=True):
+        assert not (ours.isnan() & ~e.isnan()).any(), f"d{name}"
+        finite = e.isfinite()
+        assert finite.any()
+        assert (ours.double() - e)[finite].abs().max() < 0.03, f"d{name}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_attention_depends_on_no_later_one(dtype: torch.dtype, target: str) -> None:
+    """To the bit, though later rows of a group raise their maxima again and again."""
+    q, k, v = (torch.randn(1, 300, 1, 64).to(dtype) for _ in range(3))
+    rising = torch.linspace(0, 20, 300).view(1, -1, 1, 1).to(dtype)
+    q[..., :1], k[..., :1] = 8, rising  # every row's scores rise along the keys
+    out = ops.flash_attention(q, k, v)
+    for t in (3, 64, 130, 201):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, t:] = 20 * torch.randn_like(x[:, t:])
+        assert torch.equal(ops.flash_attention(*changed)[:, :t], out[:, :t]), t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,6 +47,34 @@ inline Visibility rows_visibility(const FlashAttentionShape& shape, int64_t i, i
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
+// Some keys of a strip: those that some row of a group sees, by kStep.
+struct Piece {
+  int key, n_vectors;  // the first in the block; n_vectors <= 0 if no row sees any
+  bool is_masked;      // whether some row does not see all of them
+};
+
+template <int kStep>
+inline Piece piece_of(const Visibility& visible, int64_t block, int strip) {
+  const int64_t first_key = block + strip;
+  if (visible.all.begin <= first_key && visible.all.end >= first_key + kStrip)
+    return {strip, kVectors, false};
+  const int begin = static_cast<int>(max_of<int64_t>(0, visible.any.begin - first_key)) / kStep;
+  const int end =
+      static_cast<int>(ceil_div(min_of<int64_t>(kStrip, visible.any.end - first_key), kStep));
+  return {strip + begin * kStep, (end - begin) * (kStep / kLanes), true};
+}
+
+// x of keys from first_key on, where query i sees them, else `otherwise`.
+template <int kWidth>
+WGPT_INLINE void mask_keys(const FlashAttentionShape& shape, int64_t i, int64_t first_key,
+                           Floats otherwise, Floats (&x)[kWidth]) {
+  const Range keys = visible_keys(shape, min_of(i, shape.q_steps - 1));
+  const int lo = static_cast<int>(keys.begin - first_key),
+            hi = static_cast<int>(keys.end - first_key);
+  WGPT_UNROLL for (int v = 0; v < kWidth; ++v) x[v] =
+      keep_lanes(x[v], otherwise, lo - v * kLanes, hi - v * kLanes);
+}
+
 template <typename Element>
 inline Element* head_row(const HeadsView& view, int64_t b, int64_t h, int64_t t) {
   return static_cast<Element*>(view.data) + b * view.batch_stride + t * view.step_stride +
@@ -56,6 +84,34 @@ inline Element* head_row(const HeadsView& view, int64_t b, int64_t h, int64_t t)
 template <typename Element>
 inline Rows<Element> head_rows(const HeadsView& view, int64_t b, int64_t h, int64_t t) {
   return {head_row<Element>(view, b, h, t), view.step_stride};
+}
+
+// How attention multiplies elements of a type; on tiles, of float32 and float16 in three parts.
+template <typename Element>
+struct AttentionDot {
+  using Type = typename DotOf<Element>::Type;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct AttentionDot<float> {
+  using Type = TileDot<3>;
+};
+template <>
+struct AttentionDot<Float16> {
+  using Type = TileDot<3>;
+};
+template <>
+struct AttentionDot<BFloat16> {
+  using Type = TileDot<1>;
+};
+#endif
+
+// Whether n elements are finite.
+template <typename Element>
+inline bool are_finite(const Element* x, int n) {
+  Floats check = splat(0.0f);
+  for (int c = 0; c < n; c += kLanes) check = fma(load(x + c), splat(0.0f), check);
+  return reduce_add(check) == 0.0f;
 }
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;

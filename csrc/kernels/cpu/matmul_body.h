@@ -13,8 +13,8 @@
 // 16 columns).
 #pragma once
 
-#include "kernels/cpu/microkernel.h"
 #include "kernels/cpu/tasks.h"
+#include "kernels/cpu/tiles.h"
 #include "kernels/matmul.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -22,9 +22,8 @@ namespace wgpt::cpu::WGPT_TARGET {
 #if defined(__AMX_BF16__)
 
 constexpr int kTile = 16, kTileDepth = 32;  // rows or columns, and elements of k, of a tile
-constexpr int kSplits = 3;
-constexpr int kPanel = 2 * kTile;                                    // rows or columns of a panel
-constexpr int kTileFloats = kTile * kTile;                           // 1 KiB
+constexpr int kPanel = 2 * kTile;           // rows or columns of a panel
+constexpr int kTileFloats = kTile * kTile;  // 1 KiB
 constexpr int64_t kStepFloats = int64_t{2} * kSplits * kTileFloats;  // of a panel, 32 of k
 constexpr int64_t kBlockDepth = 256;
 // Of k, in steps, that one sum in tile registers runs over. Measured on one Sapphire Rapids core: 450
@@ -47,18 +46,6 @@ struct Span {
   int64_t begin, end;
 };
 
-// x, y -> 32 values of each split, those of x first.
-WGPT_INLINE void split_values(Floats x, Floats y, __m512i (&parts)[kSplits]) {
-  WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-    parts[s] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-    if (s + 1 == kSplits) break;
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[s]));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[s], 1));
-    x = x - _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-    y = y - _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-  }
-}
-
 // Lanes [0, n) of 16.
 inline __mmask16 first_lanes(int64_t n) {
   return n >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << max_of<int64_t>(n, 0)) - 1);
@@ -69,16 +56,13 @@ inline __mmask16 first_lanes(int64_t n) {
 // column. out: the splits, two tiles apart.
 template <bool kByOuter, bool kDense>
 WGPT_INLINE void pack_tile(const Operand& x, int64_t i, int64_t k, float* out) {
-  alignas(64) static constexpr uint16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   constexpr bool kNatural = kByOuter == kDense;  // whether rows come as they are stored
   constexpr int64_t kSplitFloats = kNatural ? 2 * kTileFloats : kTileFloats;
   const float* from = x.data + i * x.outer + k * x.depth;
   const int64_t n_outer = x.n_outer - i, n_depth = x.n_depth - k;
   alignas(64) float across[kNatural ? 1 : kSplits * kTileFloats];
   float* rows = kNatural ? out : across;
-  const __m512i pairs = _mm512_load_si512(kPairs);
+  const __m512i pairs = _mm512_load_si512(kPairOrder);
   const __mmask16 first = first_lanes(kDense ? n_depth : n_outer),
                   second = kDense ? first_lanes(n_depth - kTile) : first;
   for (int r = 0; r < kTile; ++r) {  // of row r, or of rows 2 r and 2 r + 1 along k

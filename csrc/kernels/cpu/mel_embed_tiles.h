@@ -199,7 +199,7 @@ class MelBackwardTile {
         Tile<kRowGroup, width.value> sums;
         fill_tile(sums, 0.0f);
         multiply_tile<Dot>(g_ + c, 1, g_row_, x + column, x_row, ceil_div(slices_.n, kPer), sums);
-        add_tile(sums, nullptr, partial + c * row_floats + column, row_floats);
+        add_tile(sums, partial + c * row_floats + column, row_floats);
       }
     });
   }

@@ -18,6 +18,7 @@ namespace wgpt::cpu::WGPT_TARGET {
 // Products in float32, whatever the elements were.
 struct FloatDot {
   static constexpr int kPerUnit = 1;        // elements in a unit
+  static constexpr int kPlanes = 1;         // panels that together hold an operand
   static constexpr int kRows = 6;           // rows of a tile
   static constexpr bool kIsMatrix = false;  // whether products come by whole tiles of AMX
   static constexpr bool kExact = true;
@@ -29,6 +30,7 @@ struct FloatDot {
 // Products of bfloat16 pairs, summed in float32.
 struct BFloat16Dot {
   static constexpr int kPerUnit = 2;
+  static constexpr int kPlanes = 1;
   static constexpr int kRows = 6;
   static constexpr bool kIsMatrix = false;
   static constexpr bool kExact = false;
@@ -45,6 +47,7 @@ struct BFloat16Dot {
 // its units. The tile registers belong to one Scope of a thread at a time.
 struct MatrixDot {
   static constexpr int kPerUnit = 2;
+  static constexpr int kPlanes = 1;
   static constexpr int kRows = 16;
   static constexpr int kDepth = 16;
   static constexpr bool kIsMatrix = true;
@@ -189,27 +192,27 @@ WGPT_INLINE void multiply_fresh_tile(const float* a, int64_t a_row, int64_t a_st
   }
 }
 
-// c = c * shrink[r] + tile, for the rows of c in memory; shrink may be nullptr for 1.
+// c += tile, for the rows of c in memory.
 template <int kRows, int kColumns>
-WGPT_INLINE void add_tile(const Tile<kRows, kColumns>& tile, const float* shrink, float* c,
-                          int64_t c_row) {
+WGPT_INLINE void add_tile(const Tile<kRows, kColumns>& tile, float* c, int64_t c_row) {
   WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
     WGPT_UNROLL for (int v = 0; v < kColumns; ++v) {
       float* out = c + r * c_row + v * kLanes;
-      store(out, shrink == nullptr ? load(out) + tile[r][v]
-                                   : fma(load(out), splat(shrink[r]), tile[r][v]));
+      store(out, load(out) + tile[r][v]);
     }
   }
 }
 
 #if defined(__AVX512BF16__)
+// Takes 16 numbers of 16 bits and 16 more to pairs of the first with the second.
+alignas(64) constexpr uint16_t kPairOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 // out[i] = (a[i], b[i]) as bfloat16.
 WGPT_INLINE Floats narrow_pairs(Floats a, Floats b) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-  return reinterpret_cast<Floats>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+  return reinterpret_cast<Floats>(_mm512_permutexvar_epi16(_mm512_load_si512(kPairOrder), both));
 }
 #endif
 
@@ -246,6 +249,30 @@ WGPT_INLINE void store_row(float* out, const Floats (&row)[kColumns]) {
     if constexpr (kColumns % 2 == 1) {
       _mm256_storeu_ps(out + kColumns / 2 * kLanes,
                        reinterpret_cast<__m256>(_mm512_cvtneps_pbh(row[kColumns - 1])));
+    }
+#endif
+  }
+}
+
+// x = x * factor, a power of two: n units.
+template <typename Dot>
+inline void scale_units(float* x, int64_t n, Floats factor) {
+  if constexpr (Dot::kPerUnit == 1) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(x + i, load(x + i) * factor);
+    for (; i < n; ++i) x[i] *= first_lane(factor);
+  } else {
+#if defined(__AVX512BF16__)
+    const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const auto lanes =
+          static_cast<__mmask16>(0xffffu >> (kLanes - min_of<int64_t>(n - i, kLanes)));
+      const __m512i both = _mm512_maskz_loadu_epi32(lanes, x + i);
+      const Floats low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)) * factor;
+      const Floats high = _mm512_castsi512_ps(_mm512_and_si512(both, top)) * factor;
+      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(high), top);
+      _mm512_mask_storeu_epi32(
+          x + i, lanes, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), bits));
     }
 #endif
   }
