@@ -211,8 +211,8 @@ class Continuation:
         self._cache = speaker.model.new_cache()
         self._waiting = torch.zeros(0)  # heard, but not yet a block
         with torch.inference_mode():
-            bos = torch.tensor([[speaker.model.config.bos_token]])
-            self._advance(bos, None)
+            shape = (1, speaker.n_codebooks, 1)
+            self._advance(torch.full(shape, speaker.model.config.bos_token), None)
 
     def hear(self, wave: Wave) -> None:
         """The next samples of the prompt, float (L,) at 24 kHz, any L."""
@@ -235,10 +235,10 @@ class Continuation:
             wave = said
             if self._heard is not self._decoder:
                 wave = self._heard.push(codes[:, : speaker.n_heard])
-        self._advance(codes[:, 0], wave)
+        self._advance(codes, wave)
 
-    def _advance(self, tokens: Tensor, wave: Tensor | None) -> None:
-        """Reads tokens (B, n) and the sound heard with them, (B, n * 320); None before a clip."""
+    def _advance(self, codes: Tensor, wave: Tensor | None) -> None:
+        """Reads codes (B, K, n) and the sound heard with them, (B, n * 320); None before a clip."""
         speaker, config = self.speaker, self.speaker.model.config
         device = next(speaker.model.parameters()).device
         frames = None
@@ -248,6 +248,8 @@ class Continuation:
             else:
                 frames = self._mel.push(wave)
             frames = frames.to(device)
+        n_read = speaker.model.n_codebooks_read
+        tokens = codes[:, 0] if n_read == 1 else codes[:, :n_read].transpose(1, 2)
         self._state = speaker.packed.hidden(tokens.to(device), frames, self._cache)
 
     @classmethod
@@ -314,7 +316,7 @@ class Continuation:
                 return
             if self._heard is not None and self._heard is not self._decoder:
                 wave = self._heard.push(codes[:, : self.speaker.n_heard])
-            self._advance(codes[:, 0], wave)
+            self._advance(codes, wave)
 
 
 def n_steps_of(seconds: float, name: str = "seconds") -> int:

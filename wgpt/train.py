@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wgpt import checkpoint, config, evaluate, plots
+from wgpt import checkpoint, codec, config, evaluate, plots
 from wgpt.config import PRESETS, STEP_RATE_HZ, ConfigError, ModelConfig, TrainConfig
 from wgpt.data.augment import MelAugment, scored_steps
 from wgpt.data.loader import Batch, Batches, prefetch
@@ -80,6 +80,8 @@ class Trainer:
         self.mel_source = settings.mel_source if run.model.mel_dim else None
         if self.mel_source:
             self.model.set_mel_normalisation(*data.normalisation(self.mel_source))
+        if run.model.latent_steps:
+            self.model.set_codebooks(run.codec().codebooks())
         self.model.to(world.device)
         if settings.freeze_trunk:
             self.model.requires_grad_(False)
@@ -92,6 +94,7 @@ class Trainer:
             context_steps=settings.context_steps,
             seed=settings.seed,
             mel_source=self.mel_source,
+            codebooks=self.model.n_codebooks_read,
             n_fine=run.model.n_fine,
             augment=self._augment(),
             rank=world.rank,
@@ -373,6 +376,9 @@ def train(
             preset, shape = warm.preset, warm.shape(model or {})
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
+        if shape.latent_steps and not shape.latent_dim:
+            latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            shape = dataclasses.replace(shape, latent_dim=latent_dim)
         check_fit(shape, chosen, dataset)
         world = World.join(chosen.device)
         run = Run(Path(out), preset, shape, chosen, facts_of(dataset))

@@ -12,6 +12,7 @@ from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
+_LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
 
 
 class WarmStart:
@@ -49,23 +50,24 @@ class WarmStart:
                 )
 
     def load_into(self, model: HybridModel) -> None:
-        """Copies the trunk, mel constants included, and the fine head where its shape is the same.
+        """Copies the trunk, mel constants included; fine head and latents where shapes are equal.
 
         model: one of a `shape` of this start.
         """
-        state = self.model.state_dict()
-        if any(getattr(model.config, f) != getattr(self.model.config, f) for f in _FINE_FIELDS):
-            state = {name: value for name, value in state.items() if not name.startswith("fine.")}
-        model.load_state_dict({**model.state_dict(), **state})
+        state, own = self.model.state_dict(), model.state_dict()
+        for part, fields in (("fine.", _FINE_FIELDS), ("latent.", _LATENT_FIELDS)):
+            if any(getattr(model.config, f) != getattr(self.model.config, f) for f in fields):
+                state = {name: value for name, value in state.items() if not name.startswith(part)}
+        model.load_state_dict({**own, **state})
 
     def shape(self, changes: dict[str, Any]) -> ModelConfig:
-        """The model's configuration with the head's fields, or dropout, changed.
+        """The model's configuration with the fields of fine head and latents, or dropout, changed.
 
         Raises ConfigError for any other field: the weights would not fit, or mean something else.
         """
         for name, value in changes.items():
             own = getattr(self.model.config, name)
-            if name not in (*_FINE_FIELDS, "dropout") and value != own:
+            if name not in (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout") and value != own:
                 raise ConfigError(
                     f"model: {name} must be that of --init, {own} ({self.path}), got {value}"
                 )
