@@ -91,9 +91,12 @@ def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
     products = np.fft.irfft(spectrum, size)[:, LAGS]
     energy = np.pad(np.square(frames).cumsum(1), ((0, 0), (1, 0)))
     own, later = energy[:, FRAME_SAMPLES], energy[:, LAGS + FRAME_SAMPLES] - energy[:, LAGS]
-    best = (products / np.sqrt(own[:, None] * later).clip(min=1e-12)).max(1)
     loud = own > quiet * FRAME_SAMPLES
-    return float(best[loud].mean()) if loud.any() else 0.0
+    if not loud.any():
+        return 0.0
+    own, later, products = own[loud, None], later[loud], products[loud]
+    later = np.maximum(later, 1e-6 * own)  # so little is lost in the sums, and no likeness
+    return float((products / np.sqrt(own * later)).max(1).mean())
 
 
 @torch.inference_mode()
