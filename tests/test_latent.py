@@ -85,6 +85,21 @@ def test_latents_are_heard_from_their_step_on(mini):
 
 
 @torch.inference_mode()
+def test_noise_is_heard_while_training_only_and_by_row(mini):
+    latent = build(mini).latent
+    tokens, _ = inputs(400, batch=8)
+    clean = latent.history(tokens, None)
+    latent.noise = 0.6
+    assert torch.equal(latent.history(tokens, None), clean)
+    torch.manual_seed(3)
+    noisy = latent.train().history(tokens, None)
+    levels = (noisy - clean)[:, 8:].std((1, 2))
+    assert levels.max() < 0.65 and levels.std() > 0.05  # uniform in [0, 0.6)
+    torch.manual_seed(3)
+    assert torch.equal(latent.history(tokens, None), noisy)
+
+
+@torch.inference_mode()
 def test_new_latents_change_nothing(mini):
     """The same seed draws the same model; its projection is zero."""
     torch.manual_seed(0)
@@ -193,7 +208,8 @@ HEARD = {"n_fine": 2, "fine_dim": 32, "fine_ffn_dim": 32, "latent_steps": 3, "la
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("latent") / "run"
-    train.train(prepared, out, "hybrid-xs", model={**TRUNK, **HEARD}, **SETTINGS)
+    settings = {**SETTINGS, "latent_noise": 0.5}
+    train.train(prepared, out, "hybrid-xs", model={**TRUNK, **HEARD}, **settings)
     return out
 
 
@@ -234,6 +250,20 @@ def test_init_adds_latents_to_a_run_without(prepared, trained, tmp_path):
     first, last = (read_metrics(run / "metrics.csv") for run in (tmp_path / "again", trained))
     for name in ("nll_nats", "fine_nll_nats"):
         assert first[0][name] == last[-1][name]
+
+
+def test_latent_noise_needs_latents(prepared, tmp_path):
+    with pytest.raises(ConfigError, match=r"latent_noise must be 0 .* got 0\.5"):
+        train.train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=0.5, **SETTINGS)
+    with pytest.raises(ConfigError, match="latent_noise must be finite and at least 0, got -1"):
+        train.train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=-1.0, **SETTINGS)
+
+
+def test_frozen_trunk_refuses_latents_it_would_never_learn(prepared, tiny_run, tmp_path):
+    settings = {**SETTINGS, "init": str(tiny_run), "freeze_trunk": True}
+    with pytest.raises(ConfigError, match=r"--latent-steps adds .* must be that of --init, 0, got"):
+        train.train(prepared, tmp_path / "run", model=HEARD, **settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

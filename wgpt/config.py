@@ -240,11 +240,17 @@ class TrainConfig:
         0.0, "share of steps whose mel slice is replaced by the mean while training"
     )
     mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
+    latent_noise: float = _documented(
+        0.0, "largest noise on the latents read while training, of their standard deviation"
+    )
     fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
     fine_share: float = _documented(
         0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
     )
-    init: str = _documented("", "run or model folder to start from: its shape and its weights")
+    init: str = _documented(
+        "",
+        "run or model folder, or starter: the shape and the weights to start from",
+    )
     freeze_trunk: bool = _documented(
         False, "train the finer codebooks only; the coarse model of --init stays as it is"
     )
@@ -274,6 +280,7 @@ class TrainConfig:
         object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
         check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
         check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)
+        check("latent_noise", "finite and at least 0", 0 <= self.latent_noise < math.inf)
         check("mel_drop_span_steps", "at least 1", self.mel_drop_span_steps >= 1)
         check("fine_weight", "finite and positive", 0 < self.fine_weight < math.inf)
         check("fine_share", "in (0, 1]", 0 < self.fine_share <= 1)

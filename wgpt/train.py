@@ -53,6 +53,11 @@ def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
         )
     if settings.freeze_trunk and not model.n_fine:
         raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+    if settings.latent_noise and not model.latent_steps:
+        raise ConfigError(
+            "latent_noise must be 0 for a model without latents (latent_steps = 0), got "
+            f"{settings.latent_noise}"
+        )
     if not model.mel_dim:
         if settings.mel_noise or settings.mel_drop:
             raise ConfigError(
@@ -83,6 +88,8 @@ class Trainer:
         if run.model.latent_steps:
             self.model.set_codebooks(run.codec().codebooks())
         self.model.to(world.device)
+        if self.model.latent is not None:
+            self.model.latent.noise = settings.latent_noise
         if settings.freeze_trunk:
             self.model.requires_grad_(False)
             assert self.model.fine is not None
@@ -200,7 +207,7 @@ class Trainer:
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
         """One optimizer step; `step` counts from 1."""
         settings, device = self.settings, self.world.device
-        if self.run.model.dropout:  # seeded by the step, so that a resumed run repeats its masks
+        if self.run.model.dropout or settings.latent_noise:  # by the step: a resumed run repeats it
             torch.manual_seed((settings.seed << 32) + step * self.world.size + self.world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, settings)
@@ -374,6 +381,12 @@ def train(
         elif preset is None:
             warm.check_data(dataset)
             preset, shape = warm.preset, warm.shape(model or {})
+            if chosen.freeze_trunk and shape.latent_steps != warm.model.config.latent_steps:
+                raise ConfigError(
+                    "--latent-steps adds an input to the trunk, which --freeze-trunk would keep "
+                    "from learning it: must be that of --init, "
+                    f"{warm.model.config.latent_steps}, got {shape.latent_steps}"
+                )
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
         if shape.latent_steps and not shape.latent_dim:

@@ -36,6 +36,7 @@ class LatentHistory(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_steps = config.latent_steps
+        self.noise = 0.0  # largest standard deviation of noise on the latents while training
         shape = (1 + config.n_fine, config.codebook_size + 1, config.latent_dim)
         self.register_buffer("codebooks", torch.zeros(shape))
         self.up = nn.Linear(config.latent_steps * config.latent_dim, config.latent_hidden)
@@ -69,6 +70,9 @@ class LatentHistory(nn.Module):
         latents = functional.embedding_bag(
             (tokens + rows).flatten(0, 1), self.codebooks.flatten(0, 1), mode="sum"
         ).view(batch, steps, -1)
+        if self.training and self.noise:
+            levels = self.noise * torch.rand(batch, 1, 1, device=latents.device)
+            latents = latents + levels * torch.randn_like(latents)
         before = cache.latents if cache is not None else None
         if before is None:
             before = latents.new_zeros(batch, self.n_steps - 1, latents.shape[2])
