@@ -29,6 +29,7 @@ from wgpt.mel import MelFrontend, MelStream
 from wgpt.model import Cache, HybridModel
 from wgpt.model.packed import PackedModel
 from wgpt.sampling import Draw, Sampling
+from wgpt.starter import model_folder
 
 Wave: TypeAlias = np.ndarray | Tensor
 
@@ -64,13 +65,11 @@ class Speaker:
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Speaker:
-        """From a run folder, or from a model folder that a run wrote.
+        """From a run folder, a model folder that a run wrote, or `starter`, the package's model.
 
         Raises ConfigError or CodecError naming the file that is missing or does not fit.
         """
-        folder = Path(folder)
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = model_folder(folder)
         model = HybridModel.from_pretrained(folder, device)
         path = folder / "config.json"
         facts = json.loads(path.read_text())

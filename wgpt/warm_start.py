@@ -10,21 +10,20 @@ from typing import Any
 from wgpt.config import ConfigError, ModelConfig, to_json
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
+from wgpt.starter import model_folder
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
 _LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
 
 
 class WarmStart:
-    """The trained model of a run folder, or of a model folder that a run wrote.
+    """The trained model of a run folder, of a model folder that a run wrote, or `starter`.
 
     Raises ConfigError naming the file that is missing or was not written by `wgpt train`.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        path = Path(folder)
-        if (path / "model" / "config.json").is_file():
-            path = path / "model"
+        path = model_folder(folder)
         self.model = HybridModel.from_pretrained(path)
         self.path = path / "config.json"
         self.facts: dict[str, Any] = json.loads(self.path.read_text())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,15 +217,24 @@ class HybridModel(nn.Module):
     # -- folders ------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | Path, card: str = "", extra: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        card: str = "",
+        extra: dict[str, Any] | None = None,
+        stored: Mapping[int, torch.dtype] | None = None,
     ) -> None:
         """Writes model.safetensors, config.json and README.md (the card) into `folder`.
 
-        Each file is replaced whole; config.json holds the sha256 of the weights.
+        Each file is replaced whole; config.json holds the sha256 of the weights. stored: types in
+        the file by a tensor's dimensions; `from_pretrained` loads into float32 whatever they are.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: value.detach().cpu().contiguous() for n, value in self.state_dict().items()}
+        if stored:
+            state = {
+                n: value.to(stored.get(value.dim(), value.dtype)) for n, value in state.items()
+            }
         weights = safetensors.torch.save(state)
         description = {
             "format": _FORMAT,
