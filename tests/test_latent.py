@@ -252,11 +252,15 @@ def test_init_adds_latents_to_a_run_without(prepared, trained, tmp_path):
         assert first[0][name] == last[-1][name]
 
 
-def test_latent_noise_needs_latents(prepared, tmp_path):
+def test_training_refuses_latents_that_do_not_fit(prepared, tmp_path):
     with pytest.raises(ConfigError, match=r"latent_noise must be 0 .* got 0\.5"):
         train.train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=0.5, **SETTINGS)
     with pytest.raises(ConfigError, match="latent_noise must be finite and at least 0, got -1"):
         train.train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=-1.0, **SETTINGS)
+    with pytest.raises(ConfigError, match="--latent-dim must be that of the data's codec, 48, got"):
+        shape = {**TRUNK, **HEARD, "latent_dim": 64}
+        train.train(prepared, tmp_path / "run", "hybrid-xs", model=shape, **SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_frozen_trunk_refuses_latents_it_would_never_learn(prepared, tiny_run, tmp_path):

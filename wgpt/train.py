@@ -389,8 +389,13 @@ def train(
                 )
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
-        if shape.latent_steps and not shape.latent_dim:
+        if shape.latent_steps:
             latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            if shape.latent_dim not in (0, latent_dim):
+                raise ConfigError(
+                    f"--latent-dim must be that of the data's codec, {latent_dim}, "
+                    f"got {shape.latent_dim}"
+                )
             shape = dataclasses.replace(shape, latent_dim=latent_dim)
         check_fit(shape, chosen, dataset)
         world = World.join(chosen.device)
