@@ -31,6 +31,43 @@ def test_statistics_clip_below_the_prompt_and_leave_it_out():
     assert statistics([mel], 10, skip_prompt=False).covariance.any()
 
 
+def test_periodicity_tells_tones_from_noise_of_the_same_spectrum():
+    t = np.arange(3 * 24_000) / 24_000
+    tone = sum(np.sin(2 * np.pi * 110 * k * t + k) / k for k in range(1, 6))
+    assert likeness.periodicity(tone, 24_000) > 0.99
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(len(t))
+    assert likeness.periodicity(noise, 24_000) == pytest.approx(0.09, abs=0.02)
+    music = np.stack([render_music(3.0, seed=seed) for seed in range(4)])
+    window, scrambled = np.hanning(1025)[:-1], np.zeros_like(music)
+    for start in range(0, music.shape[1] - 1024, 512):  # phases drawn anew, magnitudes kept
+        bins = np.fft.rfft(music[:, start : start + 1024] * window)
+        turned = bins * np.exp(2j * np.pi * rng.random(bins.shape))
+        scrambled[:, start : start + 1024] += np.fft.irfft(turned)
+    clear, hoarse = (
+        np.mean([likeness.periodicity(wave, 24_000) for wave in waves])
+        for waves in (music, scrambled)
+    )
+    assert clear > hoarse + 0.1
+    # What resampling leaves behind the end of a sound is lost in a sum of its energies.
+    stopped = np.concatenate([tone[:36_000], 1e-9 * noise[36_000:]])
+    assert 0.5 < likeness.periodicity(stopped, 24_000) <= 1
+    quiet = np.concatenate([tone[:24_000], 0.001 * noise[24_000:]])  # below the prompt's range
+    assert likeness.periodicity(quiet, 24_000) == 0
+
+
+def test_periodicity_by_hand():
+    """A frame, and the lag of a period against the sum written out."""
+    wave = np.random.default_rng(1).standard_normal(1424)
+    correlations = [
+        (wave[:1024] @ wave[lag : lag + 1024])
+        / np.sqrt((wave[:1024] @ wave[:1024]) * (wave[lag : lag + 1024] @ wave[lag : lag + 1024]))
+        for lag in range(60, 401)
+    ]
+    whole = np.concatenate([np.ones(320), wave])
+    assert likeness.periodicity(whole, 320) == pytest.approx(max(correlations))
+
+
 def test_distances_put_real_sound_first_and_all_codebooks_before_one(tiny_run):
     speaker = Speaker.open(tiny_run)
     waves = [render_music(1.6, seed=seed) for seed in range(3)]
@@ -41,5 +78,8 @@ def test_distances_put_real_sound_first_and_all_codebooks_before_one(tiny_run):
     assert found["real sound"]["spectrum_db"] == 0
     spectra = [row["spectrum_db"] for row in found.values()]
     assert 0 < spectra[2] < spectra[1] and 0 < spectra[3]
+    clear = [row["periodicity"] for row in found.values()]
+    assert clear[0] > clear[3] + 0.1 and clear[2] > clear[1]  # an untrained model is no music
     shown = likeness.table({"music": found})
     assert "music: Frechet" in shown and f"{spectra[3]:.2f}" in shown
+    assert "music: periodicity" in shown and f"{clear[3]:.2f}" in shown

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from serving import LIMITS, Server, join, needs_gradio, start, upload, wait_for
 
 from wgpt import audio, cli, desk, loopback, serve
@@ -75,6 +76,19 @@ def test_desk_pcm_is_clipped_and_little_endian():
     assert base64.b64decode(desk.encode(np.array([0, 1, -1, 2, 1 / 32767], np.float32))) == (
         b"\x00\x00\xff\x7f\x01\x80\xff\x7f\x01\x00"
     )
+
+
+def test_picture_shows_the_tokens_of_prompt_and_continuation(tiny_run, prompt):
+    speaker = Speaker.open(tiny_run)
+    wave = audio.read(prompt)[:9700]  # 30 whole steps, cropped at the front
+    *_, progress = desk.continue_prompt(speaker, wave, 0.2, Sampling(), 3)
+    figure = desk.draw(speaker, progress)
+    before, after = (line.get_xydata() for line in figure.axes[2].lines[:2])
+    expected = speaker.codec.encode(torch.from_numpy(wave[100:]))[0]
+    np.testing.assert_allclose(before[:, 1], expected)
+    np.testing.assert_allclose(before[:, 0], (np.arange(30) - 29.5) / 75)
+    np.testing.assert_allclose(after[:, 1], [step.tokens[0] for step in progress.steps])
+    assert len(after) == 15 and after[0, 0] > 0
 
 
 def test_serve_starts_from_silence_without_a_prompt(server):

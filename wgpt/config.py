@@ -115,6 +115,11 @@ class ModelConfig:
     n_fine_layers: int = _documented(1, "blocks of the depth transformer")
     fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
     fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
+    latent_steps: int = _documented(
+        0, "past steps whose codec latents, of all codebooks, are read at each step; 0 for none"
+    )
+    latent_dim: int = _documented(0, "channels E of the codec's latents; 0: those of the data's")
+    latent_hidden: int = _documented(512, "hidden channels of the layers that read the latents")
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
@@ -132,6 +137,11 @@ class ModelConfig:
                 f"a divisor of fine_dim {self.fine_dim}",
                 not self.fine_dim % self.fine_head_dim,
             )
+        check("latent_steps", "at least 0", self.latent_steps >= 0)
+        check("latent_dim", "at least 0", self.latent_dim >= 0)
+        if self.latent_steps:
+            check("latent_hidden", "at least 1", self.latent_hidden >= 1)
+            check("latent_steps", "0 without fine codebooks", self.n_fine > 0)
         for name in ("n_layers", "ffn_dim", "codebook_size", "frames_per_step", "n_mels"):
             check(name, "at least 1", getattr(self, name) >= 1)
         check("token_dim", "positive when mel_dim is 0", self.width > 0)
@@ -230,11 +240,17 @@ class TrainConfig:
         0.0, "share of steps whose mel slice is replaced by the mean while training"
     )
     mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
+    latent_noise: float = _documented(
+        0.0, "largest noise on the latents read while training, of their standard deviation"
+    )
     fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
     fine_share: float = _documented(
         0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
     )
-    init: str = _documented("", "run or model folder to start from: its shape and its weights")
+    init: str = _documented(
+        "",
+        "run or model folder, or starter: the shape and the weights to start from",
+    )
     freeze_trunk: bool = _documented(
         False, "train the finer codebooks only; the coarse model of --init stays as it is"
     )
@@ -264,6 +280,7 @@ class TrainConfig:
         object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
         check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
         check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)
+        check("latent_noise", "finite and at least 0", 0 <= self.latent_noise < math.inf)
         check("mel_drop_span_steps", "at least 1", self.mel_drop_span_steps >= 1)
         check("fine_weight", "finite and positive", 0 < self.fine_weight < math.inf)
         check("fine_share", "in (0, 1]", 0 < self.fine_share <= 1)

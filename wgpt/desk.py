@@ -44,6 +44,7 @@ class Progress:
     prompt: np.ndarray  # float32 (L,)
     n_steps: int  # wanted
     steps: list[Step] = field(default_factory=list)
+    prompt_tokens: list[int] | None = None  # coarse; encoded for the first picture
     first_sound_s: float = 0.0
     elapsed_s: float = 0.0
 
@@ -156,6 +157,8 @@ def encode(wave: np.ndarray) -> str:
 def draw(speaker: Speaker, progress: Progress) -> Any:
     """The picture of the prompt and what follows: waveform, log-mel, tokens, entropy."""
     prompt = progress.prompt[len(progress.prompt) % HOP_SAMPLES :]  # whole steps, as the model's
+    if progress.prompt_tokens is None:
+        progress.prompt_tokens = speaker.codec.encode(torch.from_numpy(prompt))[0].tolist()
     wave = np.concatenate([prompt, progress.wave])
     return plots.continuation(
         wave,
@@ -164,6 +167,7 @@ def draw(speaker: Speaker, progress: Progress) -> Any:
         ],
         n_prompt=len(prompt) // HOP_SAMPLES,
         n_steps=progress.n_steps,
+        prompt_tokens=progress.prompt_tokens,
         tokens=[step.tokens[0] for step in progress.steps],
         entropies=[step.entropy_nats for step in progress.steps],
         codebook_size=speaker.model.config.codebook_size,

@@ -88,6 +88,7 @@ def codebook_scores(
     sums = np.zeros((1 + (model.config.n_fine if fine else 0), 3, split.n_clips))
     source = mel_source if model.config.mel_dim else None
     options: dict[str, Any] = {"batch_size": batch_size, "clips": clips, "n_fine": len(sums) - 1}
+    options["codebooks"] = model.n_codebooks_read
     for batch in windows(split, context_steps, source, **options):
         on_device = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):

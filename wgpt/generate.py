@@ -52,7 +52,7 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields the continuation of a prompt as it is made, in chunks of float32 PCM at 24 kHz.
 
-    run: a run folder, its model folder, or a Speaker that is open already.
+    run: a run folder, its model folder, `starter`, or a Speaker that is open already.
     prompt: float (L,) at 24 kHz or a recording's path; None starts from nothing.
     seconds: length of the continuation in whole steps of 1/75 s; None: it does not end.
     chunk_s: length of a chunk, seconds, in whole steps; it has no influence on the samples.
@@ -123,7 +123,7 @@ def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt generate`."""
-    parser.add_argument("run", metavar="RUN", help="run folder, or its model folder")
+    parser.add_argument("run", metavar="RUN", help="run folder, its model folder, or starter")
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
     parser.add_argument("--seconds", type=float, help="length; --stream without it does not end")
     parser.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")

@@ -1,4 +1,4 @@
-"""How like real sound continuations are: log-mel statistics over many prompts, as a distance in dB.
+"""How like real sound continuations are: log-mel statistics over many prompts, and periodicity.
 
 A continuation is no prediction: many are right, and the distance to the one true rest rewards blur.
 So the slices of all continuations together are compared with those of real sound as distributions:
@@ -6,7 +6,8 @@ the Frechet distance between their Gaussians (Dowson and Landau, 1982; what FID 
 network's features). It grows with a wrong spectrum, too little or too much variety, and, since a
 feature holds the change over 53 ms too, with wrong movement. Beside it stands the mean distance of
 each continuation's average spectrum to that of its own true rest: whether it keeps to the voice, or
-the instruments, of its prompt. Neither says anything about words or notes.
+the instruments, of its prompt. Slices hold no phase, so noise of the right colour scores well in
+both: `periodicity` says how clearly voices and notes sound. None knows words or melodies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
 from wgpt.evaluate import DB_PER_NEPER
 from wgpt.sampling import Sampling
 from wgpt.speaker import Speaker, n_steps_of
@@ -25,6 +27,9 @@ from wgpt.speaker import Speaker, n_steps_of
 # deeper down there is little to hear and the logarithm makes it weigh as much as the sound.
 RANGE_NEPERS = 10.0
 SPAN_STEPS = 4
+# Periods between 60 and 400 Hz, in samples, on frames of 43 ms and as much as a period more.
+LAGS = np.arange(SAMPLE_RATE_HZ // 400, SAMPLE_RATE_HZ // 60 + 1)
+FRAME_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,33 @@ def frechet_db(a: Statistics, b: Statistics) -> float:
     return float(DB_PER_NEPER * np.sqrt(max(square, 0.0) / len(a.mean)))
 
 
+def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
+    """Mean over frames behind the prompt of the largest autocorrelation at LAGS, 1 for a tone.
+
+    wave: float (L,) at 24 kHz, with at least FRAME_SAMPLES + 400 behind the prompt. Each product of
+    a frame with the samples a lag later is normalised by both energies, so white noise gives 0.09
+    and noise of music's spectrum about 0.5. Frames 43 dB below the prompt's mean power are left
+    out; none left gives 0.
+    """
+    wave = wave.astype(np.float64)
+    quiet = np.square(wave[:prompt_samples]).mean() * np.exp(-RANGE_NEPERS)
+    n_all = FRAME_SAMPLES + int(LAGS[-1])
+    starts = range(prompt_samples, len(wave) - n_all + 1, HOP_SAMPLES)
+    frames = np.stack([wave[start : start + n_all] for start in starts])
+    head = frames[:, :FRAME_SAMPLES]
+    size = 2 * n_all  # no wrapping around
+    spectrum = np.fft.rfft(frames, size) * np.fft.rfft(head, size).conj()
+    products = np.fft.irfft(spectrum, size)[:, LAGS]
+    energy = np.pad(np.square(frames).cumsum(1), ((0, 0), (1, 0)))
+    own, later = energy[:, FRAME_SAMPLES], energy[:, LAGS + FRAME_SAMPLES] - energy[:, LAGS]
+    loud = own > quiet * FRAME_SAMPLES
+    if not loud.any():
+        return 0.0
+    own, later, products = own[loud, None], later[loud], products[loud]
+    later = np.maximum(later, 1e-6 * own)  # so little is lost in the sums, and no likeness
+    return float((products / np.sqrt(own * later)).max(1).mean())
+
+
 @torch.inference_mode()
 def distances(
     waves: Sequence[np.ndarray],
@@ -75,7 +107,7 @@ def distances(
     reference: Sequence[np.ndarray],
     sampling: Sampling,
 ) -> dict[str, dict[str, float]]:
-    """Distances to real sound of what models make of prompts, in dB, beside the codec's own.
+    """Distances to real sound of what models make of prompts, beside the codec's own.
 
     Args:
         waves: float32 (L,) at 24 kHz of one length, whole steps: a prompt of prompt_s and its true
@@ -86,7 +118,7 @@ def distances(
     Returns {"real sound", "codec, 1 codebook(s)", "codec, K codebook(s)": the true rest, and after
     the codec; then for each model "NAME", and "NAME, its codebook 0" if it has more}, each with
     {frechet_db: all slices against the reference, spectrum_db: mean |difference| of a sound's
-    average log-mel and its true rest's}.
+    average log-mel and its true rest's, periodicity: mean over sounds}.
     """
     first = next(iter(speakers.values()))
     codec, frontend = first.codec, first.frontend
@@ -102,6 +134,9 @@ def distances(
         return {
             "frechet_db": frechet_db(statistics(mels, n_prompt, skip_prompt=True), real),
             "spectrum_db": float(np.abs(_spectra(mels, n_prompt) - own).mean()),
+            "periodicity": float(
+                np.mean([periodicity(s.cpu().numpy(), n_prompt * HOP_SAMPLES) for s in sounds])
+            ),
         }
 
     codes = [codec.encode(wave) for wave in whole]
@@ -125,8 +160,9 @@ def distances(
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Results of `distances` by kind of sound, as a markdown table."""
-    titles = [f"{kind}: {what}" for kind in found for what in ("Frechet", "spectrum")]
-    lines = ["| dB to real sound | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    what = ("Frechet, dB", "spectrum, dB", "periodicity")
+    titles = [f"{kind}: {title}" for kind in found for title in what]
+    lines = ["| continuation | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     for name in next(iter(found.values())):
         cells = [f"{value:.2f}" for of_kind in found.values() for value in of_kind[name].values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -99,6 +99,7 @@ def continuation(
     *,
     n_prompt: int,
     n_steps: int,
+    prompt_tokens: Sequence[int],
     tokens: Sequence[int],
     entropies: Sequence[float],
     codebook_size: int,
@@ -111,6 +112,7 @@ def continuation(
         wave: float (steps so far * 320,), prompt included, 24 kHz.
         mel: float (steps so far, M), natural logarithm.
         n_prompt, n_steps: steps of the prompt, and of the whole continuation.
+        prompt_tokens: coarse tokens of the prompt's steps.
         tokens, entropies: of each step of the continuation so far; nats.
         codebook_size: entries V; ln(V) is the entropy of knowing nothing.
     """
@@ -128,6 +130,8 @@ def continuation(
     _draw_mel(spectrum, mel, start_s, loudest)
     spectrum.set_ylabel("log-mel bin")
     steps_s = (np.arange(len(tokens)) + 0.5) / STEP_RATE_HZ
+    prompt_s = start_s + (np.arange(len(prompt_tokens)) + 0.5) / STEP_RATE_HZ
+    codes.plot(prompt_s, prompt_tokens, ".", ms=3.5, mew=0, color="0.45")
     codes.plot(steps_s, tokens, ".", ms=3.5, mew=0, color="C1")
     codes.set_ylim(0, codebook_size)
     codes.set_ylabel("coarse token")

@@ -217,7 +217,7 @@ def application(gradio: Any, desk: Desk, port: int, folder: Path) -> loopback.Ga
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt serve`."""
     limits = Limits()
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its model folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or model folder, or starter")
     parser.add_argument(
         "--port", type=int, default=7860, help="on 127.0.0.1; 0: any free (default 7860)"
     )

@@ -29,6 +29,7 @@ from wgpt.mel import MelFrontend, MelStream
 from wgpt.model import Cache, HybridModel
 from wgpt.model.packed import PackedModel
 from wgpt.sampling import Draw, Sampling
+from wgpt.starter import model_folder
 
 Wave: TypeAlias = np.ndarray | Tensor
 
@@ -64,13 +65,11 @@ class Speaker:
 
     @classmethod
     def open(cls, folder: str | Path, device: str = "cpu") -> Speaker:
-        """From a run folder, or from a model folder that a run wrote.
+        """From a run folder, a model folder that a run wrote, or `starter`, the package's model.
 
         Raises ConfigError or CodecError naming the file that is missing or does not fit.
         """
-        folder = Path(folder)
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = model_folder(folder)
         model = HybridModel.from_pretrained(folder, device)
         path = folder / "config.json"
         facts = json.loads(path.read_text())
@@ -211,8 +210,8 @@ class Continuation:
         self._cache = speaker.model.new_cache()
         self._waiting = torch.zeros(0)  # heard, but not yet a block
         with torch.inference_mode():
-            bos = torch.tensor([[speaker.model.config.bos_token]])
-            self._advance(bos, None)
+            shape = (1, speaker.n_codebooks, 1)
+            self._advance(torch.full(shape, speaker.model.config.bos_token), None)
 
     def hear(self, wave: Wave) -> None:
         """The next samples of the prompt, float (L,) at 24 kHz, any L."""
@@ -235,10 +234,10 @@ class Continuation:
             wave = said
             if self._heard is not self._decoder:
                 wave = self._heard.push(codes[:, : speaker.n_heard])
-        self._advance(codes[:, 0], wave)
+        self._advance(codes, wave)
 
-    def _advance(self, tokens: Tensor, wave: Tensor | None) -> None:
-        """Reads tokens (B, n) and the sound heard with them, (B, n * 320); None before a clip."""
+    def _advance(self, codes: Tensor, wave: Tensor | None) -> None:
+        """Reads codes (B, K, n) and the sound heard with them, (B, n * 320); None before a clip."""
         speaker, config = self.speaker, self.speaker.model.config
         device = next(speaker.model.parameters()).device
         frames = None
@@ -248,6 +247,8 @@ class Continuation:
             else:
                 frames = self._mel.push(wave)
             frames = frames.to(device)
+        n_read = speaker.model.n_codebooks_read
+        tokens = codes[:, 0] if n_read == 1 else codes[:, :n_read].transpose(1, 2)
         self._state = speaker.packed.hidden(tokens.to(device), frames, self._cache)
 
     @classmethod
@@ -314,7 +315,7 @@ class Continuation:
                 return
             if self._heard is not None and self._heard is not self._decoder:
                 wave = self._heard.push(codes[:, : self.speaker.n_heard])
-            self._advance(codes[:, 0], wave)
+            self._advance(codes, wave)
 
 
 def n_steps_of(seconds: float, name: str = "seconds") -> int:

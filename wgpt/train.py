@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wgpt import checkpoint, config, evaluate, plots
+from wgpt import checkpoint, codec, config, evaluate, plots
 from wgpt.config import PRESETS, STEP_RATE_HZ, ConfigError, ModelConfig, TrainConfig
 from wgpt.data.augment import MelAugment, scored_steps
 from wgpt.data.loader import Batch, Batches, prefetch
@@ -53,6 +53,11 @@ def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
         )
     if settings.freeze_trunk and not model.n_fine:
         raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+    if settings.latent_noise and not model.latent_steps:
+        raise ConfigError(
+            "latent_noise must be 0 for a model without latents (latent_steps = 0), got "
+            f"{settings.latent_noise}"
+        )
     if not model.mel_dim:
         if settings.mel_noise or settings.mel_drop:
             raise ConfigError(
@@ -80,7 +85,11 @@ class Trainer:
         self.mel_source = settings.mel_source if run.model.mel_dim else None
         if self.mel_source:
             self.model.set_mel_normalisation(*data.normalisation(self.mel_source))
+        if run.model.latent_steps:
+            self.model.set_codebooks(run.codec().codebooks())
         self.model.to(world.device)
+        if self.model.latent is not None:
+            self.model.latent.noise = settings.latent_noise
         if settings.freeze_trunk:
             self.model.requires_grad_(False)
             assert self.model.fine is not None
@@ -92,6 +101,7 @@ class Trainer:
             context_steps=settings.context_steps,
             seed=settings.seed,
             mel_source=self.mel_source,
+            codebooks=self.model.n_codebooks_read,
             n_fine=run.model.n_fine,
             augment=self._augment(),
             rank=world.rank,
@@ -197,7 +207,7 @@ class Trainer:
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
         """One optimizer step; `step` counts from 1."""
         settings, device = self.settings, self.world.device
-        if self.run.model.dropout:  # seeded by the step, so that a resumed run repeats its masks
+        if self.run.model.dropout or settings.latent_noise:  # by the step: a resumed run repeats it
             torch.manual_seed((settings.seed << 32) + step * self.world.size + self.world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, settings)
@@ -371,8 +381,22 @@ def train(
         elif preset is None:
             warm.check_data(dataset)
             preset, shape = warm.preset, warm.shape(model or {})
+            if chosen.freeze_trunk and shape.latent_steps != warm.model.config.latent_steps:
+                raise ConfigError(
+                    "--latent-steps adds an input to the trunk, which --freeze-trunk would keep "
+                    "from learning it: must be that of --init, "
+                    f"{warm.model.config.latent_steps}, got {shape.latent_steps}"
+                )
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
+        if shape.latent_steps:
+            latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            if shape.latent_dim not in (0, latent_dim):
+                raise ConfigError(
+                    f"--latent-dim must be that of the data's codec, {latent_dim}, "
+                    f"got {shape.latent_dim}"
+                )
+            shape = dataclasses.replace(shape, latent_dim=latent_dim)
         check_fit(shape, chosen, dataset)
         world = World.join(chosen.device)
         run = Run(Path(out), preset, shape, chosen, facts_of(dataset))

@@ -10,20 +10,20 @@ from typing import Any
 from wgpt.config import ConfigError, ModelConfig, to_json
 from wgpt.data.shards import Dataset
 from wgpt.model import HybridModel
+from wgpt.starter import model_folder
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
+_LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
 
 
 class WarmStart:
-    """The trained model of a run folder, or of a model folder that a run wrote.
+    """The trained model of a run folder, of a model folder that a run wrote, or `starter`.
 
     Raises ConfigError naming the file that is missing or was not written by `wgpt train`.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        path = Path(folder)
-        if (path / "model" / "config.json").is_file():
-            path = path / "model"
+        path = model_folder(folder)
         self.model = HybridModel.from_pretrained(path)
         self.path = path / "config.json"
         self.facts: dict[str, Any] = json.loads(self.path.read_text())
@@ -49,23 +49,24 @@ class WarmStart:
                 )
 
     def load_into(self, model: HybridModel) -> None:
-        """Copies the trunk, mel constants included, and the fine head where its shape is the same.
+        """Copies the trunk, mel constants included; fine head and latents where shapes are equal.
 
         model: one of a `shape` of this start.
         """
-        state = self.model.state_dict()
-        if any(getattr(model.config, f) != getattr(self.model.config, f) for f in _FINE_FIELDS):
-            state = {name: value for name, value in state.items() if not name.startswith("fine.")}
-        model.load_state_dict({**model.state_dict(), **state})
+        state, own = self.model.state_dict(), model.state_dict()
+        for part, fields in (("fine.", _FINE_FIELDS), ("latent.", _LATENT_FIELDS)):
+            if any(getattr(model.config, f) != getattr(self.model.config, f) for f in fields):
+                state = {name: value for name, value in state.items() if not name.startswith(part)}
+        model.load_state_dict({**own, **state})
 
     def shape(self, changes: dict[str, Any]) -> ModelConfig:
-        """The model's configuration with the head's fields, or dropout, changed.
+        """The model's configuration with the fields of fine head and latents, or dropout, changed.
 
         Raises ConfigError for any other field: the weights would not fit, or mean something else.
         """
         for name, value in changes.items():
             own = getattr(self.model.config, name)
-            if name not in (*_FINE_FIELDS, "dropout") and value != own:
+            if name not in (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout") and value != own:
                 raise ConfigError(
                     f"model: {name} must be that of --init, {own} ({self.path}), got {value}"
                 )

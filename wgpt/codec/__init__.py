@@ -101,6 +101,20 @@ class Codec:
         return self
 
     @torch.no_grad()
+    def codebooks(self) -> Tensor:
+        """The codebooks, float32 (K, V, E); a frame's latent is the sum of an entry of each."""
+        shape = (self.n_codebooks, 1, self.codebook_size)
+        codes = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        found, zero = [], torch.zeros((), device=self.device)
+        for k, one in enumerate(codes):
+            one += torch.arange(self.codebook_size, device=self.device)
+            latents = self._network.dequantize(codes[: k + 1])  # (1, E, V): entry 0 of those before
+            found.append((latents - zero)[0].T)
+            one.zero_()
+            zero = latents[:, :, :1]
+        return torch.stack(found)
+
+    @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
         """Tokens of a wave. The whole wave goes through at once.
 

@@ -64,12 +64,13 @@ class LayerCache:
 
 
 class Cache:
-    """The state of one generation: a LayerCache per attention layer and the recent mel frames."""
+    """The state of one generation: a LayerCache per layer, and recent mel frames and latents."""
 
     def __init__(self, n_mel_layers: int, n_layers: int, window_steps: int = 0) -> None:
         self.mel_layers = [LayerCache(window_steps) for _ in range(n_mel_layers)]
         self.layers = [LayerCache(window_steps) for _ in range(n_layers)]
         self.mel_context: Tensor | None = None  # (B, <= c, M), the newest frames
+        self.latents: Tensor | None = None  # (B, n - 1, E), the newest steps', with LatentHistory
         self.position = 0  # steps seen
 
     @staticmethod
@@ -92,6 +93,8 @@ class Cache:
         ]
         contexts = [c.mel_context for c in caches if c.mel_context is not None]
         joined.mel_context = torch.cat(contexts) if contexts else None
+        latents = [c.latents for c in caches if c.latents is not None]
+        joined.latents = torch.cat(latents) if latents else None
         return joined
 
     @property

@@ -55,6 +55,23 @@ class FineHead(nn.Module):
                 nn.init.zeros_(layer.weight)
         nn.init.normal_(self.heads, std=0.5 * self.heads.shape[2] ** -0.5)
 
+    @torch.no_grad()
+    def start_from(self, entries: Tensor) -> None:
+        """Draws both tables anew as the codec's entries, (1 + n_fine, V, E), seen in W channels.
+
+        Codes that sound alike then begin alike, and what is left to say of a step is a difference
+        of embeddings: 500 steps of training reach 6.18 instead of 6.31 nats (docs/log.md). One
+        random projection serves all embeddings, with codebook 0 of std 0.45; the output layers
+        keep the std of the table above, each.
+        """
+        channels, width = entries.shape[2], self.table.shape[2]
+        std = max(channels, width) ** -0.5
+        projection = torch.empty(2, channels, width).normal_(std=std).to(entries)
+        embedded, written = entries[:-1] @ projection[0], entries[1:] @ projection[1]
+        self.table.copy_(embedded * (0.45 / embedded[0].std()))
+        written *= 0.5 * width**-0.5 / written.std((1, 2), keepdim=True)
+        self.heads.copy_(written)
+
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced logits (B, n_fine, T, V) of codebooks 1 .. n_fine.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from wgpt.model.block import Block, add_norm, fused, rotary_angles
 from wgpt.model.cache import Cache
 from wgpt.model.embed import Fusion
 from wgpt.model.fine import FineHead
+from wgpt.model.latent import LatentHistory, centred
 
 _FORMAT = "wgpt-model-1"
 
@@ -28,6 +30,7 @@ class HybridModel(nn.Module):
 
     Position i reads token i and mel slice i (both of the past) and predicts the token after them.
     With config.n_fine, `fine` predicts the finer codebooks of that next step from hidden state i.
+    With config.latent_steps, position i reads all codebooks of token i and of some before it.
 
     Initialisation (std of a normal, unless said otherwise):
 
@@ -59,9 +62,12 @@ class HybridModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.fine: FineHead | None = None
+        self.latent: LatentHistory | None = None
         self.reset_parameters()
         if config.n_fine:  # after the trunk: the same seed draws the same trunk with and without
             self.fine = FineHead(config)
+        if config.latent_steps:
+            self.latent = LatentHistory(config)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -83,12 +89,28 @@ class HybridModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.5 * self.head.in_features**-0.5)
         if self.fine is not None:
             self.fine.reset_parameters()
+        if self.latent is not None:
+            self.latent.reset_parameters()
 
     def set_mel_normalisation(self, mean: Tensor, inv_std: Tensor) -> None:
         """Stores the training split's constants, each (M,). No-op for a token-only model."""
         if self.fusion.mel is not None:
             self.fusion.mel.mean.copy_(mean)
             self.fusion.mel.inv_std.copy_(inv_std)
+
+    def set_codebooks(self, codebooks: Tensor) -> None:
+        """Starts from the codec's geometry, float (K, V, E): the latents that are read, and the
+        tables of the finer codebooks. No-op for a model without latents."""
+        if self.latent is None or self.fine is None:
+            return
+        entries = centred(codebooks[: 1 + self.config.n_fine])
+        self.latent.set_codebooks(entries)
+        self.fine.start_from(entries)
+
+    @property
+    def n_codebooks_read(self) -> int:
+        """Codebooks of past steps in the input: all with latents, else the coarse one."""
+        return 1 if self.latent is None else 1 + self.config.n_fine
 
     def new_cache(self) -> Cache:
         """An empty cache for this model."""
@@ -110,7 +132,8 @@ class HybridModel(nn.Module):
         """The decoder's last state, normed, (B, T, C): what `head` and `fine` read.
 
         Args:
-            tokens: (B, T) int64 in [0, V]; V is the begin-of-clip token.
+            tokens: (B, T) int64 in [0, V]; V is the begin-of-clip token. With config.latent_steps
+                (B, T, 1 + n_fine), all codebooks from coarse to fine; V stands for unknown.
             frames: (B, T*r, M) log-mel frames of the same steps; None for a token-only model.
             cache: if given, T counts only the steps after those it has seen; it is extended.
 
@@ -118,7 +141,10 @@ class HybridModel(nn.Module):
         """
         self._check_inputs(tokens, frames)
         config = self.config
-        x = self.fusion(tokens, frames, cache)
+        coarse = tokens if self.latent is None else tokens[:, :, 0]
+        x = self.fusion(coarse, frames, cache)
+        if self.latent is not None:
+            x = x + self.latent(tokens, cache)
         position = cache.position if cache is not None else 0
         angles = rotary_angles(
             position, tokens.shape[1], config.head_dim, config.rope_base, x.device
@@ -141,13 +167,15 @@ class HybridModel(nn.Module):
 
     def _check_inputs(self, tokens: Tensor, frames: Tensor | None) -> None:
         config = self.config
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
+        read = () if self.latent is None else (1 + config.n_fine,)
+        if tokens.dim() != 2 + len(read) or tokens.shape[2:] != read:
+            rule = f"(B, T, {read[0]})" if read else "(B, T)"
+            raise ValueError(f"tokens must be {rule}, got shape {tuple(tokens.shape)}")
         if not config.mel_dim:
             if frames is not None:
                 raise ValueError("frames must be None for a token-only model (mel_dim = 0)")
             return
-        batch, steps = tokens.shape
+        batch, steps = tokens.shape[:2]
         expected = (batch, steps * config.frames_per_step, config.n_mels)
         if frames is None or tuple(frames.shape) != expected:
             got = None if frames is None else tuple(frames.shape)
@@ -189,15 +217,24 @@ class HybridModel(nn.Module):
     # -- folders ------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | Path, card: str = "", extra: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        card: str = "",
+        extra: dict[str, Any] | None = None,
+        stored: Mapping[int, torch.dtype] | None = None,
     ) -> None:
         """Writes model.safetensors, config.json and README.md (the card) into `folder`.
 
-        Each file is replaced whole; config.json holds the sha256 of the weights.
+        Each file is replaced whole; config.json holds the sha256 of the weights. stored: types in
+        the file by a tensor's dimensions; `from_pretrained` loads into float32 whatever they are.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {n: value.detach().cpu().contiguous() for n, value in self.state_dict().items()}
+        if stored:
+            state = {
+                n: value.to(stored.get(value.dim(), value.dtype)) for n, value in state.items()
+            }
         weights = safetensors.torch.save(state)
         description = {
             "format": _FORMAT,

@@ -102,13 +102,22 @@ class PackedModel:
             self._mel_turns = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
             self._mel_blocks = _pack(self._mel.blocks)
         self._fine = None if model.fine is None else PackedFine(model.fine)
+        self._latent = model.latent
+        if model.latent is not None:
+            self._up = model.latent.up.weight.t().contiguous()
+            self._down = model.latent.down.weight.t().contiguous()
 
     def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
         """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
         config = self.config
-        batch, n_steps = tokens.shape
+        batch, n_steps = tokens.shape[:2]
         mel = None if frames is None else self._hear(frames, n_steps, cache)
-        x = _rows(ops.token_concat(tokens, self._table, mel))
+        coarse = tokens if self._latent is None else tokens[:, :, 0]
+        x = _rows(ops.token_concat(coarse, self._table, mel))
+        if self._latent is not None:
+            history = _rows(self._latent.history(tokens, cache))
+            up = torch.addmm(self._latent.up.bias, history, self._up)
+            x = torch.addmm(x, torch.nn.functional.gelu(up), self._down)
         turns = self._turns(cache.position, n_steps)
         for block, layer in zip(self._blocks, cache.layers, strict=True):
             x = block(x, batch, n_steps, turns, layer)
