@@ -14,6 +14,7 @@
 #pragma once
 
 #include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/split_bf16.h"
 #include "kernels/cpu/tasks.h"
 #include "kernels/matmul.h"
 
@@ -22,9 +23,8 @@ namespace wgpt::cpu::WGPT_TARGET {
 #if defined(__AMX_BF16__)
 
 constexpr int kTile = 16, kTileDepth = 32;  // rows or columns, and elements of k, of a tile
-constexpr int kSplits = 3;
-constexpr int kPanel = 2 * kTile;                                    // rows or columns of a panel
-constexpr int kTileFloats = kTile * kTile;                           // 1 KiB
+constexpr int kPanel = 2 * kTile;           // rows or columns of a panel
+constexpr int kTileFloats = kTile * kTile;  // 1 KiB
 constexpr int64_t kStepFloats = int64_t{2} * kSplits * kTileFloats;  // of a panel, 32 of k
 constexpr int64_t kBlockDepth = 256;
 // Of k, in steps, that one sum in tile registers runs over. Measured on one Sapphire Rapids core: 450
@@ -46,18 +46,6 @@ struct Operand {
 struct Span {
   int64_t begin, end;
 };
-
-// x, y -> 32 values of each split, those of x first.
-WGPT_INLINE void split_values(Floats x, Floats y, __m512i (&parts)[kSplits]) {
-  WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-    parts[s] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-    if (s + 1 == kSplits) break;
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[s]));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[s], 1));
-    x = x - _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-    y = y - _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-  }
-}
 
 // Lanes [0, n) of 16.
 inline __mmask16 first_lanes(int64_t n) {
