@@ -38,9 +38,7 @@ COLUMNS = [
 
 # What a profile's operators belong to: the first name that an operator's starts with.
 GROUPS = {
-    "head and loss (products and softmax)": (
-        "wgpt::linear_cross_entropy",
-    ),
+    "head and loss (products and softmax)": ("wgpt::linear_cross_entropy",),
     "matrix products": (
         "aten::mm",
         "aten::addmm",
@@ -48,17 +46,10 @@ GROUPS = {
         "aten::linear",
         "wgpt::linear",
     ),
-    "attention": (
-        "wgpt::flash_attention",
-        "aten::_scaled_dot_product",
-    ),
-    "feed-forward (products and GELU)": (
-        "wgpt::feed_forward",
-    ),
+    "attention": ("wgpt::flash_attention", "aten::_scaled_dot_product"),
+    "feed-forward (products and GELU)": ("wgpt::feed_forward",),
     "softmax and loss": ("aten::_log_softmax", "aten::nll_loss"),
-    "norms and residual sums": (
-        "wgpt::add_rms_norm",
-    ),
+    "norms and residual sums": ("wgpt::add_rms_norm",),
     "rotary positions": ("wgpt::rotary_qkv",),
     "GELU": ("aten::gelu",),
     "embedding": (

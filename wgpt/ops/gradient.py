@@ -21,7 +21,7 @@ def differentiable(
     """Gives the op wgpt::`name` its gradient and returns what to call for it, eagerly or not.
 
     setup_context(ctx, inputs, output) and backward(ctx, *gradients) as register_autograd takes
-    them; backward calls `backward_op(name)`, which has no derivative of its own.
+    them; backward calls wgpt::`name`_backward, which has no derivative, by `backward_op`.
     """
 
     def refuse(ctx: Any, *_: Any) -> None:
