@@ -90,7 +90,8 @@ inline PackedMelWeight pack_split_weight(const MelEmbedShape& shape, const void*
 }
 
 inline bool mel_may_split(const MelEmbedShape& shape) {
-  return shape.mels % (2 * kLanes) == 0 && mel_slice_size(shape) <= kSplitMaxDepth;
+  const int64_t k = mel_slice_size(shape);
+  return shape.mels % (2 * kLanes) == 0 && 0 < k && k <= kSplitMaxDepth;
 }
 
 // Answers false where the slice is not for it or a pre-activation is not finite: infinities split into
