@@ -64,8 +64,12 @@ PYBIND11_MODULE(_C, m) {
         "Forces a CPU target by name; None goes back to the best one.");
 }
 
-// SymInt where a size may be unknown while torch.compile traces.
-STABLE_TORCH_LIBRARY(wgpt, m) {
+namespace {
+
+// Every op has two names: wgpt::x, to which Python gives a gradient, and wgpt_kernels::x for where the
+// gradient is taken care of (wgpt/ops/gradient.py). SymInt where a size may be unknown while torch.compile
+// traces.
+void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "mel_embed(Tensor frames, Tensor mean, Tensor inv_std, Tensor weight, Tensor bias, "
       "Tensor? pos, int frames_per_step, int context_frames, bool save_slope) "
@@ -106,3 +110,8 @@ STABLE_TORCH_LIBRARY(wgpt, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
       "bool gradients) -> (Tensor loss, Tensor n_correct, Tensor d_hidden, Tensor d_weight)");
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(wgpt, m) { define_ops(m); }
+STABLE_TORCH_LIBRARY(wgpt_kernels, m) { define_ops(m); }

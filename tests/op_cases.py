@@ -17,7 +17,9 @@ LSE_PLACES_16_BIT = 1 / 32  # measured: 1/108 of a bfloat16's last place with vd
 
 
 # For FlopCounterMode, which sees shapes.
-LINEAR_FLOPS = {torch.ops.wgpt.linear: lambda x, weight, out_shape: 2 * math.prod(out_shape) * x[1]}
+LINEAR_FLOPS = {
+    torch.ops.wgpt_kernels.linear: lambda x, weight, out_shape: 2 * math.prod(out_shape) * x[1]
+}
 
 
 def skip_float64_on_cuda(device: str, dtype: torch.dtype) -> None:

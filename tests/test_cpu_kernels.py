@@ -212,12 +212,37 @@ def test_nan_of_an_earlier_call_does_not_come_back(dtype: torch.dtype, target: s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("steps, channels", [(99, 41), (194, 131)])
+@pytest.mark.parametrize(
+    "steps, channels, frames_per_step, context_frames",
+    [(99, 41, 1, 1), (194, 131, 1, 1), (193, 70, 1, 3), (97, 33, 3, 2), (101, 17, 2, 14)],
+)
 def test_mel_embed_of_whole_vectors_is_as_accurate_as_torch(
-    steps: int, channels: int, dtype: torch.dtype, target: str
+    steps: int,
+    channels: int,
+    frames_per_step: int,
+    context_frames: int,
+    dtype: torch.dtype,
+    target: str,
 ) -> None:
     """64 bins a frame: products of pairs of bfloat16 where the target has them."""
-    check_accuracy(mel_call(2, steps, 64, channels, 1, 1, pos_rows=steps, dtype=dtype))
+    sizes = (2, steps, 64, channels, frames_per_step, context_frames)
+    check_accuracy(mel_call(*sizes, pos_rows=steps, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["frames", "weight", "bias"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3.4e38], ids=str)
+def test_mel_embed_answers_infinities_alike_on_every_target(
+    name: str, value: float, target: str
+) -> None:
+    """Where products are made of split numbers, infinities and what overflows are NaN in them."""
+    call = mel_call(2, 40, 64, 33, 1, 2, pos_rows=40)
+    tensor = call.tensors[name]
+    assert tensor is not None
+    tensor.flatten()[tensor.numel() // 2] = value
+    values = run(call.op, call)
+    ops.set_cpu_target("generic")
+    expected = run(call.op, call)
+    torch.testing.assert_close(values, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

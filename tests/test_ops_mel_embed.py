@@ -102,6 +102,19 @@ def test_mel_embed_of_nothing_is_empty(device: str) -> None:
         assert all(not value.any() for value in values.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mel_embed_of_no_bins_is_the_activated_bias(
+    dtype: torch.dtype, restore_threads: None
+) -> None:
+    torch.set_num_threads(1)
+    ops.mel_embed(*mel_call(2, 96, 64, 7, dtype=dtype).tensors.values())  # leaves sums in scratch
+    bias = torch.randn(7, dtype=dtype)
+    none = torch.zeros(0)
+    y = ops.mel_embed(torch.zeros(2, 35, 0), none, none, torch.zeros(7, 0, dtype=dtype), bias)
+    expected = torch.nn.functional.gelu(bias).expand(2, 35, 7)
+    torch.testing.assert_close(y, expected, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
+
+
 def test_mel_embed_unused_pos_rows_get_zero_gradient(device: str) -> None:
     values = run(ops.mel_embed, mel_call(2, 3, 4, 5, pos_rows=9, device=device))
     assert values["d_pos"].shape == (9, 5)

@@ -42,6 +42,32 @@ def test_op_passes_opcheck(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_kernel_without_gradient_passes_opcheck(name: str) -> None:
+    """What the public functions call eagerly, around which they put the gradient themselves."""
+    _, arguments = registered_call(sample(name))
+    tensors = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    kernel = getattr(torch.ops.wgpt_kernels, name).default
+    torch.library.opcheck(kernel, tensors, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_eager_gradients_are_those_of_the_registered_op(name: str) -> None:
+    call = sample(name)
+    op, arguments = registered_call(call)
+    leaves = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+    options = {"scale": 0.2, **call.options} if name == "flash_attention" else call.options
+    eager = call.op(*arguments[: len(call.tensors)], **options)
+    registered = op(*arguments)
+    y, z = (out[0] if isinstance(out, tuple) else out for out in (eager, registered))
+    assert torch.equal(y, z)
+    d_y = torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad(y, leaves, d_y), torch.autograd.grad(z, leaves, d_y), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_backward_op_passes_opcheck(name: str) -> None:
     call = sample(name)
     t = {key: value for key, value in call.tensors.items() if value is not None}

@@ -117,10 +117,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_sum_i
   return {d_x, d_delta, d_weight};
 }
 
+void register_ops(Library& m) {
+  m.impl("add_rms_norm", TORCH_BOX(&forward));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("add_rms_norm", TORCH_BOX(&wgpt::forward));
-  m.impl("add_rms_norm_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)

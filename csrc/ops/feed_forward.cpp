@@ -83,10 +83,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
   return {d_x, d_up, d_down};
 }
 
+void register_ops(Library& m) {
+  m.impl("feed_forward", TORCH_BOX(&forward));
+  m.impl("feed_forward_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("feed_forward", TORCH_BOX(&wgpt::forward));
-  m.impl("feed_forward_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)

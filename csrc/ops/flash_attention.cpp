@@ -166,15 +166,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out_in,
   return {dq, dk, dv};
 }
 
+void register_ops(Library& m) {
+  m.impl("flash_attention", TORCH_BOX(&forward));
+  m.impl("flash_attention_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("flash_attention", TORCH_BOX(&wgpt::forward));
-  m.impl("flash_attention_backward", TORCH_BOX(&wgpt::backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CUDA, m) {
-  m.impl("flash_attention", TORCH_BOX(&wgpt::forward));
-  m.impl("flash_attention_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)

@@ -36,10 +36,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, const Te
   return {d_x, d_weight};
 }
 
+void register_ops(Library& m) {
+  m.impl("linear", TORCH_BOX(&forward));
+  m.impl("linear_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("linear", TORCH_BOX(&wgpt::forward));
-  m.impl("linear_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)

@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   return {loss, n_correct, d_hidden, d_weight};
 }
 
+void register_ops(Library& m) { m.impl("linear_cross_entropy", TORCH_BOX(&forward)); }
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&wgpt::forward));
-}
+WGPT_REGISTER_OPS(CPU)

@@ -174,15 +174,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& 
   return {d_weight, d_bias, d_pos};
 }
 
+void register_ops(Library& m) {
+  m.impl("mel_embed", TORCH_BOX(&forward));
+  m.impl("mel_embed_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("mel_embed", TORCH_BOX(&wgpt::forward));
-  m.impl("mel_embed_backward", TORCH_BOX(&wgpt::backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CUDA, m) {
-  m.impl("mel_embed", TORCH_BOX(&wgpt::forward));
-  m.impl("mel_embed_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)

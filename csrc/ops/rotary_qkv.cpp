@@ -75,10 +75,12 @@ Tensor backward(const Tensor& dq_in, const Tensor& dk_in, const Tensor& dv_in, c
   return d_qkv;
 }
 
+void register_ops(Library& m) {
+  m.impl("rotary_qkv", TORCH_BOX(&forward));
+  m.impl("rotary_qkv_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("rotary_qkv", TORCH_BOX(&wgpt::forward));
-  m.impl("rotary_qkv_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -73,4 +74,12 @@ void check_launch(const char* op, const char* failure);
        "WGPT_CUDA=ON pip install .");
 }
 
+using Library = torch::stable::detail::StableLibrary;
+
 }  // namespace wgpt
+
+// Gives the ops that wgpt::register_ops of this file names their kernel on a device, under both of their
+// names (module.cpp).
+#define WGPT_REGISTER_OPS(device)                                       \
+  STABLE_TORCH_LIBRARY_IMPL(wgpt, device, m) { wgpt::register_ops(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(wgpt_kernels, device, m) { wgpt::register_ops(m); }

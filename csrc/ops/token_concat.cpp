@@ -146,15 +146,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& tokens_i
   return {d_table, d_pos};
 }
 
+void register_ops(Library& m) {
+  m.impl("token_concat", TORCH_BOX(&forward));
+  m.impl("token_concat_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace wgpt
 
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CPU, m) {
-  m.impl("token_concat", TORCH_BOX(&wgpt::forward));
-  m.impl("token_concat_backward", TORCH_BOX(&wgpt::backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(wgpt, CUDA, m) {
-  m.impl("token_concat", TORCH_BOX(&wgpt::forward));
-  m.impl("token_concat_backward", TORCH_BOX(&wgpt::backward));
-}
+WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)

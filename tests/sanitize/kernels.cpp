@@ -240,6 +240,8 @@ void run_all(const Kernels& kernels, DType dtype) {
     mel_embed(kernels, dtype, DType::kFloat16, 2, 7, 13, 5, 1, 2, with_pos);
     mel_embed(kernels, dtype, dtype, 3, 97, 64, 65, 1, 1, with_pos);
     mel_embed(kernels, dtype, dtype, 2, 193, 32, 70, 3, 2, with_pos);
+    mel_embed(kernels, dtype, dtype, 1, 97, 64, 17, 1, 3, with_pos);
+    mel_embed(kernels, dtype, DType::kFloat16, 2, 65, 96, 41, 2, 2, with_pos);
   }
   g_what = "flash_attention, " + where;
   for (const int64_t d : {32, 64, 128}) {

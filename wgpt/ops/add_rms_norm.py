@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import autocast_type, require_cpu, statistic_dtype
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def add_rms_norm(
@@ -29,11 +30,11 @@ def add_rms_norm(
     require_cpu("add_rms_norm", x)
     dtype = dtype or autocast_type(x)
     weight = weight.to(statistic_dtype(x))
-    total, y, _ = torch.ops.wgpt.add_rms_norm(x, delta, weight, eps, dtype)
+    total, y, _ = _add_rms_norm(x, delta, weight, eps, dtype)
     return (x if delta is None else total), y
 
 
-@torch.library.register_fake("wgpt::add_rms_norm")
+@register_fake("add_rms_norm")
 def _fake(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +45,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("wgpt::add_rms_norm_backward")
+@register_fake("add_rms_norm_backward")
 def _fake_backward(
     d_sum: Tensor | None,
     d_y: Tensor,
@@ -73,7 +74,7 @@ def _backward(
     total, inv_rms, weight = ctx.saved_tensors
     if d_y is None:
         d_y = torch.zeros_like(total, dtype=ctx.dtype)
-    d_x, d_delta, d_weight = torch.ops.wgpt.add_rms_norm_backward(
+    d_x, d_delta, d_weight = _add_rms_norm_backward(
         d_sum if ctx.has_delta else None, d_y, total, inv_rms, weight, ctx.delta_dtype
     )
     if not ctx.has_delta:
@@ -81,9 +82,5 @@ def _backward(
     return d_x, d_x if ctx.delta_dtype is None else d_delta, d_weight, None, None
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("add_rms_norm: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::add_rms_norm", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::add_rms_norm_backward", _double_backward)
+_add_rms_norm = differentiable("add_rms_norm", _setup_context, _backward)
+_add_rms_norm_backward = backward_op("add_rms_norm")

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -19,16 +19,16 @@ def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """
     require_cpu("feed_forward", x)
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
-    y, _ = torch.ops.wgpt.feed_forward(x.reshape(-1, x.shape[-1]), up, down)
+    y, _ = _feed_forward(x.reshape(-1, x.shape[-1]), up, down)
     return y.view(x.shape)
 
 
-@torch.library.register_fake("wgpt::feed_forward")
+@register_fake("feed_forward")
 def _fake(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], up.shape[0]))
 
 
-@torch.library.register_fake("wgpt::feed_forward_backward")
+@register_fake("feed_forward_backward")
 def _fake_backward(
     d_y: Tensor, x: Tensor, z: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +45,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 def _backward(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if d_y is None:
         return None, None, None
-    return torch.ops.wgpt.feed_forward_backward(d_y, *ctx.saved_tensors)
+    return _feed_forward_backward(d_y, *ctx.saved_tensors)
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("feed_forward: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::feed_forward", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::feed_forward_backward", _double_backward)
+_feed_forward = differentiable("feed_forward", _setup_context, _backward)
+_feed_forward_backward = backward_op("feed_forward")

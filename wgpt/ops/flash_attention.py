@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def flash_attention(
@@ -37,7 +38,7 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    out, lse = torch.ops.wgpt.flash_attention(q, k, v, scale, causal, window)
+    out, lse = _flash_attention(q, k, v, scale, causal, window)
     return (out, lse) if return_lse else out
 
 
@@ -45,7 +46,7 @@ def _statistic_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("wgpt::flash_attention")
+@register_fake("flash_attention")
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _fake(
     return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=_statistic_dtype(q))
 
 
-@torch.library.register_fake("wgpt::flash_attention_backward")
+@register_fake("flash_attention_backward")
 def _fake_backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,15 +73,11 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     q, k, v, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    dq, dk, dv = torch.ops.wgpt.flash_attention_backward(
+    dq, dk, dv = _flash_attention_backward(
         d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window
     )
     return dq, dk, dv, None, None, None
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("flash_attention: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::flash_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::flash_attention_backward", _double_backward)
+_flash_attention = differentiable("flash_attention", _setup_context, _backward)
+_flash_attention_backward = backward_op("flash_attention")

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,16 +20,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     require_cpu("linear", x)
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
-    y = torch.ops.wgpt.linear(x.reshape(-1, x.shape[-1]), weight)
+    y = _linear(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("wgpt::linear")
+@register_fake("linear")
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("wgpt::linear_backward")
+@register_fake("linear_backward")
 def _fake_backward(d_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
@@ -39,12 +39,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.wgpt.linear_backward(d_y, *ctx.saved_tensors)
+    return _linear_backward(d_y, *ctx.saved_tensors)
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("linear: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::linear_backward", _double_backward)
+_linear = differentiable("linear", _setup_context, _backward)
+_linear_backward = backward_op("linear")

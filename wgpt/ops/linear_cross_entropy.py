@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops.gradient import differentiable, register_fake
 
 
 def linear_cross_entropy(
@@ -25,13 +26,13 @@ def linear_cross_entropy(
     require_cpu("linear_cross_entropy", hidden)
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, n_correct, _, _ = torch.ops.wgpt.linear_cross_entropy(
+    loss, n_correct, _, _ = _linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, gradients
     )
     return loss, n_correct
 
 
-@torch.library.register_fake("wgpt::linear_cross_entropy")
+@register_fake("linear_cross_entropy")
 def _fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,11 +71,4 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     return d_hidden, d_weight, None, None, None
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
-
-
-torch.library.register_autograd(
-    "wgpt::linear_cross_entropy", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd("wgpt::linear_cross_entropy_backward", _double_backward)
+_linear_cross_entropy = differentiable("linear_cross_entropy", _setup_context, _backward)

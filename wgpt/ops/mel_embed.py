@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def mel_embed(
@@ -48,13 +49,13 @@ def mel_embed(
     save_slope = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight, bias, pos)
     )
-    y, _ = torch.ops.wgpt.mel_embed(
+    y, _ = _mel_embed(
         frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames, save_slope
     )
     return y
 
 
-@torch.library.register_fake("wgpt::mel_embed")
+@register_fake("mel_embed")
 def _fake(
     frames: Tensor,
     mean: Tensor,
@@ -70,7 +71,7 @@ def _fake(
     return weight.new_empty(shape), weight.new_empty(shape if save_slope else (0,))
 
 
-@torch.library.register_fake("wgpt::mel_embed_backward")
+@register_fake("mel_embed_backward")
 def _fake_backward(
     d_y: Tensor,
     slope: Tensor,
@@ -103,16 +104,12 @@ def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...
         raise RuntimeError("mel_embed: frames, mean and inv_std are data and get no gradient")
     if d_y is None:
         return (None,) * 9
-    d_weight, d_bias, d_pos = torch.ops.wgpt.mel_embed_backward(
+    d_weight, d_bias, d_pos = _mel_embed_backward(
         d_y, *ctx.saved_tensors, ctx.pos_rows, ctx.frames_per_step, ctx.context_frames
     )
     d_pos = None if ctx.pos_rows < 0 else d_pos
     return None, None, None, d_weight, d_bias, d_pos, None, None, None
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("mel_embed: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::mel_embed", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::mel_embed_backward", _double_backward)
+_mel_embed = differentiable("mel_embed", _setup_context, _backward)
+_mel_embed_backward = backward_op("mel_embed")

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import require_cpu, statistic_dtype
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,17 +19,17 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     """
     require_cpu("rotary_qkv", qkv)
     statistics = statistic_dtype(qkv)
-    return torch.ops.wgpt.rotary_qkv(qkv, cos.to(statistics), sin.to(statistics))
+    return _rotary_qkv(qkv, cos.to(statistics), sin.to(statistics))
 
 
-@torch.library.register_fake("wgpt::rotary_qkv")
+@register_fake("rotary_qkv")
 def _fake(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, steps, _, heads, head_dim = qkv.shape
     q, k, v = (qkv.new_empty((batch, steps, heads, head_dim)) for _ in range(3))
     return q, k, v
 
 
-@torch.library.register_fake("wgpt::rotary_qkv_backward")
+@register_fake("rotary_qkv_backward")
 def _fake_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, steps, heads, head_dim = dq.shape
     return dq.new_empty((batch, steps, 3, heads, head_dim))
@@ -42,12 +42,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[1:]):
         raise RuntimeError("rotary_qkv: cos and sin are constants and get no gradient")
-    return torch.ops.wgpt.rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors), None, None
+    return _rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors), None, None
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("rotary_qkv: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::rotary_qkv", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::rotary_qkv_backward", _double_backward)
+_rotary_qkv = differentiable("rotary_qkv", _setup_context, _backward)
+_rotary_qkv_backward = backward_op("rotary_qkv")

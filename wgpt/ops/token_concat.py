@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wgpt.ops.autocast import cast_to_widest_type
+from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def token_concat(
@@ -24,16 +24,16 @@ def token_concat(
     device, so there the step's token channels become NaN.
     """
     table, mel_hidden, pos = cast_to_widest_type(table, mel_hidden, pos)  # type: ignore[assignment]
-    return torch.ops.wgpt.token_concat(tokens, table, mel_hidden, pos)
+    return _token_concat(tokens, table, mel_hidden, pos)
 
 
-@torch.library.register_fake("wgpt::token_concat")
+@register_fake("token_concat")
 def _fake(tokens: Tensor, table: Tensor, mel_hidden: Tensor | None, pos: Tensor | None) -> Tensor:
     mel_channels = 0 if mel_hidden is None else mel_hidden.shape[2]
     return table.new_empty((*tokens.shape, table.shape[1] + mel_channels))
 
 
-@torch.library.register_fake("wgpt::token_concat_backward")
+@register_fake("token_concat_backward")
 def _fake_backward(
     d_y: Tensor, tokens: Tensor, vocab: int, token_channels: int, pos_rows: int
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     d_table = d_pos = d_mel_hidden = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
         (tokens,) = ctx.saved_tensors
-        d_table, d_pos = torch.ops.wgpt.token_concat_backward(
+        d_table, d_pos = _token_concat_backward(
             d_y, tokens, ctx.vocab, ctx.token_channels, ctx.pos_rows
         )
     if ctx.needs_input_grad[2]:
@@ -60,9 +60,5 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     return None, d_table, d_mel_hidden, None if ctx.pos_rows < 0 else d_pos
 
 
-def _double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("token_concat: second derivatives are not implemented")
-
-
-torch.library.register_autograd("wgpt::token_concat", _backward, setup_context=_setup_context)
-torch.library.register_autograd("wgpt::token_concat_backward", _double_backward)
+_token_concat = differentiable("token_concat", _setup_context, _backward)
+_token_concat_backward = backward_op("token_concat")

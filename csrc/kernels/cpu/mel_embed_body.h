@@ -1,7 +1,7 @@
 // mel_embed on the CPU: which code runs for the types.
 #pragma once
 
-#include "kernels/cpu/mel_embed_tiles.h"
+#include "kernels/cpu/mel_embed_split.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -22,6 +22,18 @@ inline void with_mel_dot(const MelEmbedShape& shape, Body&& body) {
   body(FloatDot{});
 }
 
+// The op by products of split numbers. False where the target or the slice has none of them or a sum is
+// not finite: then with_mel_dot's are to be made. What decides is the slice, not the number of steps, so
+// that a step has the same bits among whatever others.
+template <typename Element, typename Frame, typename Args>
+inline bool made_by_splits([[maybe_unused]] const Args& args,
+                           [[maybe_unused]] const Executor& executor) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<Element, float>) return mel_embed_by_splits<Frame>(args, executor);
+#endif
+  return false;
+}
+
 // Calls body(Element{}, Frame{}).
 template <typename Body>
 inline void with_mel_types(const MelEmbedShape& shape, Body&& body) {
@@ -38,7 +50,7 @@ inline void mel_embed_forward(const MelEmbedForward& args, const Executor& execu
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
       mel_embed_forward_by_rows<Frame>(args, executor);
-    } else {
+    } else if (!made_by_splits<Element, Frame>(args, executor)) {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
         mel_embed_forward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
       });
@@ -52,7 +64,7 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
       mel_embed_backward_by_rows<Frame>(args, executor);
-    } else {
+    } else if (!made_by_splits<Element, Frame>(args, executor)) {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
         mel_embed_backward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
       });

@@ -17,7 +17,11 @@ namespace wgpt::cpu::WGPT_TARGET {
 constexpr int kMelSteps = 96;  // steps of a tile: frames, pre-activations and gradients stay in L2
 constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
 constexpr int kMelMaxChunks = 64;
-constexpr int kMelRows = 48;  // partial sums have rows for a multiple of every Dot's
+
+// Rows of a partial d_weight: those of whole row groups, for every Dot.
+inline int64_t mel_partial_rows(int64_t channels) {
+  return max_of(round_up(channels, 48), round_up(channels, 32));
+}
 
 // Calls body(first, Constant<width>{}) for vectors [0, n_vectors), kVectors at a time.
 template <typename Body>
@@ -70,6 +74,30 @@ class MelSlices {
   const MelEmbedShape& shape_;
 };
 
+// y = gelu(z + bias) + pos for channels [first, first + n) of a step, and its slope; z and bias are
+// those of the channels.
+template <typename Element>
+WGPT_INLINE void activate_mel_step(const MelEmbedForward& args, int64_t b, int64_t step,
+                                   const float* z, const float* bias, int64_t first, int64_t n) {
+  const int64_t cm = args.shape.channels, at = (b * args.shape.steps + step) * cm + first;
+  Element* y = static_cast<Element*>(args.y) + at;
+  Element* slope = args.slope == nullptr ? nullptr : static_cast<Element*>(args.slope) + at;
+  const Element* pos =
+      args.pos == nullptr ? nullptr : static_cast<const Element*>(args.pos) + step * cm + first;
+  const int64_t n_vector = n - n % kLanes;
+  Floats slopes;
+  for (int64_t c = 0; c < n_vector; c += kLanes) {
+    const Floats active = gelu(load(z + c) + load(bias + c), slopes);
+    store(y + c, pos == nullptr ? active : active + load(pos + c));
+    if (slope != nullptr) store(slope + c, slopes);
+  }
+  for (int64_t c = n_vector; c < n; ++c) {
+    const float active = first_lane(gelu(splat(z[c] + bias[c]), slopes));
+    y[c] = narrow<Element>(pos == nullptr ? active : active + widen(pos[c]));
+    if (slope != nullptr) slope[c] = narrow<Element>(first_lane(slopes));
+  }
+}
+
 template <typename Element, typename Frame, typename Dot>
 class MelForwardTile {
  public:
@@ -89,13 +117,15 @@ class MelForwardTile {
     [[maybe_unused]] const typename Dot::Scope scope;
     slices_.load_tile(args_, tile);
     for_each_width(ceil_div(cm_, kLanes), [&](int64_t first_vector, auto width) {
-      const int64_t c = first_vector * kLanes;
+      const int64_t c = first_vector * kLanes,
+                    n_here = min_of<int64_t>(width.value * kLanes, cm_ - c);
       for (int64_t first = 0; first < slices_.n; first += kRowsAhead) {
         const int64_t end = min_of(first + kRowsAhead, slices_.n);
         for (int64_t row = first; row < end; row += kRowGroup)
           project_group(row, z_ + (row - first) * kStrip, c, width);
         for (int64_t row = first; row < end; ++row)
-          activate(row, z_ + (row - first) * kStrip, c, width.value * kLanes);
+          activate_mel_step<Element>(args_, slices_.b, slices_.t + row, z_ + (row - first) * kStrip,
+                                     packed_.bias + c, c, n_here);
       }
     });
   }
@@ -115,30 +145,6 @@ class MelForwardTile {
         WGPT_UNROLL for (int v = 0; v < Width::value; ++v)
             store(out + r * kStrip + v * kLanes, z[r][v]);
       }
-    }
-  }
-
-  // y = gelu(z + bias) + pos for channels [first, first + n) of a step.
-  WGPT_INLINE void activate(int64_t row, const float* z, int64_t first, int64_t n) {
-    const int64_t step = slices_.t + row;
-    const int64_t at = (slices_.b * args_.shape.steps + step) * cm_ + first;
-    Element* y = static_cast<Element*>(args_.y) + at;
-    Element* slope = args_.slope == nullptr ? nullptr : static_cast<Element*>(args_.slope) + at;
-    const Element* pos = args_.pos == nullptr
-                             ? nullptr
-                             : static_cast<const Element*>(args_.pos) + step * cm_ + first;
-    const int64_t n_here = min_of(n, cm_ - first), n_vector = n_here - n_here % kLanes;
-    const float* bias = packed_.bias + first;
-    Floats slopes;
-    for (int64_t c = 0; c < n_vector; c += kLanes) {
-      const Floats active = gelu(load(z + c) + load(bias + c), slopes);
-      store(y + c, pos == nullptr ? active : active + load(pos + c));
-      if (slope != nullptr) store(slope + c, slopes);
-    }
-    for (int64_t c = n_vector; c < n_here; ++c) {
-      const float active = first_lane(gelu(splat(z[c] + bias[c]), slopes));
-      y[c] = narrow<Element>(pos == nullptr ? active : active + widen(pos[c]));
-      if (slope != nullptr) slope[c] = narrow<Element>(first_lane(slopes));
     }
   }
 
@@ -183,7 +189,7 @@ class MelBackwardTile {
     [[maybe_unused]] const typename Dot::Scope scope;
     slices_.load_tile(args_, tile);
     const int64_t row_floats = round_up(slices_.k, kLanes);
-    load_gradients(partial + round_up(cm_, kMelRows) * row_floats);
+    load_gradients(partial + mel_partial_rows(cm_) * row_floats);
     if constexpr (kPer == 2) pair_rows();
     const float* x = kPer == 1 ? slices_.units : x_across_;
     const int64_t x_row = kPer == 1 ? slices_.row : across_row_;
@@ -280,7 +286,7 @@ struct MelChunks {
 inline MelChunks mel_chunks(const MelEmbedShape& shape) {
   const int64_t n_tiles = shape.batch * ceil_div(shape.steps, kMelSteps);
   const int64_t per_chunk = max_of<int64_t>(kMelTilesPerChunk, ceil_div(n_tiles, kMelMaxChunks));
-  const int64_t channels = round_up(shape.channels, kMelRows),
+  const int64_t channels = mel_partial_rows(shape.channels),
                 row = round_up(mel_slice_size(shape), kLanes);
   return {n_tiles, per_chunk, ceil_div(n_tiles, per_chunk),
           round_up(channels * row + shape.channels, kLanes)};
@@ -310,7 +316,7 @@ void mel_embed_backward_by_tiles(const MelEmbedBackward& args, const Executor& e
     const int64_t begin = task * kRowsPerTask, end = min_of(begin + kRowsPerTask, cm);
     for (int64_t c = begin; c < end; ++c)
       sum_partials(c * row, k, static_cast<Element*>(args.d_weight) + c * k);
-    sum_partials(round_up(cm, kMelRows) * row + begin, end - begin,
+    sum_partials(mel_partial_rows(cm) * row + begin, end - begin,
                  static_cast<Element*>(args.d_bias) + begin);
   });
 }

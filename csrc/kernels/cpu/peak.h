@@ -2,7 +2,7 @@
 // tile keeps busy.
 #pragma once
 
-#include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/attention_shape.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -16,14 +16,16 @@ double multiply_add_tiles(int64_t n) {
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(zero);
   }
   if constexpr (Dot::kIsMatrix) {  // operands come from L1, under cover of the products
+#if defined(__AMX_BF16__)
     constexpr int kSpan = 1024;
     alignas(64) static const float zeros[kSpan] = {};
     const typename Dot::Scope scope;
     n = round_up(n, kSpan);
     for (int64_t i = 0; i < n; i += kSpan) {
-      multiply_matrix<kVectors, true>(zeros, 0, zeros, 0, kSpan, reinterpret_cast<float*>(&sums),
-                                      kStrip);
+      multiply_tiles<Dot, kVectors, true>(zeros, 0, 0, zeros, 0, 0, kSpan,
+                                          reinterpret_cast<float*>(&sums), kStrip, [] {});
     }
+#endif
   } else {
     const Floats a = splat(zero), b = splat(zero);
     for (int64_t i = 0; i < n; ++i) {
@@ -40,8 +42,8 @@ double multiply_add_tiles(int64_t n) {
 
 // Does n tiles of the products that attention makes for a dtype; gives their FLOPs.
 inline double multiply_adds(DType dtype, int64_t n) {
-  if (dtype == DType::kBFloat16) return multiply_add_tiles<typename DotOf<BFloat16>::Type>(n);
-  return multiply_add_tiles<FloatDot>(n);
+  if (dtype == DType::kBFloat16) return multiply_add_tiles<AttentionDot<BFloat16>::Type>(n);
+  return multiply_add_tiles<AttentionDot<float>::Type>(n);
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

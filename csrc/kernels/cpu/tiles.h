@@ -10,24 +10,11 @@
 #pragma once
 
 #include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/split_bf16.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
 #if defined(__AMX_BF16__)
-
-constexpr int kSplits = 3;
-
-// x, y -> 32 values of each split, those of x first.
-WGPT_INLINE void split_values(Floats x, Floats y, __m512i (&parts)[kSplits]) {
-  WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-    parts[s] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-    if (s + 1 == kSplits) break;
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(parts[s]));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(parts[s], 1));
-    x = x - _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-    y = y - _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
-  }
-}
 
 // x, y -> units (x[i], y[i]) of each split, by cutting instead of rounding: half the instructions.
 // A cut part has the sign of its number, so the other operand's parts should be rounded ones, or what is

@@ -1,0 +1,77 @@
+"""How an op gets its gradient: one formula, registered with torch, and a shorter way to it.
+
+torch.compile, torch.export and callers of torch.ops.wgpt meet the formula that
+`torch.library.register_autograd` registers. Called eagerly that costs 40 to 120 us more for a
+forward with its backward than an autograd.Function around the kernels alone (docs/log.md), so the
+public functions call that: the same formula, over the ops' second names in torch.ops.wgpt_kernels,
+which know of no gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def differentiable(
+    name: str,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Gives the op wgpt::`name` its gradient and returns what to call for it, eagerly or not.
+
+    setup_context(ctx, inputs, output) and backward(ctx, *gradients) as register_autograd takes
+    them; backward calls wgpt::`name`_backward, which has no derivative, by `backward_op`.
+    """
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{name}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"wgpt::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"wgpt::{name}_backward", refuse)
+    registered = getattr(torch.ops.wgpt, name).default
+    kernel = getattr(torch.ops.wgpt_kernels, name).default
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"wgpt::{name}", (torch.autograd.Function,), methods)
+    apply = function.apply
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return registered(*inputs)
+        return apply(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
+
+    return call
+
+
+def backward_op(name: str) -> Callable[..., Any]:
+    """What a formula calls for wgpt::`name`_backward.
+
+    Where a graph of the backward itself is made, or traced, that is the op which says that it has
+    no derivative.
+    """
+    registered = getattr(torch.ops.wgpt, f"{name}_backward").default
+    kernel = getattr(torch.ops.wgpt_kernels, f"{name}_backward").default
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return registered(*inputs)
+        return kernel(*inputs)
+
+    return call
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates what gives outputs without data, for both names of an op."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for namespace in ("wgpt", "wgpt_kernels"):
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+        return fake
+
+    return register
