@@ -172,6 +172,10 @@ class GradientTask {
       derived()->pack_across(q, q_across_);
       derived()->pack_across(d_out, d_out_across_);
     }
+    const int64_t n_next =
+        max_of<int64_t>(0, min_of<int64_t>(kGradientQueries, shape_.q_steps - end));
+    prefetch_rows<kDim>(head_rows<Element>(args_.q, b_, h_, end), n_next);
+    prefetch_rows<kDim>(head_rows<Element>(args_.d_out, b_, h_, end), n_next);
     for (int64_t i = 0; i < kGradientQueries; ++i) {
       tile_lse_[i] = i < n_rows_ ? lse_[tile + i] : INFINITY;
       tile_delta_[i] = i < n_rows_ ? delta_[tile + i] : 0.0f;

@@ -93,6 +93,10 @@ class ForwardChunk {
                               kKPlane);
       pack_row_pairs<Dot, kDim, kApart>(head_rows<Element>(args_.v, b, h, block_), n_keys, n_packed,
                                         v_, kVPlane);
+      const int64_t next = block_ + kBlockKeys;
+      const int64_t n_next = max_of<int64_t>(0, min_of<int64_t>(kBlockKeys, keys.end - next));
+      prefetch_rows<kDim>(head_rows<Element>(args_.k, b, h, next), n_next);
+      prefetch_rows<kDim>(head_rows<Element>(args_.v, b, h, next), n_next);
       static_cast<Derived*>(this)->attend_block();
     }
     bool all_finite = true;

@@ -114,6 +114,16 @@ inline bool are_finite(const Element* x, int n) {
   return reduce_add(check) == 0.0f;
 }
 
+// Asks for n rows of a head, which lie far apart, before they are packed: they come from the third cache
+// while the products of what is packed already are made.
+template <int kDim, typename Element>
+inline void prefetch_rows(Rows<Element> rows, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const char* row = reinterpret_cast<const char*>(rows[i]);
+    for (size_t c = 0; c < kDim * sizeof(Element); c += 64) __builtin_prefetch(row + c, 0, 2);
+  }
+}
+
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 }  // namespace wgpt::cpu::WGPT_TARGET
