@@ -10,8 +10,7 @@
 // Here is what both ways of making a tile share; they are in attention_backward_vectors.h and
 // attention_backward_tiles.h.
 //
-// Every product is summed by itself and then added, in ascending order of queries (dk, dv) or keys
-// (dq), which halves the rounding error of one long sum and fixes the order. A task is a whole head
+// Products are added in ascending order of queries (dk, dv) or keys (dq). A task is a whole head
 // (five products), or, with fewer heads than threads could use, first a block of keys of a head (dk,
 // dv) and then a chunk of its queries (dq): seven products, but many tasks. Both make the same sums
 // in the same order, so they give the same bits.

@@ -1,4 +1,7 @@
 // flash_attention backward by vector multiply-adds. The way through a head: attention_backward.h.
+//
+// Every product is summed by itself, in registers, and then added: half the rounding error of one
+// long sum.
 #pragma once
 
 #include "kernels/cpu/attention_backward.h"
