@@ -27,7 +27,7 @@ import harness
 import torch
 
 from wgpt import evaluate
-from wgpt.config import HOP_SAMPLES, ConfigError
+from wgpt.config import HOP_SAMPLES
 from wgpt.data.prepare import prepare
 from wgpt.data.shards import Dataset
 from wgpt.demo import SETTINGS, gather_audio
@@ -48,7 +48,6 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "wave, all codebooks": ("hybrid-xs", {"n_fine": 7}, {}),
     "decoded-8, all codebooks": ("hybrid-xs", {"n_fine": 7}, {"mel_source": "decoded-8"}),
 }
-BEGIN, END = "<!-- begin: benchmarks/closed_loop.py -->", "<!-- end -->"
 
 
 def measure(name: str, data: Path, runs: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -166,15 +165,6 @@ def as_markdown(results: dict[str, Any], facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_into(doc: Path, table: str) -> None:
-    """Replaces what stands between the markers of a document."""
-    text = doc.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ConfigError(f"--doc: {doc} must hold one {BEGIN} and one {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    doc.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,7 +208,7 @@ def main() -> None:
     }
     table = as_markdown(results.as_dict(), facts)
     if args.doc:
-        write_into(args.doc, table)
+        harness.write_into(args.doc, Path(__file__).name, table)
     if not args.json:
         print(table)
     results.print_json()

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from wgpt import plots, synth
-from wgpt.config import SAMPLE_RATE_HZ, ConfigError
+from wgpt.config import SAMPLE_RATE_HZ
 from wgpt.likeness import distances
 from wgpt.sampling import Sampling
 from wgpt.speaker import Speaker
@@ -34,7 +34,6 @@ from wgpt.speaker import Speaker
 PROMPT_S, CONTINUATION_S = 3.0, 5.0
 N_REFERENCE = 24
 MUSIC_SEED, REFERENCE_SEED, SPEECH_SEED = 50_000, 60_000, 70_000  # apart from every training's
-BEGIN, END = "<!-- begin: benchmarks/codebooks.py -->", "<!-- end: benchmarks/codebooks.py -->"
 COLUMNS = {"frechet_db": "Frechet, dB", "spectrum_db": "spectrum, dB", "periodicity": "periodicity"}
 
 
@@ -116,15 +115,6 @@ def draw(speakers: dict[str, Speaker], how: str, folder: Path, n: int) -> None:
             plots.spectrograms(mels, folder / f"{group}-{i}.png")
 
 
-def write_into(doc: Path, table: str) -> None:
-    """Replaces what stands between the markers of a document."""
-    text = doc.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ConfigError(f"--doc: {doc} must hold one {BEGIN} and one {END}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    doc.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +148,7 @@ def main() -> None:
     name = f"{codec['name']} {codec['sha256'][:12]}"
     table = as_markdown(results.rows, name, results.facts)
     if args.doc:
-        write_into(args.doc, table)
+        harness.write_into(args.doc, Path(__file__).name, table)
     if args.pictures:
         draw(speakers, args.sampling[0], args.pictures, 2)
     if not args.json:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wgpt import _C, ops
+from wgpt.config import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,6 +44,19 @@ class Timing:
         else:
             quartiles = statistics.quantiles(samples_ms, n=4, method="inclusive")
         return cls(quartiles[1], quartiles[0], quartiles[2], min(samples_ms), tuple(samples_ms))
+
+
+def write_into(doc: Path, script: str, table: str) -> None:
+    """Replaces what stands between the markers of a benchmark's script in a document.
+
+    Raises ConfigError naming the markers unless the document holds each of them once.
+    """
+    begin, end = (f"<!-- {edge}: benchmarks/{script} -->" for edge in ("begin", "end"))
+    text = doc.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ConfigError(f"--doc: {doc} must hold one {begin} and one {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    doc.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def interleave(
