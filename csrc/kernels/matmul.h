@@ -19,6 +19,13 @@
 
 namespace wgpt {
 
+// How b is packed into the workspace.
+enum class Packing {
+  kByBlocks,  // of k, for this product
+  kKeep,      // all of it, for products to come
+  kKept,      // it is there: a product with kKeep has had the same workspace, b, n and k
+};
+
 struct Matmul {
   int64_t m, n, k;
   const float *a, *b;
@@ -26,6 +33,7 @@ struct Matmul {
   float* c;
   int64_t c_row;
   bool accumulate;  // c += a b
+  Packing b_packing;
   void* workspace;  // of matmul_workspace_bytes
 };
 

@@ -34,14 +34,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tens
   const int64_t n = x.size(0), hidden = up.size(0), at_once = rows_at_once(dtype, n);
   Tensor y = empty(x, {n, x.size(1)}), z = empty(x, {n, hidden});
   const Tensor active_memory = empty(x, {at_once, hidden});
+  SharedOperand up_columns{transposed(up)}, down_columns{transposed(down)};
   for (int64_t begin = 0; begin < n; begin += at_once) {
     const int64_t n_rows = std::min(at_once, n - begin);
     const Tensor z_rows = rows_of(z, begin, n_rows), active = rows_of(active_memory, 0, n_rows);
-    multiply(z_rows, rows_of(x, begin, n_rows), transposed(up));
+    multiply(z_rows, rows_of(x, begin, n_rows), up_columns);
     const GeluForward call{dtype, z_rows.numel(), z_rows.const_data_ptr(),
                            active.mutable_data_ptr()};
     cpu::active().gelu_forward(call, torch_executor());
-    multiply(rows_of(y, begin, n_rows), active, transposed(down));
+    multiply(rows_of(y, begin, n_rows), active, down_columns);
   }
   return {y, z};
 }
@@ -62,12 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
   Tensor d_x = empty(x, {n, channels}), d_up = empty(x, {hidden, channels}),
          d_down = empty(x, {channels, hidden});
   if (n == 0) return {d_x, zeroed(d_up), zeroed(d_down)};
+  SharedOperand up_rows{up}, down_rows{down};
   for (int64_t begin = 0; begin < n; begin += at_once) {
     const int64_t n_rows = std::min(at_once, n - begin);
     const Tensor x_rows = rows_of(x, begin, n_rows), z_rows = rows_of(z, begin, n_rows),
                  d_y_rows = rows_of(d_y, begin, n_rows), active = rows_of(active_memory, 0, n_rows),
                  d_z = rows_of(d_z_memory, 0, n_rows);
-    multiply(d_z, d_y_rows, down);
+    multiply(d_z, d_y_rows, down_rows);
     const GeluBackward call{dtype,
                             z_rows.numel(),
                             z_rows.const_data_ptr(),
@@ -75,10 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
                             active.mutable_data_ptr(),
                             d_z.mutable_data_ptr()};
     cpu::active().gelu_backward(call, torch_executor());
-    const auto sum = begin == 0 ? multiply : multiply_add;
-    sum(d_down, transposed(d_y_rows), active);
-    sum(d_up, transposed(d_z), x_rows);
-    multiply(rows_of(d_x, begin, n_rows), d_z, up);
+    multiply(d_down, transposed(d_y_rows), active, begin > 0);
+    multiply(d_up, transposed(d_z), x_rows, begin > 0);
+    multiply(rows_of(d_x, begin, n_rows), d_z, up_rows);
   }
   return {d_x, d_up, d_down};
 }

@@ -62,11 +62,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
   if (gradients && n == 0) zeroed(d_weight);
   const Tensor logits_memory = empty(hidden, {at_once, vocab});
+  SharedOperand weight_columns{transposed(weight)}, weight_rows{weight};
   for (int64_t begin = 0; begin < n; begin += at_once) {
     const int64_t n_rows = std::min(at_once, n - begin);
     const Tensor logits = rows_of(logits_memory, 0, n_rows),
                  hidden_rows = rows_of(hidden, begin, n_rows);
-    multiply(logits, hidden_rows, transposed(weight));
+    multiply(logits, hidden_rows, weight_columns);
     const CrossEntropyRows call{
         dtype,
         n_rows,
@@ -80,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
     };
     cpu::active().cross_entropy_rows(call, torch_executor());
     if (!gradients) continue;  // else the logits are their own gradients now
-    multiply(rows_of(d_hidden, begin, n_rows), logits, weight);
-    (begin == 0 ? multiply : multiply_add)(d_weight, transposed(logits), hidden_rows);
+    multiply(rows_of(d_hidden, begin, n_rows), logits, weight_rows);
+    multiply(d_weight, transposed(logits), hidden_rows, begin > 0);
   }
 
   Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);

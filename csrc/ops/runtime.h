@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 
 #include "checks.h"
 #include "kernels/common.h"
@@ -32,10 +33,16 @@ Tensor zeroed(Tensor tensor);
 Tensor with_dense_rows(const Tensor& tensor);
 
 // Matrix products of CPU tensors on all of torch's threads: torch's own, or those of the CPU target in
-// use where it has better ones (kernels/matmul.h). out = a b, and out += a b.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
-void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b);
+// use where it has better ones (kernels/matmul.h). out = a b, or out += a b.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 Tensor transposed(const Tensor& matrix);
+
+// The b of several products. A target that packs it does so once.
+struct SharedOperand {
+  Tensor b;
+  std::optional<Tensor> packed = std::nullopt;
+};
+void multiply(const Tensor& out, const Tensor& a, SharedOperand& b);
 
 // Rows that an op between products takes at once, so that what lies between them stays in the
 // caches. Gradients of weights become sums over such blocks; types that would round each of them

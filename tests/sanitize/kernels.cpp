@@ -204,23 +204,38 @@ void matmul(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
   for (const bool a_across : {false, true}) {
     for (const bool b_across : {false, true}) {
       Block a(DType::kFloat32, m * k), b(DType::kFloat32, k * n);
-      check({{DType::kFloat32, m * n}}, kernels.matmul_workspace_bytes(n, k),
-            [&](auto& out, void* workspace, const Executor& threads) {
-              const Matmul call{m,
-                                n,
-                                k,
-                                static_cast<const float*>(a.get()),
-                                static_cast<const float*>(b.get()),
-                                a_across ? 1 : k,
-                                a_across ? m : 1,
-                                b_across ? 1 : n,
-                                b_across ? k : 1,
-                                static_cast<float*>(out[0]->get()),
-                                n,
-                                false,
-                                workspace};
-              if (!kernels.matmul(call, threads)) fail("a result is not finite");
-            });
+      const auto call_of = [&](void* c, Packing b_packing, void* workspace) {
+        return Matmul{m,
+                      n,
+                      k,
+                      static_cast<const float*>(a.get()),
+                      static_cast<const float*>(b.get()),
+                      a_across ? 1 : k,
+                      a_across ? m : 1,
+                      b_across ? 1 : n,
+                      b_across ? k : 1,
+                      static_cast<float*>(c),
+                      n,
+                      false,
+                      b_packing,
+                      workspace};
+      };
+      for (const Packing first : {Packing::kByBlocks, Packing::kKeep}) {
+        check({{DType::kFloat32, m * n}},
+              kernels.matmul_workspace_bytes(call_of(nullptr, first, nullptr)),
+              [&](auto& out, void* workspace, const Executor& threads) {
+                bool is_finite = true;
+                Packing packing = first;
+                if (first == Packing::kKeep) {
+                  std::vector<float> other(static_cast<size_t>(m * n));
+                  is_finite = kernels.matmul(call_of(other.data(), first, workspace), threads);
+                  packing = Packing::kKept;
+                }
+                const Matmul call = call_of(out[0]->get(), packing, workspace);
+                is_finite = kernels.matmul(call, threads) && is_finite;
+                if (!is_finite) fail("a result is not finite");
+              });
+      }
     }
   }
 }

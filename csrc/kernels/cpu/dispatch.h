@@ -36,7 +36,7 @@ struct Kernels {
   void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
   // nullptr where torch's own float32 products are as fast as this target could make them.
   bool (*matmul)(const Matmul&, const Executor&);
-  size_t (*matmul_workspace_bytes)(int64_t n, int64_t k);
+  size_t (*matmul_workspace_bytes)(const Matmul&);
   double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
 };
 

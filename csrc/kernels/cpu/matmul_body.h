@@ -1,16 +1,19 @@
 // matmul on tile registers. What is computed: kernels/matmul.h.
 //
-//   for each block of kBlockDepth of k
-//     b split and packed, by threads               panels of 32 columns, in the workspace
-//     task = a chunk of rows of c                  a split and packed: panels of 32 rows, in L2
-//       for each kColumnPanels of b, each kRunSteps of k
-//         for each panel of a, each panel of b     32 x 32 sums in four tiles, of six products
+//   for each block of kBlockDepth of k (all of k, where b is packed for several products)
+//     the shared operand split and packed, by threads           in the workspace
+//     task = a chunk of the other one, its own                  split and packed in L2
+//       for each kSharedPanels of the shared one, each kRunSteps of k
+//         for each own panel, each shared panel   32 x 32 sums in four tiles, of six products
+//
+// Shared is the smaller operand: what one thread has packed and another reads crosses between their
+// caches.
 //
 // Sums start anew at every run and are added to c, which keeps long sums as good as those of a
 // library that works by blocks; it happens while the next block is multiplied.
 //
-// A packed tile is 16 rows of 16 pairs along k, 1 KiB: of a by rows of a, of b by pairs (pair i of
-// 16 columns).
+// A panel is 32 rows of a or columns of b. A packed tile is 16 of them by 16 pairs along k, 1 KiB: of
+// a by rows, of b by pairs.
 #pragma once
 
 #include "kernels/cpu/tasks.h"
@@ -30,9 +33,10 @@ constexpr int64_t kBlockDepth = 256;
 // GFLOP/s with 4, 375 with 8, whose two panels of 48 KiB no longer share L1; vector multiply-adds
 // reach 180 in MKL.
 constexpr int64_t kRunSteps = 4;
-// What a task keeps in L2. Measured, two threads, GFLOP/s at 6000 x 640 x 2560 and 256 x 6000 x 1024: 460
-// and 350; with 4 panels of rows and blocks of 512 400 and 300.
-constexpr int64_t kRowPanels = 8, kColumnPanels = 16;
+// What a task keeps in L2. Measured in place (feed_forward of gpt-s and gpt-l, both threads): 4 to 12
+// own panels, 8 to 32 shared ones, blocks of 192 to 768 and runs of 3 and 4 differ by less than the
+// noise (5 %).
+constexpr int64_t kOwnPanels = 8, kSharedPanels = 16;
 
 // Where element (i, k) of an operand lies: i counts rows of a, columns of b.
 struct Operand {
@@ -56,35 +60,39 @@ inline __mmask16 first_lanes(int64_t n) {
 // column. out: the splits, two tiles apart.
 template <bool kByOuter, bool kDense>
 WGPT_INLINE void pack_tile(const Operand& x, int64_t i, int64_t k, float* out) {
-  constexpr bool kNatural = kByOuter == kDense;  // whether rows come as they are stored
-  constexpr int64_t kSplitFloats = kNatural ? 2 * kTileFloats : kTileFloats;
   const float* from = x.data + i * x.outer + k * x.depth;
-  const int64_t n_outer = x.n_outer - i, n_depth = x.n_depth - k;
-  alignas(64) float across[kNatural ? 1 : kSplits * kTileFloats];
-  float* rows = kNatural ? out : across;
-  const __m512i pairs = _mm512_load_si512(kPairOrder);
-  const __mmask16 first = first_lanes(kDense ? n_depth : n_outer),
-                  second = kDense ? first_lanes(n_depth - kTile) : first;
-  for (int r = 0; r < kTile; ++r) {  // of row r, or of rows 2 r and 2 r + 1 along k
-    Floats a = splat(0.0f), b = a;
-    if (kDense ? r < n_outer : 2 * r < n_depth) a = _mm512_maskz_loadu_ps(first, from);
-    if constexpr (kDense) {
-      if (r < n_outer) b = _mm512_maskz_loadu_ps(second, from + kTile);
-      from += x.outer;
-    } else {
-      if (2 * r + 1 < n_depth) b = _mm512_maskz_loadu_ps(second, from + x.depth);
-      from += 2 * x.depth;
-    }
-    __m512i parts[kSplits];
-    split_values(a, b, parts);
-    WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-      const __m512i units = kDense ? parts[s] : _mm512_permutexvar_epi16(pairs, parts[s]);
-      _mm512_store_si512(rows + s * kSplitFloats + r * kTile, units);
-    }
+  int64_t stride = kDense ? x.outer : x.depth;
+  alignas(64) float padded[kTile * kTileDepth], across[kTile * kTileDepth];
+  const int64_t n_outer = min_of<int64_t>(kTile, x.n_outer - i),
+                n_depth = min_of<int64_t>(kTileDepth, x.n_depth - k);
+  if (n_outer < kTile || n_depth < kTileDepth) {
+    constexpr int kWidth = kDense ? kTileDepth : kTile;
+    const int64_t width = max_of<int64_t>(0, kDense ? n_depth : n_outer);
+    clear_floats(padded, kTile * kTileDepth);
+    for (int64_t r = 0; r < (kDense ? n_outer : n_depth); ++r)
+      std::memcpy(padded + r * kWidth, from + r * stride,
+                  static_cast<size_t>(width) * sizeof(float));
+    from = padded;
+    stride = kWidth;
   }
-  if constexpr (!kNatural) {
-    for (int s = 0; s < kSplits; ++s) {
-      transpose_block(across + s * kTileFloats, kTile, out + s * 2 * kTileFloats, kTile);
+  if constexpr (kByOuter != kDense) {  // else rows are wanted as they lie
+    constexpr int64_t kAcross = kDense ? kTile : kTileDepth;
+    for (int half = 0; half < 2; ++half) {
+      transpose_block(from + half * (kDense ? kTile : kTile * stride), stride,
+                      across + half * (kDense ? kTile * kAcross : kTile), kAcross);
+    }
+    from = across;
+    stride = kAcross;
+  }
+  // A row of a, or two along k of b.
+  const int64_t second = kByOuter ? kTile : stride, next = kByOuter ? stride : 2 * stride;
+  const __m512i pairs = _mm512_load_si512(kPairOrder);
+  for (int r = 0; r < kTile; ++r, from += next) {
+    __m512i parts[kSplits];
+    split_values(load(from), load(from + second), parts);
+    WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
+      const __m512i units = kByOuter ? parts[s] : _mm512_permutexvar_epi16(pairs, parts[s]);
+      _mm512_store_si512(out + s * 2 * kTileFloats + r * kTile, units);
     }
   }
 }
@@ -191,76 +199,140 @@ inline Floats multiply_panels(const float* a, const float* b, int64_t n_steps, f
   return check;
 }
 
-inline size_t matmul_workspace_bytes(int64_t n, int64_t k) {
-  const int64_t n_steps = ceil_div(min_of(k, kBlockDepth), kTileDepth);
-  return static_cast<size_t>(ceil_div(n, kPanel) * n_steps * kStepFloats) * sizeof(float);
+inline int64_t n_panels_of(int64_t n) { return ceil_div(n, kPanel); }
+
+// Where a block of k from `block` on begins among the packed panels of all of k.
+inline int64_t packed_block(int64_t n_panels, int64_t block) {
+  return n_panels * (block / kTileDepth) * kStepFloats;
 }
 
-inline bool matmul(const Matmul& args, const Executor& executor) {
-  const Operand a{args.a, args.a_row, args.a_column, args.m, args.k};
-  const Operand b{args.b, args.b_column, args.b_row, args.n, args.k};
-  auto* b_packed = static_cast<float*>(args.workspace);
-  const int64_t n_panels = ceil_div(args.n, kPanel), m_panels = ceil_div(args.m, kPanel);
-  // A task is a chunk of at most kRowPanels and all columns; chunks are as even as threads, and with
-  // fewer of them than threads a task has some of the columns.
-  const int64_t n_threads = max_of(1, executor.n_threads);
-  const int64_t n_rounds = ceil_div(m_panels, kRowPanels * n_threads);
-  const int64_t chunk = m_panels < kRowPanels * n_threads
-                            ? min_of(kRowPanels, m_panels)
-                            : ceil_div(m_panels, n_rounds * n_threads);
-  const int64_t n_chunks = ceil_div(m_panels, chunk);
-  const int64_t n_groups = min_of(n_panels, ceil_div(n_threads, n_chunks));
-  const int64_t group = ceil_div(n_panels, n_groups);
-  bool all_finite = true;
-  for (int64_t block = 0; block < args.k; block += kBlockDepth) {
-    const int64_t n_steps = ceil_div(min_of(kBlockDepth, args.k - block), kTileDepth);
-    if (b.depth == 1) {
-      run_tasks(executor, n_panels, [&](int64_t panel) {
-        pack_panels<false>(b, 0, block, n_steps, {panel, panel + 1}, {0, n_steps}, b_packed);
+inline size_t matmul_workspace_bytes(const Matmul& args) {
+  const bool keeps_b = args.b_packing != Packing::kByBlocks;
+  const int64_t n_panels = n_panels_of(keeps_b ? args.n : min_of(args.m, args.n));
+  const int64_t depth = keeps_b ? args.k : min_of(args.k, kBlockDepth);
+  return static_cast<size_t>(n_panels * ceil_div(depth, kTileDepth) * kStepFloats) * sizeof(float);
+}
+
+// kOwnRows: tasks own rows of a and share b, else they own columns of b and share a.
+template <bool kOwnRows>
+class MatmulBy {
+ public:
+  MatmulBy(const Matmul& args, const Executor& executor)
+      : args_(args),
+        executor_(executor),
+        own_(kOwnRows ? rows_of_a() : columns_of_b()),
+        shared_(kOwnRows ? columns_of_b() : rows_of_a()),
+        n_own_(n_panels_of(own_.n_outer)),
+        n_shared_(n_panels_of(shared_.n_outer)),
+        shared_packed_(static_cast<float*>(args.workspace)) {
+    // Chunks are as even as threads; with fewer of them than threads a task has some of the shared
+    // panels.
+    const int64_t n_threads = max_of(1, executor.n_threads);
+    const int64_t n_rounds = ceil_div(n_own_, kOwnPanels * n_threads);
+    chunk_ = n_own_ < n_threads ? 1 : ceil_div(n_own_, n_rounds * n_threads);
+    const int64_t n_chunks = ceil_div(n_own_, chunk_);
+    n_groups_ = min_of(n_shared_, ceil_div(n_threads, n_chunks));
+    group_ = ceil_div(n_shared_, n_groups_);
+    n_tasks_ = n_chunks * n_groups_;
+  }
+
+  // Gives whether all of c is finite.
+  bool run() {
+    const int64_t depth = args_.b_packing == Packing::kByBlocks ? kBlockDepth : args_.k;
+    for (int64_t begin = 0; begin < args_.k; begin += depth) {
+      const int64_t end = min_of(begin + depth, args_.k);
+      if (args_.b_packing != Packing::kKept) pack_shared(begin, end);
+      run_tasks(executor_, n_tasks_, [&](int64_t task) { multiply(task, begin, end); });
+    }
+    return all_finite_;
+  }
+
+ private:
+  Operand rows_of_a() const { return {args_.a, args_.a_row, args_.a_column, args_.m, args_.k}; }
+  Operand columns_of_b() const { return {args_.b, args_.b_column, args_.b_row, args_.n, args_.k}; }
+
+  static int64_t steps_of(int64_t begin, int64_t end) {
+    return ceil_div(min_of(end - begin, kBlockDepth), kTileDepth);
+  }
+
+  // The shared operand over [begin, end) of k.
+  void pack_shared(int64_t begin, int64_t end) {
+    const auto pack = [&](int64_t block, Span panels, Span steps) {
+      pack_panels<!kOwnRows>(shared_, 0, block, steps_of(block, end), panels, steps,
+                             shared_packed_ + packed_block(n_shared_, block - begin));
+    };
+    if (shared_.depth == 1) {
+      run_tasks(executor_, n_shared_, [&](int64_t panel) {
+        for (int64_t block = begin; block < end; block += kBlockDepth)
+          pack(block, {panel, panel + 1}, {0, steps_of(block, end)});
       });
     } else {
-      run_tasks(executor, n_steps, [&](int64_t step) {
-        pack_panels<false>(b, 0, block, n_steps, {0, n_panels}, {step, step + 1}, b_packed);
+      run_tasks(executor_, ceil_div(end - begin, kTileDepth), [&](int64_t step) {
+        const int64_t k = step * kTileDepth / kBlockDepth * kBlockDepth;
+        const int64_t own = step - k / kTileDepth;
+        pack(begin + k, {0, n_shared_}, {own, own + 1});
       });
     }
-    run_tasks(executor, n_chunks * n_groups, [&](int64_t task) {
-      const typename MatrixDot::Scope scope;
-      const int64_t first = task / n_groups * chunk, begin = task % n_groups * group;
-      const int64_t n_own = min_of(chunk, m_panels - first);
-      const int64_t end = min_of(begin + group, n_panels);
-      auto* a_packed = static_cast<float*>(
-          thread_scratch(static_cast<size_t>(n_own * n_steps * kStepFloats) * sizeof(float)));
-      pack_panels<true>(a, first * kPanel, block, n_steps, {0, n_own}, {0, n_steps}, a_packed);
-      alignas(64) float both[2][kPanel * kPanel];  // in turn: one is added while the other is made
-      Sums made{};
-      int64_t n_made = 0;
-      Floats check = splat(0.0f);
-      for (int64_t j_begin = begin; j_begin < end; j_begin += kColumnPanels) {
-        const int64_t j_end = min_of(j_begin + kColumnPanels, end);
+  }
+
+  void multiply(int64_t task, int64_t k_begin, int64_t k_end) {
+    const typename MatrixDot::Scope scope;
+    const int64_t first = task / n_groups_ * chunk_, begin = task % n_groups_ * group_;
+    const int64_t n_own = min_of(chunk_, n_own_ - first), end = min_of(begin + group_, n_shared_);
+    auto* own_packed = static_cast<float*>(thread_scratch(
+        static_cast<size_t>(n_own * steps_of(k_begin, k_end) * kStepFloats) * sizeof(float)));
+    alignas(64) float sums[kPanel * kPanel];  // added before the next are stored
+    Sums made{};
+    Floats check = splat(0.0f);
+    for (int64_t block = k_begin; block < k_end; block += kBlockDepth) {
+      const int64_t n_steps = steps_of(block, k_end);
+      const float* shared = shared_packed_ + packed_block(n_shared_, block - k_begin);
+      pack_panels<kOwnRows>(own_, first * kPanel, block, n_steps, {0, n_own}, {0, n_steps},
+                            own_packed);
+      for (int64_t j_begin = begin; j_begin < end; j_begin += kSharedPanels) {
+        const int64_t j_end = min_of(j_begin + kSharedPanels, end);
         for (int64_t step = 0; step < n_steps; step += kRunSteps) {
           const int64_t n_run = min_of(kRunSteps, n_steps - step);
           for (int64_t i = 0; i < n_own; ++i) {
-            const int64_t row = (first + i) * kPanel;
+            const float* mine = own_packed + (i * n_steps + step) * kStepFloats;
             for (int64_t j = j_begin; j < j_end; ++j) {
-              float* out = both[n_made++ % 2];
-              check = check + multiply_panels(a_packed + (i * n_steps + step) * kStepFloats,
-                                              b_packed + (j * n_steps + step) * kStepFloats, n_run,
-                                              out, made);
-              made = {out,
-                      args.c + row * args.c_row + j * kPanel,
-                      args.c_row,
-                      min_of<int64_t>(kPanel, args.m - row),
-                      args.n - j * kPanel,
-                      block + step == 0 && !args.accumulate};
+              const float* other = shared + (j * n_steps + step) * kStepFloats;
+              check = check + multiply_panels(kOwnRows ? mine : other, kOwnRows ? other : mine,
+                                              n_run, sums, made);
+              made = sums_of(sums, kOwnRows ? first + i : j, kOwnRows ? j : first + i,
+                             block + step == 0 && !args_.accumulate);
             }
           }
         }
       }
-      check = check + add_sums(made, 0, kPanel);
-      if (reduce_add(check) != 0.0f) __atomic_store_n(&all_finite, false, __ATOMIC_RELAXED);
-    });
+    }
+    check = check + add_sums(made, 0, kPanel);
+    if (reduce_add(check) != 0.0f) __atomic_store_n(&all_finite_, false, __ATOMIC_RELAXED);
   }
-  return all_finite;
+
+  Sums sums_of(const float* from, int64_t row_panel, int64_t column_panel, bool from_zero) const {
+    const int64_t row = row_panel * kPanel, column = column_panel * kPanel;
+    return {from,
+            args_.c + row * args_.c_row + column,
+            args_.c_row,
+            min_of<int64_t>(kPanel, args_.m - row),
+            args_.n - column,
+            from_zero};
+  }
+
+  const Matmul& args_;
+  const Executor& executor_;
+  const Operand own_, shared_;
+  const int64_t n_own_, n_shared_;
+  float* const shared_packed_;
+  int64_t chunk_, group_, n_groups_, n_tasks_;
+  bool all_finite_ = true;
+};
+
+inline bool matmul(const Matmul& args, const Executor& executor) {
+  if (args.b_packing == Packing::kByBlocks && args.m < args.n)
+    return MatmulBy<false>(args, executor).run();
+  return MatmulBy<true>(args, executor).run();
 }
 
 #endif
