@@ -26,7 +26,8 @@ namespace wgpt::cpu::WGPT_TARGET {
 // How far the maximum is set above the largest score, in powers of two: half of it, but within these
 // bounds. More means fewer rescalings of scores that rise along the keys, and longer differences s - m,
 // whose rounding a float32 result would show (4e-7 at 8, 8e-7 at 32) where that of s itself is smaller.
-// Scores that rise by 19 nats in 64 keys cost, over flat ones, D 64: COSTS
+// Scores that rise by 19 nats in 64 keys cost, over flat ones, D 64: AMX 7 % (float32) and 8 % (bfloat16),
+// AVX-512 6 %, AVX2 6 %.
 template <typename Dot>
 constexpr float kHeadroom = Dot::kExact      ? 8.0f
                             : Dot::kIsMatrix ? 64.0f
