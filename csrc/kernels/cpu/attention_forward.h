@@ -8,27 +8,38 @@
 // Here is what both ways of going through a block share; they are in attention_forward_vectors.h and
 // attention_forward_tiles.h.
 //
-// The maximum m is lazy: it is set kHeadroom above the largest score when a score passes it, so out
-// and the row sums are rescaled a few times a row, not at every block. Maxima are whole, and powers
-// of two rescale without rounding. Blocks start at fixed keys, and a row's bits depend on no other
-// row, nor on chunks or threads. Blocks and strips that no row sees are skipped.
+// The maximum m is lazy: it is set kHeadroom above the largest score when a score passes it, so the
+// row sums are rescaled a few times a row, and out and p at most once a block, before out += p v.
+// Maxima are whole, and powers of two rescale without rounding. Blocks start at fixed keys, and a row's
+// bits depend on no other row, nor on chunks or threads. Blocks and strips that no row sees are skipped.
 #pragma once
 
 #include <math.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include "kernels/cpu/attention_shape.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// How far the maximum is set above the largest score, in powers of two. More means fewer rescalings
-// of scores that rise along the keys, and longer differences s - m, whose rounding a float32 result
-// would show (4e-7 at 8, 8e-7 at 32). Scores that rise by 19 nats in 64 keys cost, over flat ones, D 64:
-// AMX 13 % (float32) and 11 % (bfloat16), AVX-512 8 %, AVX2 12 %.
+// How far the maximum is set above the largest score, in powers of two: half of it, but within these
+// bounds. More means fewer rescalings of scores that rise along the keys, and longer differences s - m,
+// whose rounding a float32 result would show (4e-7 at 8, 8e-7 at 32) where that of s itself is smaller.
+// Scores that rise by 19 nats in 64 keys cost, over flat ones, D 64: AMX 7 % (float32) and 8 % (bfloat16),
+// AVX-512 6 %, AVX2 6 %.
 template <typename Dot>
 constexpr float kHeadroom = Dot::kExact      ? 8.0f
                             : Dot::kIsMatrix ? 64.0f
                                              : 32.0f;
+constexpr float kMostHeadroom = 32.0f;
 constexpr float kLowest = -3.0e38f;  // maximum and limit before any score
+
+// The nearest whole numbers; of |x| > 2^22, where floats lie far apart, some near them.
+inline Floats whole(Floats x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+
+// 2^n for whole n <= 0; 0 far below.
+inline Floats power_of_two(Floats n) { return scale_by_power(splat(1.0f), n); }
 
 // ln(2^maximum * sum). The power of two in the sum goes to the maximum first, where it undoes the
 // headroom: the terms are then no larger than the result, and neither are their rounding errors.
@@ -39,6 +50,21 @@ inline float log_sum(float maximum, float sum) {
   const float fraction = bit_cast<float>((bits & 0x7fffffu) | 0x3f800000u);
   return (maximum + static_cast<float>(exponent)) * kLn2 + logf(fraction);
 }
+
+// While it lives, results too small for a normal float are 0. With scores that span more than 80 nats p
+// can be that small, and x86 takes a hundred times as long for it.
+class FlushToZero {
+#if defined(__SSE2__)
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  const unsigned before_;
+#endif
+};
 
 // A chunk of queries of a head. Derived::attend_block() lets all of it attend to the current block, with
 // p of at most kGroups groups at a time.
@@ -59,7 +85,7 @@ class ForwardChunk {
   explicit ForwardChunk(const FlashAttentionForward& args, bool only_repair = false)
       : args_(args),
         shape_(args.shape),
-        scale_(static_cast<float>(args.shape.scale)),
+        scale_(static_cast<float>(args.shape.scale) * kLog2E),
         only_repair_(only_repair) {}
 
   // Rows of a task: the product of q, out and the sums fits L2, and every thread gets several
@@ -76,6 +102,7 @@ class ForwardChunk {
   // Queries [begin, end) of a head. Gives whether all of out and lse is finite, if Dot has planes.
   bool run(int64_t b, int64_t h, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
+    [[maybe_unused]] const FlushToZero flush{};
     begin_ = begin;
     n_rows_ = end - begin;
     const int64_t n_padded = round_up(n_rows_, kChunkStep);
@@ -105,6 +132,7 @@ class ForwardChunk {
   }
 
  protected:
+  static constexpr int kPaddedRows = (kRowGroup + kLanes - 1) / kLanes * kLanes;
   static constexpr int kPRow = Dot::kPlanes * kPUnits;
   static constexpr int64_t kKPlane = kBlockKeys * kUnits,
                            kVPlane = kBlockKeys * kDim / Dot::kPerUnit;
@@ -115,12 +143,20 @@ class ForwardChunk {
     float* p;            // of the block's keys
     Visibility visible;  // keys
     Range keys;          // those of the block that p v takes, empty if no row sees any
+    int n_raises;        // so far in the block
     bool is_seen() const { return keys.begin < keys.end; }
+  };
+
+  // Maxima of a group's rows before some of them were raised for keys from `key` on.
+  struct Raise {
+    int64_t key;
+    float before[kPaddedRows];
   };
 
   void reserve(int64_t n_padded) {
     const int64_t n_floats = n_padded * (Dot::kPlanes * kUnits + kDim + kLanes + 2) +
-                             Dot::kPlanes * (kKPlane + kVPlane) + kGroups * kRowGroup * kPRow;
+                             Dot::kPlanes * (kKPlane + kVPlane) + kGroups * kRowGroup * kPRow +
+                             2 * kPaddedRows;
     q_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     out_ = q_ + Dot::kPlanes * n_padded * kUnits;
     sum_ = out_ + n_padded * kDim;
@@ -128,7 +164,7 @@ class ForwardChunk {
     v_ = k_ + Dot::kPlanes * kKPlane;
     p_ = v_ + Dot::kPlanes * kVPlane;
     maximum_ = p_ + kGroups * kRowGroup * kPRow;
-    limit_ = maximum_ + n_padded;
+    limit_ = maximum_ + n_padded + kPaddedRows;
   }
 
   // The lazy maximum needs a positive scale: a negative one moves into q's signs, and 0 makes q 0.
@@ -145,6 +181,7 @@ class ForwardChunk {
   Group& start_group(int index, int64_t row) {
     Group& group = groups_[index];
     group.row = row;
+    group.n_raises = 0;
     group.p = p_ + index * kRowGroup * kPRow;
     group.visible = rows_visibility(shape_, begin_ + row, kRowGroup);
     const int64_t lo = max_of<int64_t>(0, group.visible.any.begin - block_);
@@ -167,7 +204,7 @@ class ForwardChunk {
     return largest;
   }
 
-  // Scores of row r and of keys from `key` on become p, which is summed and stored. scale: base 2.
+  // Scores of row r and of keys from `key` on become p, which is summed and stored.
   template <int kWidth>
   WGPT_INLINE void soften(const Group& group, int key, int r, Floats scale, Floats (&s)[kWidth]) {
     const Floats m = splat(-maximum_[group.row + r]);
@@ -184,22 +221,73 @@ class ForwardChunk {
     mask_keys(shape_, begin_ + group.row + r, block_ + key, splat(-INFINITY), s);
   }
 
-  // If a row's largest score passed its limit, what was made with the old maximum is rescaled: the
-  // sum, out, and p of the block's keys before `key`.
-  __attribute__((noinline)) void raise_maximum(const Group& group, int key, int r, float largest) {
-    float *maximum = maximum_ + group.row + r, *limit = limit_ + group.row + r;
-    if (!(largest > *limit)) return;
-    const float scale = scale_ * kLog2E, before = *maximum;
-    *maximum = ceilf(largest * scale + kHeadroom<Dot>);
-    *limit = largest + kHeadroom<Dot> / scale;
-    const Floats factor = exp2_of<true>(splat(before - *maximum));
-    float* sum = sum_ + (group.row + r) * kLanes;
-    store(sum, load(sum) * factor);
-    float* out = out_ + (group.row + r) * kDim;
-    for (int c = 0; c < kDim; c += kLanes) store(out + c, load(out + c) * factor);
-    const int64_t n_units = (key - group.keys.begin) / Dot::kPerUnit;
-    float* p = p_of(group, r, group.keys.begin);
-    for (int s = 0; s < Dot::kPlanes; ++s) scale_units<Dot>(p + s * kPUnits, n_units, factor);
+  // Whether raise_maxima() was called for these keys.
+  bool is_raised(const Group& group, int key) const {
+    return group.n_raises > 0 && raises_[&group - groups_][group.n_raises - 1].key == key;
+  }
+
+  // `lanes` hold the scores of a group's rows for some keys, from `key` on, the largest in some lane.
+  // Maxima of rows whose scores passed their limits are raised and their sums rescaled; out, and p of
+  // the block's earlier keys, wait for rescale().
+  __attribute__((noinline)) void raise_maxima(Group& group, int key,
+                                              const Floats (&lanes)[kRowGroup]) {
+    float *maximum = maximum_ + group.row, *limit = limit_ + group.row;
+    Raise& raise = raises_[&group - groups_][group.n_raises++];
+    raise.key = key;
+    float largest[kPaddedRows], factor[kPaddedRows];
+    for (int r = 0; r < kPaddedRows; ++r)
+      largest[r] = r < kRowGroup ? reduce_max(lanes[r]) : -INFINITY;
+    const Floats inverse = splat(1.0f / scale_);
+    for (int r = 0; r < kPaddedRows; r += kLanes) {
+      const Floats s = load(largest + r), bound = load(limit + r), before = load(maximum + r);
+      const Floats scaled = s * splat(scale_), headroom = headroom_of(scaled);
+      const Floats raised = whole(scaled + headroom);
+      store(raise.before + r, before);
+      store(maximum + r, choose_above(s, bound, raised, before));
+      store(limit + r, choose_above(s, bound, limit_of(fma(headroom, inverse, s)), bound));
+      store(factor + r, choose_above(s, bound, power_of_two(before - raised), splat(1.0f)));
+    }
+    for (int r = 0; r < kRowGroup; ++r) {
+      float* sum = sum_ + (group.row + r) * kLanes;
+      store(sum, load(sum) * splat(factor[r]));
+    }
+  }
+
+  static Floats headroom_of(Floats scaled) {
+    const Floats half = max_or_second(scaled * splat(0.5f), scaled * splat(-0.5f));
+    const Floats most = splat(kMostHeadroom);
+    return max_or_second(choose_above(half, most, most, half), splat(kHeadroom<Dot>));
+  }
+
+  // Not so close to 0 that what a score is above it could be flushed to 0.
+  static Floats limit_of(Floats x) {
+    const Floats tiny = splat(1e-30f);
+    return choose_above(max_or_second(x, splat(0.0f) - x), tiny, x, tiny);
+  }
+
+  // Out and p that were made with maxima which the block has raised since.
+  WGPT_INLINE void rescale(const Group& group) {
+    if (__builtin_expect(group.n_raises > 0, 0)) rescale_raised(group);
+  }
+
+  __attribute__((noinline)) void rescale_raised(const Group& group) {
+    const Raise* raises = raises_[&group - groups_];
+    for (int r = 0; r < kRowGroup; ++r) {
+      const float maximum = maximum_[group.row + r];
+      int64_t key = group.keys.begin;
+      for (int i = 0; i < group.n_raises && raises[i].before[r] != maximum; ++i) {
+        const Floats factor = power_of_two(splat(raises[i].before[r] - maximum));
+        if (i == 0) {
+          float* out = out_ + (group.row + r) * kDim;
+          WGPT_UNROLL for (int c = 0; c < kDim; c += kLanes) store(out + c, load(out + c) * factor);
+        }
+        const int64_t end = max_of<int64_t>(key, raises[i].key);
+        float* p = p_of(group, r, key);
+        for (int s = 0; s < Dot::kPlanes && key < end; ++s)
+          scale_units<Dot>(p + s * kPUnits, (end - key) / Dot::kPerUnit, factor);
+        key = end;
+      }
+    }
   }
 
   bool finish_row(int64_t b, int64_t h, int64_t i) {
@@ -217,13 +305,14 @@ class ForwardChunk {
 
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
-  float scale_;
+  float scale_;  // of scores, base 2
   const bool only_repair_;
   int64_t begin_ = 0, n_rows_ = 0, block_ = 0;
   float *q_, *out_, *sum_, *k_, *v_, *p_;
   // Of each row: what is taken from its scores (base 2), and the score, unscaled, that raises it.
   float *maximum_, *limit_;
   Group groups_[kGroups];
+  Raise raises_[kGroups][kBlockKeys / kStrip];  // one a strip at most
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

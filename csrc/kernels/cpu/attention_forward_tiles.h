@@ -81,7 +81,7 @@ class TileForward
   // The scores made before the last become p, up to row `end`.
   WGPT_INLINE void soften_until(int end) {
     if (softening_.scores == nullptr) return;
-    const Floats scale = splat(this->scale_ * kLog2E);
+    const Floats scale = splat(this->scale_);
     for (int r = softening_.row; r < end; ++r) {
       if (__builtin_expect(softening_.piece.is_masked, 0)) {
         soften_masked_row(r, scale);
@@ -102,16 +102,36 @@ class TileForward
     Group& group = *softening_.group;
     const int key = softening_.piece.key;
     Floats s[kWidth];
-    WGPT_UNROLL for (int v = 0; v < kWidth; ++v) s[v] = (*softening_.scores)[r][v];
-    if constexpr (kMasked) this->mask_scores(group, key, r, s);
+    load_scores<kMasked>(r, s);
     const Floats largest = Chunk::largest_of(s);
     if (__builtin_expect(any_above(largest, splat(this->limit_[group.row + r])), 0))
-      this->raise_maximum(group, key, r, reduce_max(largest));
+      raise_group<kWidth, kMasked>();
     this->soften(group, key, r, scale, s);
+  }
+
+  // The maxima of all rows of the group, which tend to rise at once: later rows find theirs raised. Only
+  // one with a NaN, which hides its largest score, may ask again.
+  template <int kWidth, bool kMasked>
+  __attribute__((noinline)) void raise_group() {
+    if (this->is_raised(*softening_.group, softening_.piece.key)) return;
+    Floats largest[kRowGroup];
+    for (int r = 0; r < kRowGroup; ++r) {
+      Floats s[kWidth];
+      load_scores<kMasked>(r, s);
+      largest[r] = Chunk::largest_of(s);
+    }
+    this->raise_maxima(*softening_.group, softening_.piece.key, largest);
+  }
+
+  template <bool kMasked, int kWidth>
+  WGPT_INLINE void load_scores(int r, Floats (&s)[kWidth]) {
+    WGPT_UNROLL for (int v = 0; v < kWidth; ++v) s[v] = (*softening_.scores)[r][v];
+    if constexpr (kMasked) this->mask_scores(*softening_.group, softening_.piece.key, r, s);
   }
 
   // out += p v of a group.
   __attribute__((noinline)) void multiply_values(const Group& group) {
+    this->rescale(group);
     const int64_t first = group.keys.begin / Dot::kPerUnit;
     for (int column = 0; column < kDim; column += kOutVectors * kLanes) {
       multiply_tiles<Dot, kOutVectors, false>(

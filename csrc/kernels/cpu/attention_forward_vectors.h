@@ -33,6 +33,7 @@ class VectorForward
             attend_piece(group, piece_of<Chunk::kStep>(group.visible, this->block_, strip));
         }
       }
+      for (const Group& group : this->groups_) this->rescale(group);
       for (int column = 0; column < kDim; column += kOutVectors * kLanes) {
         for (int g = 0; g < kGroups; g += kJoined) add_values_of(g, column);
       }
@@ -59,11 +60,11 @@ class VectorForward
       worst = max_or_second(Chunk::largest_of(s[r]) - splat(limit[r]), worst);
     }
     if (__builtin_expect(any_above(worst, splat(0.0f)), 0)) {
-      WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-        this->raise_maximum(group, key, r, reduce_max(Chunk::largest_of(s[r])));
-      }
+      Floats largest[kRowGroup];
+      WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) largest[r] = Chunk::largest_of(s[r]);
+      this->raise_maxima(group, key, largest);
     }
-    const Floats scale = splat(this->scale_ * kLog2E);
+    const Floats scale = splat(this->scale_);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->soften(group, key, r, scale, s[r]);
   }
 
