@@ -4,6 +4,7 @@
 #   make test    the test suite against that installed package      (ARGS=... goes to pytest)
 #   make check   ruff, mypy, clang-format; `make format` applies what they can
 #   make sanitize  every CPU target's kernels under AddressSanitizer and UBSan
+#   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
 #   make bench   the CPU benchmarks
 #   make gpu     build with CUDA, test with a GPU required, benchmark
@@ -22,7 +23,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize bench demo gpu dev clean
+.PHONY: build test test-all check format sanitize neon bench demo gpu dev clean
 
 build: $(STAMP)
 
@@ -75,20 +76,26 @@ ISA_avx512 = $(ISA_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 ISA_avx512_bf16 = $(ISA_avx512) -mavx512bf16
 ISA_amx = $(ISA_avx512_bf16) -mamx-tile -mamx-bf16
 SANITIZE_TARGETS = generic $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512_bf16 amx,neon)
-SANITIZE_OBJECTS = $(patsubst %,build/sanitize/%.o,dispatch $(SANITIZE_TARGETS:%=target_%))
-SANITIZE_CXX = $(CXX) -std=c++17 -O1 -g1 -pthread -Icsrc -fsanitize=address,undefined \
-               -fno-sanitize-recover=all
+SANITIZE_OUT = build/sanitize
+SANITIZE_OBJECTS = $(patsubst %,$(SANITIZE_OUT)/%.o,dispatch $(SANITIZE_TARGETS:%=target_%))
+SANITIZE_CXX = $(CXX) -std=c++17 -O1 -g1 -pthread -Icsrc $(SANITIZERS)
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 
-build/sanitize/%.o: csrc/kernels/cpu/%.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
+$(SANITIZE_OUT)/%.o: csrc/kernels/cpu/%.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
 	@mkdir -p $(@D)
 	$(SANITIZE_CXX) $(ISA_$(*:target_%=%)) -c $< -o $@
 
-build/sanitize/kernels: tests/sanitize/kernels.cpp $(SANITIZE_OBJECTS)
+$(SANITIZE_OUT)/kernels: tests/sanitize/kernels.cpp $(SANITIZE_OBJECTS)
 	$(SANITIZE_CXX) $^ -o $@
 
 sanitize:
-	$(MAKE) -j$(JOBS) build/sanitize/kernels
-	build/sanitize/kernels
+	$(MAKE) -j$(JOBS) $(SANITIZE_OUT)/kernels
+	$(SANITIZE_RUN) $(SANITIZE_OUT)/kernels
+
+# g++-aarch64-linux-gnu and qemu-user; the sanitizers do not run in an emulator.
+neon:
+	$(MAKE) sanitize CXX=aarch64-linux-gnu-g++ SANITIZERS= SANITIZE_TARGETS="generic neon" \
+	  SANITIZE_OUT=build/neon SANITIZE_RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 
 bench: build
 	for script in benchmarks/bench_*.py; do $(VENV_PYTHON) $$script $(ARGS) || exit 1; done
