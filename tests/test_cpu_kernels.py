@@ -225,7 +225,14 @@ def test_nan_of_an_earlier_call_does_not_come_back(dtype: torch.dtype, target: s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "steps, channels, frames_per_step, context_frames",
-    [(99, 41, 1, 1), (194, 131, 1, 1), (193, 70, 1, 3), (97, 33, 3, 2), (101, 17, 2, 14)],
+    [
+        (99, 41, 1, 1),
+        (194, 131, 1, 1),
+        (193, 70, 1, 3),
+        (401, 33, 1, 0),
+        (97, 33, 3, 2),
+        (101, 17, 2, 14),
+    ],
 )
 def test_mel_embed_of_whole_vectors_is_as_accurate_as_torch(
     steps: int,
@@ -273,6 +280,16 @@ def test_mel_embed_gelu_holds_far_out(dtype: torch.dtype, target: str) -> None:
     )
     expected = (exact_slope * z.double()).sum().view(1, 1)
     torch.testing.assert_close(slope.double(), expected, rtol=max(2 * eps, 1e-5), atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mel_embed_gelu_of_what_is_not_finite_is_x_phi(dtype: torch.dtype, target: str) -> None:
+    """Also far outside bfloat16's tables; in whole vectors and in the rest of a row."""
+    bias = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0]).repeat(3).to(dtype)
+    frames, zero, one = torch.zeros(1, 2, 1), torch.zeros(1), torch.ones(1)
+    y = ops.mel_embed(frames, zero, one, torch.zeros(18, 1, dtype=dtype), bias)
+    expected = bias.double() * torch.special.ndtr(bias.double())
+    torch.testing.assert_close(y, expected.to(dtype).expand(1, 2, -1), equal_nan=True)
 
 
 def test_token_concat_sums_one_token_in_order(target: str) -> None:

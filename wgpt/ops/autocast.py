@@ -15,25 +15,24 @@ def _castable(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
-def cast_to_autocast_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_to_autocast_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the type that the enclosing autocast wants for products, if there is one."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = first.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return first, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and _castable(t) else t for t in tensors)
+    return tuple(t.to(dtype) if t is not None and _castable(t) else t for t in (first, *others))
 
 
-def cast_to_widest_type(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_to_widest_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in their widest common type, under autocast only."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = None
-    for tensor in tensors:
+    if not torch.is_autocast_enabled(first.device.type):
+        return first, *others
+    dtype = first.dtype
+    for tensor in others:
         if tensor is not None:
-            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(None if t is None else t.to(dtype) for t in (first, *others))
 
 
 def autocast_type(tensor: Tensor) -> torch.dtype:

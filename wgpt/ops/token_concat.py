@@ -56,7 +56,8 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
             d_y, tokens, ctx.vocab, ctx.token_channels, ctx.pos_rows
         )
     if ctx.needs_input_grad[2]:
-        d_mel_hidden = d_y[..., ctx.token_channels :]  # a view: the copy is the next op's business
+        # A view: the copy is the next op's business.
+        d_mel_hidden = d_y.narrow(2, ctx.token_channels, d_y.shape[2] - ctx.token_channels)
     return None, d_table, d_mel_hidden, None if ctx.pos_rows < 0 else d_pos
 
 

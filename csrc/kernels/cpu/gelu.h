@@ -43,11 +43,73 @@ inline Floats gelu(Floats x, Floats& slope) {
   return x * g.cdf;
 }
 
+#if defined(__AVX512F__)
+// Both for what becomes a bfloat16, by tables that one instruction looks up: with a = |x|, Phi(-a) and
+// gelu'(-a) are parabolas on each of 31 pieces of [0, 5] and zero above. Measured error of gelu 8e-6, of
+// its slope 4e-5, where a bfloat16 is rounded by up to 2e-3 of its value.
+class GeluTable {
+ public:
+  GeluTable();
+  Floats operator()(Floats x, Floats& slope) const {
+    const Floats magnitude = max_or_second(x, splat(0.0f) - x);
+    const Floats a = _mm512_min_ps(splat((kPieces - 1) * kPiece), magnitude);  // NaN stays
+    // Whole pieces in the lowest bits, which are those that a table is indexed by.
+    const __m512i piece = _mm512_castps_si512(fma(a, splat(1.0f / kPiece), splat(12582912.0f)));
+    const __mmask16 positive = _mm512_cmp_ps_mask(x, splat(0.0f), _CMP_GT_OQ);
+    const Floats tail = parabola(tail_, piece, a), tail_slope = parabola(slope_, piece, a);
+    slope = _mm512_mask_sub_ps(tail_slope, positive, splat(1.0f), tail_slope);
+    return x * _mm512_mask_sub_ps(tail, positive, splat(1.0f), tail);
+  }
+
+ private:
+  static constexpr int kPieces = 32;  // around the multiples of kPiece
+  static constexpr float kPiece = 5.0f / (kPieces - 1.5f);
+  using Parabolas = float[3][kPieces];
+
+  static Floats parabola(const Parabolas& table, __m512i piece, Floats a) {
+    Floats c[3];
+    for (int i = 0; i < 3; ++i)
+      c[i] = _mm512_permutex2var_ps(load(table[i]), piece, load(table[i] + kLanes));
+    return fma(fma(c[2], a, c[1]), a, c[0]);
+  }
+  template <typename Function>
+  static void fit(Function&& function, Parabolas& table);
+
+  alignas(64) Parabolas tail_, slope_;
+};
+#endif
+
 inline double gaussian_cdf(double x) { return 0.5 * erfc(-0.70710678118654752 * x); }
 inline double gelu(double x) { return x * gaussian_cdf(x); }
 inline double gelu_slope(double x) {
   return gaussian_cdf(x) + x * 0.39894228040143268 * exp(-0.5 * x * x);
 }
+
+#if defined(__AVX512F__)
+// Parabolas through three points of each piece where the error of the best one changes sign.
+template <typename Function>
+void GeluTable::fit(Function&& function, Parabolas& table) {
+  for (int i = 0; i < 3; ++i) table[i][kPieces - 1] = 0.0f;
+  for (int piece = 0; piece < kPieces - 1; ++piece) {
+    const double low = piece == 0 ? 0.0 : (piece - 0.5) * kPiece, high = (piece + 0.5) * kPiece;
+    double x[3], y[3];
+    for (int i = 0; i < 3; ++i) {
+      constexpr double kNodes[3] = {-0.86602540378443865, 0.0, 0.86602540378443865};
+      x[i] = 0.5 * (low + high + (high - low) * kNodes[i]);
+      y[i] = function(x[i]);
+    }
+    const double first = (y[1] - y[0]) / (x[1] - x[0]), second = (y[2] - y[1]) / (x[2] - x[1]),
+                 square = (second - first) / (x[2] - x[0]);
+    table[0][piece] = static_cast<float>(y[0] - first * x[0] + square * x[0] * x[1]);
+    table[1][piece] = static_cast<float>(first - square * (x[0] + x[1]));
+    table[2][piece] = static_cast<float>(square);
+  }
+}
+inline GeluTable::GeluTable() {
+  fit([](double a) { return gaussian_cdf(-a); }, tail_);
+  fit([](double a) { return gelu_slope(-a); }, slope_);
+}
+#endif
 
 // The same for single numbers: the ends of rows, and float64.
 inline double gelu(double x, double& slope) {
@@ -59,6 +121,28 @@ inline float gelu(float x, float& slope) {
   const float active = first_lane(gelu(splat(x), slopes));
   slope = first_lane(slopes);
   return active;
+}
+
+// How the GELU of elements of a type is made.
+struct ExactGelu {
+  Floats operator()(Floats x, Floats& slope) const { return gelu(x, slope); }
+};
+template <typename Element>
+struct GeluOf {
+  using Type = ExactGelu;
+};
+#if defined(__AVX512F__)
+template <>
+struct GeluOf<BFloat16> {
+  using Type = GeluTable;
+};
+#endif
+
+// One for all calls.
+template <typename Element>
+const typename GeluOf<Element>::Type& gelu_of() {
+  static const typename GeluOf<Element>::Type gelu;
+  return gelu;
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

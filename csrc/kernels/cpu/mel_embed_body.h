@@ -5,10 +5,17 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
+template <typename Dot>
+inline int64_t mel_partials_floats(const MelEmbedShape& shape) {
+  const MelChunks chunks = mel_chunks<Dot>(shape);
+  return chunks.n_chunks * chunks.partial_floats;
+}
+
 inline size_t mel_embed_backward_workspace_bytes(const MelEmbedShape& shape) {
   if (shape.dtype == DType::kFloat64) return 0;
-  const MelChunks chunks = mel_chunks(shape);
-  return static_cast<size_t>(chunks.n_chunks * chunks.partial_floats) * sizeof(float);
+  const int64_t n_floats = max_of(mel_partials_floats<FloatDot>(shape),
+                                  mel_partials_floats<DotOf<BFloat16>::Type>(shape));
+  return static_cast<size_t>(n_floats) * sizeof(float);
 }
 
 // Calls body(Dot{}): products of pairs where there are any and a slice is made of whole vectors of
@@ -64,16 +71,12 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
       mel_embed_backward_by_rows<Frame>(args, executor);
+      if (args.d_pos == nullptr) return;
+      run_tasks(executor, sum_over_batch_tasks(args.pos_rows),
+                [&](int64_t task) { sum_mel_pos<double>(args, task); });
     } else if (!made_by_splits<Element, Frame>(args, executor)) {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
         mel_embed_backward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
-      });
-    }
-    const MelEmbedShape& shape = args.shape;
-    if (args.d_pos != nullptr) {
-      run_tasks(executor, sum_over_batch_tasks(args.pos_rows), [&](int64_t task) {
-        sum_over_batch(task, static_cast<const Element*>(args.d_y), shape.batch, shape.steps,
-                       shape.channels, args.pos_rows, static_cast<Element*>(args.d_pos));
       });
     }
   });

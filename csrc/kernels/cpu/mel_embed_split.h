@@ -69,17 +69,17 @@ class MelSlices<Frame, SplitDot> {
   explicit MelSlices(const MelEmbedShape& shape) : shape_(shape) {
     k = mel_slice_size(shape);
     row = shape.frames_per_step * shape.mels;
-    plane = round_up(kMelSteps * row + k + kStrip, 2 * kLanes) / 2;
+    plane = round_up(kMelSteps<SplitDot> * row + k + kStrip, 2 * kLanes) / 2;
   }
 
   int64_t n_floats() const { return kSplits * plane + round_up(shape_.mels, kLanes); }
 
   template <typename Args>
   void load_tile(const Args& args, int64_t tile) {
-    const int64_t n_tiles = ceil_div(shape_.steps, kMelSteps);
+    const int64_t n_tiles = ceil_div(shape_.steps, kMelSteps<SplitDot>);
     b = tile / n_tiles;
-    t = tile % n_tiles * kMelSteps;
-    n = min_of<int64_t>(kMelSteps, shape_.steps - t);
+    t = tile % n_tiles * kMelSteps<SplitDot>;
+    n = min_of<int64_t>(kMelSteps<SplitDot>, shape_.steps - t);
     const int64_t first = t * shape_.frames_per_step - shape_.context_frames,
                   n_frames = n * shape_.frames_per_step + shape_.context_frames;
     float* frame = units + kSplits * plane;
@@ -143,12 +143,12 @@ bool mel_embed_by_splits(const MelEmbedForward& args, const Executor& executor) 
   const MelEmbedShape& shape = args.shape;
   if (!mel_may_split(shape)) return false;
   const PackedMelWeight packed = pack_split_weight(shape, args.weight, args.bias);
-  const int64_t n_tiles = shape.batch * ceil_div(shape.steps, kMelSteps);
+  const int64_t n_tiles = shape.batch * ceil_div(shape.steps, kMelSteps<SplitDot>);
   bool all_finite = true;
   run_tasks(executor, n_tiles, [&](int64_t tile) {
     const SplitDot::Scope scope;
     MelSlices<Frame, SplitDot> x(shape);
-    const int64_t n_z = kMelSteps * kStrip, k = x.k / 2, cm = shape.channels;
+    const int64_t n_z = kMelSteps<SplitDot> * kStrip, k = x.k / 2, cm = shape.channels;
     auto* z = static_cast<float*>(
         thread_scratch(static_cast<size_t>(n_z + x.n_floats()) * sizeof(float)));
     x.units = z + n_z;
@@ -174,7 +174,7 @@ bool mel_embed_by_splits(const MelEmbedForward& args, const Executor& executor) 
       const int64_t n_here = min_of<int64_t>(kStrip, cm - c);
       for (int64_t row = 0; row < x.n; ++row) {
         check = check_finite(z + row * kStrip, n_here, check);
-        activate_mel_step<float>(args, x.b, x.t + row, z + row * kStrip, packed.bias + c, c,
+        activate_mel_step<float>(args, {}, x.b, x.t + row, z + row * kStrip, packed.bias + c, c,
                                  n_here);
       }
     }
@@ -223,7 +223,7 @@ class MelBackwardTile<float, Frame, SplitDot> {
   }
 
  private:
-  static constexpr int64_t kPairs = kMelSteps / 2;
+  static constexpr int64_t kPairs = kMelSteps<SplitDot> / 2;
 
   // g = d_y * slope in pairs of steps, by columns, and its sum over the tile's steps. Steps and channels
   // that fill up a tile are zero.

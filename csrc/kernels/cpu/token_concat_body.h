@@ -107,22 +107,39 @@ inline TokenBuckets sort_by_token(const int64_t* tokens, const TokenConcatShape&
   return {first, order};
 }
 
+inline void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 template <typename Element>
 void token_concat_backward_as(const TokenConcatBackward& args, const Executor& executor) {
   const TokenConcatShape& shape = args.shape;
   const int64_t ct = shape.token_channels, c = ct + shape.mel_channels;
   const auto* d_y = static_cast<const Element*>(args.d_y);
   auto *d_table = static_cast<Element*>(args.d_table), *d_pos = static_cast<Element*>(args.d_pos);
-  const TokenBuckets buckets = sort_by_token(args.tokens, shape, args.workspace);
+  TokenBuckets buckets{};
+  bool is_sorted = false;
   constexpr int64_t kRowsPerTask = 16;
   const int64_t n_table = ceil_div(shape.vocab, kRowsPerTask),
                 n_pos = d_pos == nullptr ? 0 : sum_over_batch_tasks(args.pos_rows);
-  run_tasks(executor, n_table + n_pos, [&](int64_t task) {
-    if (task >= n_table) {
-      return sum_over_batch(task - n_table, d_y, shape.batch, shape.steps, c, args.pos_rows, d_pos);
+  // One thread sorts, which takes 5 to 15 % of the time, while others sum d_pos. Tasks are handed out in
+  // order, so whoever waits for the sorting waits for a thread at work.
+  run_tasks(executor, 1 + n_pos + n_table, [&](int64_t task) {
+    if (task == 0) {
+      buckets = sort_by_token(args.tokens, shape, args.workspace);
+      return __atomic_store_n(&is_sorted, true, __ATOMIC_RELEASE);
     }
-    const int64_t end = min_of((task + 1) * kRowsPerTask, shape.vocab);
-    for (int64_t v = task * kRowsPerTask; v < end; ++v) {
+    if (task <= n_pos) {
+      return sum_over_batch(task - 1, d_y, shape.batch, shape.steps, c, args.pos_rows, d_pos);
+    }
+    while (!__atomic_load_n(&is_sorted, __ATOMIC_ACQUIRE)) pause_thread();
+    const int64_t first = (task - 1 - n_pos) * kRowsPerTask,
+                  end = min_of(first + kRowsPerTask, shape.vocab);
+    for (int64_t v = first; v < end; ++v) {
       const int64_t* order = buckets.order + buckets.first[v];
       sum_rows(
           buckets.first[v + 1] - buckets.first[v], [&](int64_t k) { return d_y + order[k] * c; },
