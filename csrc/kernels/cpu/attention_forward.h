@@ -15,9 +15,6 @@
 #pragma once
 
 #include <math.h>
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
 
 #include "kernels/cpu/attention_shape.h"
 
@@ -50,21 +47,6 @@ inline float log_sum(float maximum, float sum) {
   const float fraction = bit_cast<float>((bits & 0x7fffffu) | 0x3f800000u);
   return (maximum + static_cast<float>(exponent)) * kLn2 + logf(fraction);
 }
-
-// While it lives, results too small for a normal float are 0. With scores that span more than 80 nats p
-// can be that small, and x86 takes a hundred times as long for it.
-class FlushToZero {
-#if defined(__SSE2__)
- public:
-  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
-  ~FlushToZero() { _mm_setcsr(before_); }
-  FlushToZero(const FlushToZero&) = delete;
-  FlushToZero& operator=(const FlushToZero&) = delete;
-
- private:
-  const unsigned before_;
-#endif
-};
 
 // A chunk of queries of a head. Derived::attend_block() lets all of it attend to the current block, with
 // p of at most kGroups groups at a time.
@@ -102,7 +84,6 @@ class ForwardChunk {
   // Queries [begin, end) of a head. Gives whether all of out and lse is finite, if Dot has planes.
   bool run(int64_t b, int64_t h, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
-    [[maybe_unused]] const FlushToZero flush{};
     begin_ = begin;
     n_rows_ = end - begin;
     const int64_t n_padded = round_up(n_rows_, kChunkStep);

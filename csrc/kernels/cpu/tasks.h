@@ -6,6 +6,9 @@
 #pragma once
 
 #include <cstdlib>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include "kernels/cpu/elements.h"
 
@@ -15,17 +18,34 @@ namespace wgpt::cpu {
 
 namespace WGPT_TARGET {
 
+// While it lives, results too small for a normal float are 0. Exponentials of a softmax or a GELU can be
+// that small, and x86 takes a hundred times as long for each of them.
+class FlushToZero {
+#if defined(__SSE2__)
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  const unsigned before_;
+#endif
+};
+
 // Calls body(task) for every task in [0, n_tasks); put the longest first.
 template <typename Body>
 void run_tasks(const Executor& executor, int64_t n_tasks, Body&& body) {
   const int64_t n_workers =
       min_of<int64_t>(executor.n_threads > 1 ? executor.n_threads : 1, n_tasks);
   if (n_workers <= 1) {
+    [[maybe_unused]] const FlushToZero flush{};
     for (int64_t task = 0; task < n_tasks; ++task) body(task);
     return;
   }
   int64_t next = 0;
   parallel_for(executor, n_workers, 1, [&](int64_t, int64_t) {
+    [[maybe_unused]] const FlushToZero flush{};
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= n_tasks) return;
