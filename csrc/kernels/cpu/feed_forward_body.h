@@ -21,14 +21,17 @@ template <typename Element>
 void gelu_forward_as(const GeluForward& args, const Executor& executor) {
   const auto* z = static_cast<const Element*>(args.z);
   auto* active = static_cast<Element*>(args.active);
+  const auto& activate = gelu_of<Element>();
   run_pieces(executor, args.n, [&](int64_t begin, int64_t end) {
     const int64_t vectors_end = begin + vector_part<Element>(end - begin);
     if constexpr (sizeof(Element) < sizeof(double)) {
-      for (int64_t i = begin; i < vectors_end; i += kLanes) store(active + i, gelu(load(z + i)));
+      Floats slope;
+      for (int64_t i = begin; i < vectors_end; i += kLanes)
+        store(active + i, activate(load(z + i), slope));
     }
     for (int64_t i = vectors_end; i < end; ++i) {
       Arithmetic<Element> slope;
-      active[i] = narrow<Element>(gelu(widen(z[i]), slope));
+      active[i] = narrow<Element>(gelu_of_one(activate, widen(z[i]), slope));
     }
   });
 }
@@ -38,18 +41,19 @@ void gelu_backward_as(const GeluBackward& args, const Executor& executor) {
   const auto *z = static_cast<const Element*>(args.z),
              *d_active = static_cast<const Element*>(args.d_active);
   auto *active = static_cast<Element*>(args.active), *d_z = static_cast<Element*>(args.d_z);
+  const auto& activate = gelu_of<Element>();
   run_pieces(executor, args.n, [&](int64_t begin, int64_t end) {
     const int64_t vectors_end = begin + vector_part<Element>(end - begin);
     if constexpr (sizeof(Element) < sizeof(double)) {
       for (int64_t i = begin; i < vectors_end; i += kLanes) {
         Floats slope;
-        store(active + i, gelu(load(z + i), slope));
+        store(active + i, activate(load(z + i), slope));
         store(d_z + i, load(d_active + i) * slope);
       }
     }
     for (int64_t i = vectors_end; i < end; ++i) {
       Arithmetic<Element> slope;
-      active[i] = narrow<Element>(gelu(widen(z[i]), slope));
+      active[i] = narrow<Element>(gelu_of_one(activate, widen(z[i]), slope));
       d_z[i] = narrow<Element>(widen(d_active[i]) * slope);
     }
   });

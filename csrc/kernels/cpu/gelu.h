@@ -34,8 +34,6 @@ inline GaussianPair gaussian(Floats x) {
   return {choose_above(x, splat(0.0f), splat(1.0f) - tail, tail), bell};
 }
 
-inline Floats gelu(Floats x) { return x * gaussian(x).cdf; }
-
 // gelu(x), and gelu'(x) in slope.
 inline Floats gelu(Floats x, Floats& slope) {
   const GaussianPair g = gaussian(x);
@@ -111,21 +109,15 @@ inline GeluTable::GeluTable() {
 }
 #endif
 
-// The same for single numbers: the ends of rows, and float64.
 inline double gelu(double x, double& slope) {
   slope = gelu_slope(x);
   return gelu(x);
-}
-inline float gelu(float x, float& slope) {
-  Floats slopes;
-  const float active = first_lane(gelu(splat(x), slopes));
-  slope = first_lane(slopes);
-  return active;
 }
 
 // How the GELU of elements of a type is made.
 struct ExactGelu {
   Floats operator()(Floats x, Floats& slope) const { return gelu(x, slope); }
+  double operator()(double x, double& slope) const { return gelu(x, slope); }
 };
 template <typename Element>
 struct GeluOf {
@@ -137,6 +129,19 @@ struct GeluOf<BFloat16> {
   using Type = GeluTable;
 };
 #endif
+
+// One number, with the bits that it has among others.
+template <typename Gelu>
+inline float gelu_of_one(const Gelu& gelu, float x, float& slope) {
+  Floats slopes;
+  const float active = first_lane(gelu(splat(x), slopes));
+  slope = first_lane(slopes);
+  return active;
+}
+template <typename Gelu>
+inline double gelu_of_one(const Gelu& gelu, double x, double& slope) {
+  return gelu(x, slope);
+}
 
 // One for all calls.
 template <typename Element>

@@ -101,9 +101,10 @@ WGPT_INLINE void activate_mel_step(const MelEmbedForward& args,
     if (slope != nullptr) store(slope + c, slopes);
   }
   for (int64_t c = n_vector; c < n; ++c) {
-    const float active = first_lane(activate(splat(z[c] + bias[c]), slopes));
+    float slope_of_one;
+    const float active = gelu_of_one(activate, z[c] + bias[c], slope_of_one);
     y[c] = narrow<Element>(pos == nullptr ? active : active + widen(pos[c]));
-    if (slope != nullptr) slope[c] = narrow<Element>(first_lane(slopes));
+    if (slope != nullptr) slope[c] = narrow<Element>(slope_of_one);
   }
 }
 
