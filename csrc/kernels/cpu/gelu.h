@@ -1,4 +1,4 @@
-// The exact GELU, x Phi(x), and its slope, in float32 vectors and in double.
+// The GELU, x Phi(x), and its slope: in float32 vectors and in double, and by tables for bfloat16.
 //
 //   Phi(-a) = exp(-a^2 / 2) t Q(t),  t = 1 / (1 + 0.36 a),  a = |x|,  Phi(x) = 1 - Phi(-x)
 //   gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)

@@ -1,6 +1,6 @@
 // matmul on tile registers. What is computed: kernels/matmul.h.
 //
-//   for each block of kBlockDepth of k (all of k, where b is packed for several products)
+//   for each block of kBlockDepth of k (or once for all of k, where b is kept for several products)
 //     the shared operand split and packed, by threads           in the workspace
 //     task = a chunk of the other one, its own                  split and packed in L2
 //       for each kSharedPanels of the shared one, each kRunSteps of k
