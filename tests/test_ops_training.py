@@ -109,12 +109,12 @@ SIZES = {
     "feed_forward": [
         {"rows": 1},
         {"rows": 257, "channels": 64, "hidden": 255},
-        {"rows": 1601, "channels": 201, "hidden": 240},
+        {"rows": 2501, "channels": 201, "hidden": 240},
     ],
     "linear_cross_entropy": [
         {"rows": 1},
         {"rows": 131, "channels": 64, "vocab": 1024},
-        {"rows": 1601, "channels": 201, "vocab": 240},
+        {"rows": 2501, "channels": 201, "vocab": 240},
     ],
 }
 CASES = [(name, sizes) for name in MAKERS for sizes in SIZES[name]]
