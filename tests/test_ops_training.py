@@ -117,6 +117,14 @@ SIZES = {
         {"rows": 2501, "channels": 201, "vocab": 240},
     ],
 }
+WITH_PRODUCTS = ["linear", "feed_forward", "linear_cross_entropy"]
+# The types whose products a CPU target makes itself.
+OWN_PRODUCTS = {
+    "amx": [torch.float32],
+    "avx512_bf16": [torch.float32, torch.float16],
+    "avx512": [torch.float32, torch.bfloat16, torch.float16],
+    "avx2": [torch.float32, torch.bfloat16, torch.float16],
+}
 CASES = [(name, sizes) for name in MAKERS for sizes in SIZES[name]]
 
 
@@ -134,6 +142,16 @@ def test_training_op_is_as_accurate_as_torch_on_every_cpu_target(
 ) -> None:
     ops.set_cpu_target(target)
     check_accuracy(MAKERS[name](dtype=dtype, **SIZES[name][1]))
+
+
+@pytest.mark.parametrize("target", ops.info()["cpu_targets"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
+def test_large_products_are_as_accurate_as_torchs_on_every_cpu_target(
+    name: str, dtype: torch.dtype, target: str, restore_cpu_target: None
+) -> None:
+    ops.set_cpu_target(target)
+    check_accuracy(MAKERS[name](701, 300, 257, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -194,18 +212,21 @@ def test_training_op_compiles_in_one_graph_with_dynamic_sizes(name: str) -> None
 def test_passes_give_the_same_bits_for_any_thread_count(
     name: str, dtype: torch.dtype, restore_threads: None
 ) -> None:
-    """The others contain torch's own products, which promise it for one thread count only."""
+    """The others contain products; torch's promise it for one thread count only."""
     call = MAKERS[name](203, dtype=dtype)
     assert_same_bits_for_any_thread_count(call)
 
 
-@pytest.mark.skipif("amx" not in ops.info()["cpu_targets"], reason="no tile registers here")
-@pytest.mark.parametrize("name", ["linear", "feed_forward", "linear_cross_entropy"])
-def test_products_by_tiles_give_the_same_bits_for_any_thread_count(
-    name: str, restore_threads: None, restore_cpu_target: None
+@pytest.mark.parametrize(
+    "target, dtype",
+    [(t, dtype) for t in ops.info()["cpu_targets"] for dtype in OWN_PRODUCTS.get(t, ())],
+)
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
+def test_products_give_the_same_bits_for_any_thread_count(
+    name: str, dtype: torch.dtype, target: str, restore_threads: None, restore_cpu_target: None
 ) -> None:
-    ops.set_cpu_target("amx")
-    assert_same_bits_for_any_thread_count(MAKERS[name](1200, 300, 330))
+    ops.set_cpu_target(target)
+    assert_same_bits_for_any_thread_count(MAKERS[name](1200, 300, 330, dtype=dtype))
 
 
 def assert_same_bits_for_any_thread_count(call: Call) -> None:
@@ -361,8 +382,15 @@ def test_training_ops_refuse_what_does_not_fit(call: Callable[[], Any], words: s
 def test_linear_treats_numbers_without_bounds_as_torch_does(value: float) -> None:
     x, weight = torch.randn(512, 300), torch.rand(280, 300) + 0.5
     x[5, 7] = value
-    y = ops.linear(x, weight)
-    torch.testing.assert_close(y, F.linear(x, weight), equal_nan=True)
+    y, plain, exact = (
+        ops.linear(x, weight),
+        F.linear(x, weight),
+        F.linear(x.double(), weight.double()),
+    )
+    finite = plain.isfinite()
+    torch.testing.assert_close(y[~finite], plain[~finite], equal_nan=True)
+    error, torchs = ((z.double() - exact).abs()[finite & (exact.abs() < 1e30)] for z in (y, plain))
+    assert error.max() <= 2 * torchs.max()
     assert y[:5].isfinite().all()
 
 

@@ -51,39 +51,35 @@ Tensor with_dense_rows(const Tensor& tensor) {
 
 namespace {
 
-// Multiply-adds from which packing pays. Measured, two threads, ours and torch's: 256 x 256 x 256 90 and
-// 87 us, 512 x 256 x 256 130 and 164, 64 x 128 x 128 19 and 10.
-constexpr int64_t kLeastForTiles = int64_t{1} << 25;
+// `matrix`, or a contiguous copy where elements lie side by side neither along rows nor columns.
+Tensor with_unit_stride(const Tensor& matrix) {
+  return matrix.stride(0) == 1 || matrix.stride(1) == 1 ? matrix : wgpt::contiguous(matrix);
+}
 
-bool has_unit_stride(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
-
-// Whether the target in use has made the product. What is not finite is left to torch, but for sums,
-// where it stays NaN. packed: of b, made or used where it is asked for.
-bool multiply_by_tiles(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate,
-                       std::optional<Tensor>* packed = nullptr) {
+// Whether the target in use has made the product. Where it answers that it could not, sums stay as they
+// are: they hold NaN. packed: of b, made or used where it is asked for.
+bool multiply_by_target(const Tensor& out, const Tensor& a_in, const Tensor& b_in, bool accumulate,
+                        std::optional<Tensor>* packed = nullptr) {
   const cpu::Kernels& kernels = cpu::active();
-  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
-  if (kernels.matmul == nullptr || out.scalar_type() != ScalarType::Float ||
-      m * k * n < kLeastForTiles || m < 32 || n < 32 || !has_unit_stride(a) ||
-      !has_unit_stride(b)) {
-    return false;
-  }
-  Matmul call{m,
-              n,
-              k,
-              a.const_data_ptr<float>(),
-              b.const_data_ptr<float>(),
+  const Tensor a = with_unit_stride(a_in), b = with_unit_stride(b_in);
+  Matmul call{element_type("matmul", "out", out),
+              a.size(0),
+              b.size(1),
+              a.size(1),
+              a.const_data_ptr(),
+              b.const_data_ptr(),
               a.stride(0),
               a.stride(1),
               b.stride(0),
               b.stride(1),
-              out.mutable_data_ptr<float>(),
+              out.mutable_data_ptr(),
               out.stride(0),
               accumulate,
               packed == nullptr     ? Packing::kByBlocks
               : packed->has_value() ? Packing::kKept
                                     : Packing::kKeep,
               nullptr};
+  if (!kernels.makes_matmul(call)) return false;
   const Tensor scratch = call.b_packing == Packing::kKept
                              ? **packed
                              : workspace(out, kernels.matmul_workspace_bytes(call));
@@ -99,14 +95,14 @@ void multiply_by_torch(const Tensor& out, const Tensor& a, const Tensor& b) {
 }  // namespace
 
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (multiply_by_tiles(out, a, b, accumulate)) return;
+  if (multiply_by_target(out, a, b, accumulate)) return;
   if (!accumulate) return multiply_by_torch(out, a, b);
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 void multiply(const Tensor& out, const Tensor& a, SharedOperand& b) {
-  if (!multiply_by_tiles(out, a, b.b, false, &b.packed)) multiply_by_torch(out, a, b.b);
+  if (!multiply_by_target(out, a, b.b, false, &b.packed)) multiply_by_torch(out, a, b.b);
 }
 
 int64_t rows_at_once(DType dtype, int64_t n) {

@@ -32,8 +32,8 @@ Tensor zeroed(Tensor tensor);
 // `tensor`, or a contiguous copy where its last axis is strided. Alignment is for kernels to check.
 Tensor with_dense_rows(const Tensor& tensor);
 
-// Matrix products of CPU tensors on all of torch's threads: torch's own, or those of the CPU target in
-// use where it has better ones (kernels/matmul.h). out = a b, or out += a b.
+// Matrix products of CPU tensors on all of torch's threads: those of the CPU target in use where they are
+// better (kernels/matmul.h), else torch's own. out = a b, or out += a b.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 Tensor transposed(const Tensor& matrix);
 

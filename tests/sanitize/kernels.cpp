@@ -223,34 +223,34 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         });
 }
 
-void matmul(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
+void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) {
   for (const bool a_across : {false, true}) {
     for (const bool b_across : {false, true}) {
-      Block a(DType::kFloat32, m * k), b(DType::kFloat32, k * n);
+      Block a(dtype, m * k), b(dtype, k * n);
       const auto call_of = [&](void* c, Packing b_packing, void* workspace) {
-        return Matmul{m,
+        return Matmul{dtype,
+                      m,
                       n,
                       k,
-                      static_cast<const float*>(a.get()),
-                      static_cast<const float*>(b.get()),
+                      a.get(),
+                      b.get(),
                       a_across ? 1 : k,
                       a_across ? m : 1,
                       b_across ? 1 : n,
                       b_across ? k : 1,
-                      static_cast<float*>(c),
+                      c,
                       n,
                       false,
                       b_packing,
                       workspace};
       };
       for (const Packing first : {Packing::kByBlocks, Packing::kKeep}) {
-        check({{DType::kFloat32, m * n}},
-              kernels.matmul_workspace_bytes(call_of(nullptr, first, nullptr)),
+        check({{dtype, m * n}}, kernels.matmul_workspace_bytes(call_of(nullptr, first, nullptr)),
               [&](auto& out, void* workspace, const Executor& threads) {
                 bool is_finite = true;
                 Packing packing = first;
                 if (first == Packing::kKeep) {
-                  std::vector<float> other(static_cast<size_t>(m * n));
+                  std::vector<float> other(static_cast<size_t>(m * n));  // enough for any type
                   is_finite = kernels.matmul(call_of(other.data(), first, workspace), threads);
                   packing = Packing::kKept;
                 }
@@ -270,6 +270,16 @@ void run_all(const Kernels& kernels, DType dtype) {
                                             : 2e-3;
   const std::string where =
       std::string(kernels.target) + ", type " + std::to_string(static_cast<int>(dtype));
+  Matmul large{dtype};
+  large.m = large.n = large.k = 4096;
+  if (kernels.makes_matmul(large)) {
+    g_what = "matmul, " + where;
+    matmul(kernels, dtype, 1, 1, 1);
+    matmul(kernels, dtype, 32, 64, 32);
+    matmul(kernels, dtype, 33, 65, 31);
+    matmul(kernels, dtype, 300, 47, 257);
+    matmul(kernels, dtype, 70, 550, 300);
+  }
   for (const bool with_pos : {false, true}) {
     g_what = "token_concat, " + where;
     token_concat(kernels, dtype, 0, 3, 5, 4, 3, with_pos);
@@ -306,14 +316,6 @@ int main() {
     g_n_outputs = 0;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(**kernels, dtype);
-    if ((*kernels)->matmul != nullptr) {
-      g_what = std::string("matmul, ") + (*kernels)->target;
-      matmul(**kernels, 1, 1, 1);
-      matmul(**kernels, 32, 64, 32);
-      matmul(**kernels, 33, 65, 31);
-      matmul(**kernels, 300, 47, 257);
-      matmul(**kernels, 70, 550, 300);
-    }
     std::printf("sanitize: %s done\n", (*kernels)->target);
   }
   std::printf("sanitize: %d kernel calls, no fault\n", g_calls);

@@ -34,7 +34,8 @@ struct Kernels {
   void (*gelu_forward)(const GeluForward&, const Executor&);
   void (*gelu_backward)(const GeluBackward&, const Executor&);
   void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
-  // nullptr where torch's own float32 products are as fast as this target could make them.
+  // Whether matmul is as fast as torch's own product, or faster; pointers are not looked at.
+  bool (*makes_matmul)(const Matmul&);
   bool (*matmul)(const Matmul&, const Executor&);
   size_t (*matmul_workspace_bytes)(const Matmul&);
   double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs

@@ -168,7 +168,7 @@ WGPT_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, co
     multiply_matrix<kColumns, false>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
                                      kColumns * kLanes);
   } else {
-    for (int64_t k = 0; k < n; ++k) {
+    _Pragma("GCC unroll 4") for (int64_t k = 0; k < n; ++k) {
       Floats row[kColumns];
       WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + k * b_step + v * kLanes);
       WGPT_UNROLL for (int r = 0; r < kRows; ++r) {

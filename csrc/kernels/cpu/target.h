@@ -39,13 +39,9 @@ const Kernels kKernels{
     gelu_forward,
     gelu_backward,
     cross_entropy_rows,
-#if defined(__AMX_BF16__)
+    makes_matmul,
     matmul,
     matmul_workspace_bytes,
-#else
-    nullptr,
-    nullptr,
-#endif
     multiply_adds,
 };
 

@@ -1,0 +1,209 @@
+// matmul by vector multiply-adds, on blocks of packed panels. The way through a product: matmul_body.h.
+//
+//   for each strip of columns, each panel of rows   kRows x kColumns sums in registers
+//
+// A strip over a block of k stays in L1 while panels of rows come from L2. A packed strip is [k][column].
+// A packed panel of rows is [row][k] where the matrix has its elements side by side along k, else
+// [k][row]: both are copies without a transpose, and a multiply-add reads single elements of it.
+#pragma once
+
+#include "kernels/cpu/matmul_operand.h"
+#include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/typed_rows.h"
+
+namespace wgpt::cpu::WGPT_TARGET {
+
+template <typename ElementType>
+class VectorProduct {
+ public:
+  using Element = ElementType;
+  static constexpr int kRows = kRegisters == 32 ? 12 : 6, kColumnVectors = 2,
+                       kColumns = kColumnVectors * kLanes;
+  template <bool kIsRows>
+  static constexpr int64_t kPanel = kIsRows ? kRows : kColumns;
+  template <bool kIsRows>
+  static constexpr int64_t kFloatsPerDepth = kPanel<kIsRows>;
+  static constexpr int64_t kStepDepth = 16;
+  // A strip and a panel share 32 KiB of L1.
+  static constexpr int64_t kBlockDepth = kRegisters == 32 ? 192 : 256;
+  // Types that are rounded when they are stored are so once, after all of k.
+  static constexpr bool kIsRounded = sizeof(Element) < sizeof(float);
+  static constexpr int64_t kDepthAtOnce = kIsRounded ? INT64_MAX : 4 * kBlockDepth;
+  // What a task keeps in L2: 192 KiB of its own and 128 of the shared operand.
+  template <bool kIsRows>
+  static constexpr int64_t kOwnPanels = 192 / kPanel<kIsRows>;
+  template <bool kIsRows>
+  static constexpr int64_t kSharedPanels = 128 / kPanel<kIsRows>;
+
+  // For a task of these panels of rows and columns; sums: as many floats as sums_floats says.
+  VectorProduct(const Matmul& args, Span rows, Span columns, float* sums)
+      : args_(args),
+        rows_are_dense_(args.a_column == 1),
+        sums_(sums),
+        sums_row_(columns.size() * kColumns),
+        first_sum_(rows.begin * kRows * sums_row_ + columns.begin * kColumns) {}
+
+  static int64_t sums_floats(const Matmul& args, Span rows, Span columns) {
+    const bool is_needed = kIsRounded && args.k > kBlockDepth;
+    return is_needed ? rows.size() * kRows * columns.size() * kColumns : 0;
+  }
+
+  template <bool kIsRows>
+  static void pack(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_steps, Span panels,
+                   Span steps, float* out) {
+    const int64_t begin = steps.begin * kStepDepth,
+                  end = min_of(steps.end * kStepDepth, x.n_depth - k);
+    const int64_t row = n_steps * kStepDepth;  // of a panel of dense rows
+    if (x.depth != 1) return pack_across<kIsRows>(x, i, k, row, panels, {begin, end}, out);
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const int64_t first = i + p * kPanel<kIsRows>;
+      float* panel = out + p * kPanel<kIsRows> * row;
+      if constexpr (kIsRows) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          if (first + r < x.n_outer) {
+            widen(x.data + (first + r) * x.outer + k + begin, end - begin, panel + r * row + begin);
+          } else {
+            clear_floats(panel + r * row + begin, end - begin);
+          }
+        }
+      } else {
+        pack_turned(x, first, k, {begin, end}, panel);
+      }
+    }
+  }
+
+  template <bool kOwnRows>
+  void multiply(const Panels& rows, const Panels& columns, const Block& block) {
+    const int64_t a_row = block.n_steps * kStepDepth;
+    for (int64_t j = 0; j < columns.span.size(); ++j) {
+      for (int64_t i = 0; i < rows.span.size(); ++i) {
+        const int64_t row = (rows.span.begin + i) * kRows,
+                      column = (columns.span.begin + j) * kColumns;
+        if (rows_are_dense_) {
+          multiply_panels<true>(rows[i], a_row, columns[j], block, row, column);
+        } else {
+          multiply_panels<false>(rows[i], a_row, columns[j], block, row, column);
+        }
+      }
+    }
+  }
+
+  // Infinities and NaN come out as they should.
+  bool finish() { return true; }
+
+ private:
+  static void widen(const Element* from, int64_t n, float* out) {
+    if constexpr (kIsRounded) {
+      widen_row(from, n, out);
+    } else {
+      std::memcpy(out, from, static_cast<size_t>(n) * sizeof(float));
+    }
+  }
+
+  // Of a matrix whose elements lie side by side from row to row, or column to column. Rows of memory are
+  // asked for some steps ahead: each is in a page of its own, where the machine does not look ahead.
+  template <bool kIsRows>
+  static void pack_across(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_depth,
+                          Span panels, Span depths, float* out) {
+    constexpr int64_t kWidth = kPanel<kIsRows>, kPanels = 32, kAhead = 8,
+                      kLine = 64 / sizeof(Element);
+    alignas(64) float buffer[kPanels * kWidth];
+    for (int64_t p = panels.begin; p < panels.end; p += kPanels) {
+      const int64_t first = i + p * kWidth, n_panels = min_of(kPanels, panels.end - p);
+      const int64_t n = max_of<int64_t>(0, min_of(n_panels * kWidth, x.n_outer - first));
+      const bool is_copied = kIsRounded || n < n_panels * kWidth;
+      clear_floats(buffer + n, n_panels * kWidth - n);
+      for (int64_t depth = depths.begin; depth < depths.end; ++depth) {
+        const Element* from = x.data + first + (k + depth) * x.depth;
+        for (int64_t i = 0; i < n; i += kLine)
+          __builtin_prefetch(from + min_of(kAhead, x.n_depth - 1 - k - depth) * x.depth + i);
+        if (is_copied) widen(from, n, buffer);
+        const auto* row = is_copied ? buffer : reinterpret_cast<const float*>(from);
+        float* to = out + p * kWidth * n_depth + depth * kWidth;
+        for (int64_t j = 0; j < n_panels; ++j)
+          std::memcpy(to + j * kWidth * n_depth, row + j * kWidth, kWidth * sizeof(float));
+      }
+    }
+  }
+
+  // A strip of columns from `first` on whose elements lie side by side along k.
+  static void pack_turned(const Operand<Element>& x, int64_t first, int64_t k, Span depths,
+                          float* strip) {
+    alignas(64) float block[kLanes * kLanes];
+    for (int64_t column = 0; column < kColumns; column += kLanes) {
+      const int64_t n = min_of<int64_t>(kLanes, x.n_outer - first - column);
+      for (int64_t depth = depths.begin; depth < depths.end; depth += kLanes) {
+        const Element* from = x.data + (first + column) * x.outer + k + depth;
+        const int64_t n_depth = min_of<int64_t>(kLanes, depths.end - depth);
+        float* to = strip + depth * kColumns + column;
+        if (n == kLanes && n_depth == kLanes && !kIsRounded) {
+          transpose_block(from, x.outer, to, kColumns);
+          continue;
+        }
+        clear_floats(block, kLanes * kLanes);
+        for (int64_t r = 0; r < n; ++r) widen(from + r * x.outer, n_depth, block + r * kLanes);
+        transpose_block(block, kLanes, to, kColumns);
+      }
+    }
+  }
+
+  template <bool kDenseRows>
+  __attribute__((noinline)) void multiply_panels(const float* a, int64_t a_row, const float* b,
+                                                 const Block& block, int64_t row, int64_t column) {
+    const int64_t n_rows = min_of<int64_t>(kRows, args_.m - row),
+                  n_columns = min_of<int64_t>(kColumns, args_.n - column);
+    auto* c = static_cast<Element*>(args_.c) + row * args_.c_row + column;
+    for (int64_t r = 0; r < n_rows; ++r) {  // the sums take long enough to hide the way to memory
+      __builtin_prefetch(c + r * args_.c_row, 1);
+      __builtin_prefetch(c + r * args_.c_row + n_columns - 1, 1);
+    }
+    Tile<kRows, kColumnVectors> sums;
+    fill_tile(sums, 0.0f);
+    multiply_tile<FloatDot>(a, kDenseRows ? a_row : 1, kDenseRows ? 1 : kRows, b, kColumns,
+                            block.n_depth, sums);
+    float* before = sums_ + (row * sums_row_ + column - first_sum_);
+    const bool is_stored = !kIsRounded || block.is_last;
+    const bool adds_sums = kIsRounded && !block.is_first;
+    const bool adds_c =
+        kIsRounded ? block.is_last && args_.accumulate : !block.is_first || args_.accumulate;
+    if (n_rows == kRows && n_columns == kColumns) {
+      WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
+        WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v) {
+          Element* out = c + r * args_.c_row + v * kLanes;
+          float* mine = before + r * sums_row_ + v * kLanes;
+          Floats x = sums[r][v];
+          if (adds_sums) x = x + load(mine);
+          if (adds_c) x = x + load(out);
+          is_stored ? store(out, x) : store(mine, x);
+        }
+      }
+      return;
+    }
+    alignas(64) float edge[kRows * kColumns];
+    WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
+      WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v)
+          store(edge + r * kColumns + v * kLanes, sums[r][v]);
+    }
+    for (int64_t r = 0; r < n_rows; ++r) {
+      for (int64_t j = 0; j < n_columns; ++j) {
+        Element& out = c[r * args_.c_row + j];
+        float& mine = before[r * sums_row_ + j];
+        float x = edge[r * kColumns + j];
+        if (adds_sums) x += mine;
+        if (adds_c) x += WGPT_TARGET::widen(out);
+        if (is_stored) {
+          out = narrow<Element>(x);
+        } else {
+          mine = x;
+        }
+      }
+    }
+  }
+
+  const Matmul& args_;
+  const bool rows_are_dense_;
+  float* const sums_;
+  const int64_t sums_row_, first_sum_;
+};
+
+}  // namespace wgpt::cpu::WGPT_TARGET
