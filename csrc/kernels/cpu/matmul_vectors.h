@@ -159,8 +159,10 @@ class VectorProduct {
     }
     Tile<kRows, kColumnVectors> sums;
     fill_tile(sums, 0.0f);
-    multiply_tile<FloatDot>(a, kDenseRows ? a_row : 1, kDenseRows ? 1 : kRows, b, kColumns,
-                            block.n_depth, sums);
+    const int64_t a_outer = kDenseRows ? a_row : 1, a_step = kDenseRows ? 1 : kRows;
+    // Unrolled: 2 to 4 % faster; in attention that gains nothing and takes half as long again to compile.
+    _Pragma("GCC unroll 4") for (int64_t k = 0; k < block.n_depth; ++k)
+        multiply_unit<FloatDot>(a + k * a_step, a_outer, b + k * kColumns, sums);
     float* before = sums_ + (row * sums_row_ + column - first_sum_);
     const bool is_stored = !kIsRounded || block.is_last;
     const bool adds_sums = kIsRounded && !block.is_first;

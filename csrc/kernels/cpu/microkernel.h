@@ -160,6 +160,18 @@ WGPT_INLINE void multiply_matrix([[maybe_unused]] const float* a, [[maybe_unused
 #endif
 }
 
+// One unit of a product by vectors: c[r, :] += a[r * a_row] b.
+template <typename Dot, int kRows, int kColumns>
+WGPT_INLINE void multiply_unit(const float* a, int64_t a_row, const float* b,
+                               Tile<kRows, kColumns>& c) {
+  Floats row[kColumns];
+  WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + v * kLanes);
+  WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
+    const Floats factor = splat(a[r * a_row]);
+    WGPT_UNROLL for (int v = 0; v < kColumns; ++v) c[r][v] = Dot::fma(factor, row[v], c[r][v]);
+  }
+}
+
 // c += a b: a[r, k] lies at a[r * a_row + k * a_step], b[k, :] at b + k * b_step; n units are summed.
 template <typename Dot, int kRows, int kColumns>
 WGPT_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b,
@@ -168,14 +180,7 @@ WGPT_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, co
     multiply_matrix<kColumns, false>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
                                      kColumns * kLanes);
   } else {
-    _Pragma("GCC unroll 4") for (int64_t k = 0; k < n; ++k) {
-      Floats row[kColumns];
-      WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + k * b_step + v * kLanes);
-      WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-        const Floats factor = splat(a[r * a_row + k * a_step]);
-        WGPT_UNROLL for (int v = 0; v < kColumns; ++v) c[r][v] = Dot::fma(factor, row[v], c[r][v]);
-      }
-    }
+    for (int64_t k = 0; k < n; ++k) multiply_unit<Dot>(a + k * a_step, a_row, b + k * b_step, c);
   }
 }
 
