@@ -4,6 +4,7 @@
 #   make test    the test suite against that installed package      (ARGS=... goes to pytest)
 #   make check   ruff, mypy, clang-format; `make format` applies what they can
 #   make sanitize  every CPU target's kernels under AddressSanitizer and UBSan
+#   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
 #   make bench   the CPU benchmarks
@@ -23,7 +24,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize neon bench demo gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon bench demo gpu dev clean
 
 build: $(STAMP)
 
@@ -76,8 +77,19 @@ ISA_avx512 = $(ISA_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 ISA_avx512_bf16 = $(ISA_avx512) -mavx512bf16
 ISA_amx = $(ISA_avx512_bf16) -mamx-tile -mamx-bf16
 SANITIZE_TARGETS = generic $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512_bf16 amx,neon)
+# With EMULATE=1: targets that run on emulated instructions, those that this machine lacks.
+NEEDS_avx512 = avx512f avx512bw avx512dq avx512vl
+NEEDS_avx512_bf16 = $(NEEDS_avx512) avx512_bf16
+NEEDS_amx = $(NEEDS_avx512_bf16) amx_tile amx_bf16
+CPU_FLAGS = $(shell grep -m1 ^flags /proc/cpuinfo)
+EMULATED = $(if $(EMULATE),$(foreach target,$(filter avx512% amx,$(SANITIZE_TARGETS)), \
+  $(if $(filter-out $(CPU_FLAGS),$(NEEDS_$(target))),$(target))))
+EMULATE_avx512_bf16 = -DWGPT_EMULATE_BF16
+EMULATE_amx = $(EMULATE_avx512_bf16) -DWGPT_EMULATE_AMX
 SANITIZE_OUT = build/sanitize
-SANITIZE_OBJECTS = $(patsubst %,$(SANITIZE_OUT)/%.o,dispatch $(SANITIZE_TARGETS:%=target_%))
+SANITIZE_OBJECTS = $(patsubst %,$(SANITIZE_OUT)/%.o,dispatch \
+  $(patsubst %,target_%,$(filter-out $(EMULATED),$(SANITIZE_TARGETS))) \
+  $(if $(EMULATED),avx512_emulator $(EMULATED:%=emulated_%)))
 SANITIZE_CXX = $(CXX) -std=c++17 -O1 -g1 -pthread -Icsrc $(SANITIZERS)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -85,12 +97,25 @@ $(SANITIZE_OUT)/%.o: csrc/kernels/cpu/%.cpp $(wildcard csrc/kernels/*.h csrc/ker
 	@mkdir -p $(@D)
 	$(SANITIZE_CXX) $(ISA_$(*:target_%=%)) -c $< -o $@
 
+$(SANITIZE_OUT)/emulated_%.o: csrc/kernels/cpu/target_%.cpp tests/sanitize/avx512_emulator.h \
+    $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
+	@mkdir -p $(@D)
+	$(SANITIZE_CXX) $(ISA_avx2) $(EMULATE_$*) -Wno-psabi -include $(word 2,$^) -c $< -o $@
+
+$(SANITIZE_OUT)/avx512_emulator.o: tests/sanitize/avx512_emulator.cpp tests/sanitize/avx512_emulator.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O3 -g1 -ffp-contract=off $(ISA_avx2) -Wno-psabi -c $< -o $@
+
 $(SANITIZE_OUT)/kernels: tests/sanitize/kernels.cpp $(SANITIZE_OBJECTS)
-	$(SANITIZE_CXX) $^ -o $@
+	$(SANITIZE_CXX) $(if $(EMULATE),-DWGPT_EMULATED) $^ -o $@
 
 sanitize:
 	$(MAKE) -j$(JOBS) $(SANITIZE_OUT)/kernels
 	$(SANITIZE_RUN) $(SANITIZE_OUT)/kernels
+
+# Slow to compile: a quarter of an hour on two cores.
+emulated:
+	$(MAKE) sanitize EMULATE=1 SANITIZE_OUT=build/emulated
 
 # g++-aarch64-linux-gnu and qemu-user; the sanitizers do not run in an emulator.
 neon:
