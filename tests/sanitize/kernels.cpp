@@ -1,11 +1,11 @@
-// Every CPU target's kernels under AddressSanitizer and UBSan: `make sanitize`; those for aarch64 in an
-// emulator: `make neon`.
+// CPU targets' kernels under AddressSanitizer and UBSan: `make sanitize` those that the machine can run,
+// `make emulated` all of x86-64; those for aarch64 in an emulator: `make neon`.
 //
 // Needs no torch: contracts are pointers, sizes and strides. Each tensor is a heap block of exactly
 // its own size, so that one element too far is an error; outputs start as NaN and must end without;
 // 2 and 4 threads must give the bits of one, and every target what the first one gives, to rounding.
-// Sizes are odd, rows strided, batches empty. Where the machine lacks AVX-512 or AMX, those targets are
-// compiled for the emulator (avx512_emulator.h). It shows AddressSanitizer every tile load; GCC's own are
+// Sizes are odd, rows strided, batches empty. With `make emulated`, targets that the machine
+// lacks are compiled for the emulator (avx512_emulator.h). It shows AddressSanitizer every tile load; GCC's own are
 // assembly, which that does not watch.
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,6 @@
 #include "kernels/cpu/elements.h"
 
 namespace wgpt::cpu {
-// All targets, whatever the machine: what it lacks is emulated.
 #define WGPT_KERNELS(target)     \
   namespace target {             \
   extern const Kernels kKernels; \
