@@ -4,8 +4,8 @@
 // Needs no torch: contracts are pointers, sizes and strides. Each tensor is a heap block of exactly
 // its own size, so that one element too far is an error; outputs start as NaN and must end without;
 // 2 and 4 threads must give the bits of one, and every target what the first one gives, to rounding.
-// Sizes are odd, rows strided, batches empty. With `make emulated`, targets that the machine
-// lacks are compiled for the emulator (avx512_emulator.h). It shows AddressSanitizer every tile load; GCC's own are
+// Sizes are odd, rows strided, batches empty. With `make emulated`, targets that the machine lacks are
+// compiled for the emulator (avx512_emulator.h). It shows AddressSanitizer every tile load; GCC's own are
 // assembly, which that does not watch.
 #include <algorithm>
 #include <cmath>
