@@ -109,6 +109,8 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
       "bool gradients) -> (Tensor loss, Tensor n_correct, Tensor d_hidden, Tensor d_weight)");
+  // On the CPU only: what generation needs to give an item of a batch the bits that it gets alone.
+  m.def("packed_addmm(Tensor x, Tensor panels, Tensor? addend, SymInt columns) -> Tensor");
 }
 
 }  // namespace

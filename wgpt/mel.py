@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from wgpt import ops
 from wgpt.config import ConfigError, MelConfig
 
 # Frames are always computed in blocks of this many, aligned to multiples of it: see MelFrontend.
@@ -196,6 +197,7 @@ class MelStream:
             else config.window_samples - config.frame_hop_samples
         )
         self._tail: Tensor | None = None  # (B, n_left), the samples before the next step
+        self._filters: ops.PackedMatrix | None = None  # on the device of the first wave
 
     def push(self, wave: Tensor) -> Tensor:
         """float32 (B, n * hop) to (B, n * r, M), on the wave's device."""
@@ -208,16 +210,15 @@ class MelStream:
         frames = frames.unfold(1, config.window_samples, config.frame_hop_samples)
         spectrum = torch.fft.rfft(frames * self._frontend.window.to(wave.device))
         power = spectrum.real.square() + spectrum.imag.square()
-        # Two rows at least: the product of one rounds differently, and a batch would show it.
-        rows = power.flatten(0, 1)
-        rows = torch.cat((rows, rows)) if len(rows) == 1 else rows
-        mel = (rows @ self._frontend.filterbank.to(wave.device))[: power.shape[0] * power.shape[1]]
+        if self._filters is None:
+            self._filters = ops.PackedMatrix(self._frontend.filterbank.to(wave.device))
+        mel = self._filters.mm(power.flatten(0, 1))
         return mel.clamp_min(config.floor).log().view(*power.shape[:2], -1)
 
     def clone(self) -> MelStream:
         """A stream at the same place that goes its own way from here."""
         twin = MelStream(self._frontend)
-        twin._tail = self._tail
+        twin._tail, twin._filters = self._tail, self._filters
         return twin
 
     @staticmethod

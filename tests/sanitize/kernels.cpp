@@ -280,6 +280,21 @@ void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k
   }
 }
 
+void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
+  const int64_t n_panels = (n + kPackedColumns - 1) / kPackedColumns, x_row = k + 3;
+  Block x(DType::kFloat32, (m - 1) * x_row + k),
+      panels(DType::kFloat32, n_panels * k * kPackedColumns), addend(DType::kFloat32, m * n);
+  for (const int64_t addend_row : {int64_t{-1}, int64_t{0}, n}) {
+    check({{DType::kFloat32, m * n}}, 0, [&](auto& out, void*, const Executor& threads) {
+      kernels.packed_addmm(
+          {m, n, k, static_cast<float*>(x.get()), x_row, static_cast<float*>(panels.get()),
+           addend_row < 0 ? nullptr : static_cast<float*>(addend.get()), addend_row,
+           static_cast<float*>(out[0]->get())},
+          threads);
+    });
+  }
+}
+
 double tolerance_of(DType dtype) {
   return dtype == DType::kFloat64    ? 1e-13
          : dtype == DType::kFloat32  ? 1e-5
@@ -357,6 +372,10 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(*kernels, dtype);
     matmuls(*kernels);
+    g_tolerance = tolerance_of(DType::kFloat32);
+    g_what = std::string("packed_addmm, ") + kernels->target;
+    for (const int64_t m : {1, 2, 3, 4, 5, 6, 53}) packed_addmm(*kernels, m, 64 + m * 7, 300 + m);
+    packed_addmm(*kernels, 7, 200, 700);
     std::printf("sanitize: %s done\n", kernels->target);
     std::fflush(stdout);
   }

@@ -7,7 +7,8 @@ time-major, (B, n, C): a convolution is then one matrix product over a strided v
     outputs            [ one per hop ]      windows (B*n, k*C) @ weight (k*C, C_out) + bias
 
 and a transposed convolution with kernel 2r and stride r is the same with windows of two samples
-and r*C_out outputs, read as r samples. Weight normalisation is folded in at construction.
+and r*C_out outputs, read as r samples. Weight normalisation is folded in at construction. Products
+are ops.PackedMatrix's, so an item of a batch gets the bits that it gets alone.
 States are replaced by every step and never written to, so copies of a stream can share them.
 """
 
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from wgpt import ops
 
 State = Any  # a tensor (B, ...) or a tuple of them
 
@@ -33,15 +36,6 @@ def _left_context(x: Tensor, n_context: int, reflect: bool) -> Tensor:
     if missing > 0:
         x = F.pad(x, (0, 0, 0, missing))
     return x[:, 1 : n_context + 1].flip(1)
-
-
-def _product(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """bias + rows @ weight, rows (R, K). One row is computed as two: BLAS rounds a single one
-    differently, and an item of a batch shall get the bits that it gets alone."""
-    if len(rows) > 1:
-        return torch.addmm(bias, rows, weight)
-    twice = torch.addmm(bias, rows.expand(2, -1).contiguous(), weight)
-    return twice[:1]
 
 
 class Layer(Protocol):
@@ -75,12 +69,12 @@ class Convolution:
             weight = weight.unflatten(2, (2, stride)).flip(2)  # (C, C_out, 2, r)
             weight = weight.permute(2, 0, 3, 1)  # (2, C, r, C_out)
             self.kernel, self.dilation, self.down, self.up = 2, 1, 1, stride
-            self.weight, self.bias = weight.flatten(2).flatten(0, 1), bias.repeat(stride)
+            weight, self.bias = weight.flatten(2).flatten(0, 1), bias.repeat(stride)
             reflect = False
         else:
             self.kernel, self.dilation, self.down, self.up = kernel, dilation, stride, 1
-            self.weight, self.bias = weight.permute(2, 1, 0).flatten(0, 1), bias.clone()
-        self.weight = self.weight.contiguous()  # (k * C, r * C_out)
+            weight, self.bias = weight.permute(2, 1, 0).flatten(0, 1), bias.clone()
+        self.weight = ops.PackedMatrix(weight)  # (k * C, r * C_out)
         self.n_context = (self.kernel - 1) * self.dilation + 1 - self.down
         self.elu, self.reflect = elu, reflect
         self.n_start = self.n_context + 1 if reflect and self.n_context else 1
@@ -103,7 +97,7 @@ class Convolution:
             state = x[:, n_in:]
         else:
             windows = x.reshape(-1, n_channels)
-        out = _product(self.bias, windows, self.weight)
+        out = self.weight.addmm(self.bias, windows)
         return out.view(n_batch, n_in // self.down * self.up, -1), state
 
 
@@ -135,10 +129,10 @@ class ResidualBlock:
         hidden = F.elu_(hidden).flatten(0, 1)  # hidden is ours alone
         flat = x.reshape(-1, x.shape[2])
         if self.shortcut is None:
-            out = _product(self.bias, hidden, self.weight).add_(flat)
+            out = self.weight.addmm(self.bias, hidden).add_(flat)
         else:
-            out = _product(self.bias, flat, self.shortcut)
-            out = _product(out, hidden, self.weight)
+            out = self.shortcut.addmm(self.bias, flat)
+            out = self.weight.addmm(out, hidden)
         return out.view(x.shape), state
 
 
@@ -158,8 +152,8 @@ class LstmStack:
             order = order[[0, 1, 3, 2]].flatten()
             self.layers.append(
                 (
-                    w_in[order].t().contiguous(),
-                    w_hidden[order].t().contiguous(),
+                    ops.PackedMatrix(w_in[order].t()),
+                    ops.PackedMatrix(w_hidden[order].t()),
                     (b_in + b_hidden)[order],
                 )
             )
@@ -171,10 +165,10 @@ class LstmStack:
         width, sequence, after = self.width, x, []
         for i, (w_in, w_hidden, bias) in enumerate(self.layers):
             hidden, cell = state[2 * i : 2 * i + 2]
-            gates_in = _product(bias, sequence.reshape(-1, width), w_in)
+            gates_in = w_in.addmm(bias, sequence.reshape(-1, width))
             outputs = []
             for gate_in in gates_in.view(*x.shape[:2], -1).unbind(1):
-                gates = _product(gate_in, hidden, w_hidden)
+                gates = w_hidden.addmm(gate_in, hidden)
                 update, keep, show = gates[:, : 3 * width].sigmoid().chunk(3, 1)
                 cell = torch.addcmul(keep * cell, update, gates[:, 3 * width :].tanh())
                 hidden = show * cell.tanh()

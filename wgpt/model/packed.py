@@ -7,8 +7,9 @@ and values are written to the cache in one copy, and rotary turns are one comple
 For that the channels of q and k stand in another order, pairs side by side, which leaves q k^T as
 it is.
 
-Rows never mix and a product always has at least two rows: with one, the BLAS takes another path
-that rounds differently. So an item of a batch gets the bits it gets alone (tested on x86-64).
+Rows never mix, and on the CPU in float32 a row of a product has the same bits in any company
+(ops.PackedMatrix; a BLAS chooses by the number of rows how it rounds). So an item of a batch gets
+the bits it gets alone.
 """
 
 from __future__ import annotations
@@ -61,28 +62,27 @@ class PackedBlock:
         # q and k: channels (i, i + D/2) of each head side by side.
         qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         qkv = torch.cat((qk.flatten(0, 2), qkv[2 * self.width :]))
-        self.qkv = qkv.t().contiguous()  # (C, 3C)
-        self.out = attention.out.weight.t().contiguous()
-        self.up = (ffn.up.weight * block.ffn_norm.weight).t().contiguous()
-        self.down = ffn.down.weight.t().contiguous()
+        self.qkv = ops.PackedMatrix(qkv.t())  # (C, 3C)
+        self.out = ops.PackedMatrix(attention.out.weight.t())
+        self.up = ops.PackedMatrix((ffn.up.weight * block.ffn_norm.weight).t())
+        self.down = ops.PackedMatrix(ffn.down.weight.t())
 
     def __call__(
         self, x: Tensor, batch: int, n_steps: int, turns: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Rows x (R, C), the first batch * n_steps of them in use, to rows (R, C)."""
+        """Rows x (batch * n_steps, C) to rows of that shape."""
         shape, width = (self.width,), self.width
-        qkv = torch.rms_norm(x, shape, None, 1e-6).mm(self.qkv)
-        used = qkv[: batch * n_steps].view(batch, n_steps, 3, -1, self.head_dim)
-        qk = used[:, :, :2].unflatten(4, (-1, 2))
+        qkv = self.qkv.mm(torch.rms_norm(x, shape, None, 1e-6))
+        qkv = qkv.view(batch, n_steps, 3, -1, self.head_dim)
+        qk = qkv[:, :, :2].unflatten(4, (-1, 2))
         torch.view_as_complex(qk).mul_(turns[:, None])
-        k, v = cache.append(used[:, :, 1:])
+        k, v = cache.append(qkv[:, :, 1:])
         y = torch.ops.wgpt.flash_attention.default(
-            used[:, :, 0], k, v, self.scale, True, self.window
+            qkv[:, :, 0], k, v, self.scale, True, self.window
         )[0]
-        y = y.view(-1, width)
-        x = torch.addmm(x, y if len(y) == len(x) else y.expand(len(x), -1), self.out)
-        up = torch.rms_norm(x, shape, None, 1e-6).mm(self.up)
-        return torch.addmm(x, torch.nn.functional.gelu(up), self.down)
+        x = self.out.addmm(x, y.view(-1, width))
+        up = self.up.mm(torch.rms_norm(x, shape, None, 1e-6))
+        return self.down.addmm(x, torch.nn.functional.gelu(up))
 
 
 class PackedModel:
@@ -96,7 +96,7 @@ class PackedModel:
         self._turns = RotaryTable(config.head_dim, config.rope_base, self._table)
         self._blocks = _pack(model.blocks)
         self._norm = model.norm.weight.detach()
-        self._head = model.head.weight.t().contiguous()
+        self._head = ops.PackedMatrix(model.head.weight.t())
         self._mel = model.fusion.mel
         if self._mel is not None:
             self._mel_turns = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
@@ -104,8 +104,8 @@ class PackedModel:
         self._fine = None if model.fine is None else PackedFine(model.fine)
         self._latent = model.latent
         if model.latent is not None:
-            self._up = model.latent.up.weight.t().contiguous()
-            self._down = model.latent.down.weight.t().contiguous()
+            self._up = ops.PackedMatrix(model.latent.up.weight.t())
+            self._down = ops.PackedMatrix(model.latent.down.weight.t())
 
     def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
         """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
@@ -113,21 +113,21 @@ class PackedModel:
         batch, n_steps = tokens.shape[:2]
         mel = None if frames is None else self._hear(frames, n_steps, cache)
         coarse = tokens if self._latent is None else tokens[:, :, 0]
-        x = _rows(ops.token_concat(coarse, self._table, mel))
+        x = ops.token_concat(coarse, self._table, mel).flatten(0, 1)
         if self._latent is not None:
-            history = _rows(self._latent.history(tokens, cache))
-            up = torch.addmm(self._latent.up.bias, history, self._up)
-            x = torch.addmm(x, torch.nn.functional.gelu(up), self._down)
+            history = self._latent.history(tokens, cache).flatten(0, 1)
+            up = self._up.addmm(self._latent.up.bias, history)
+            x = self._down.addmm(x, torch.nn.functional.gelu(up))
         turns = self._turns(cache.position, n_steps)
         for block, layer in zip(self._blocks, cache.layers, strict=True):
             x = block(x, batch, n_steps, turns, layer)
         cache.position += n_steps
-        newest = x[: batch * n_steps].view(batch, n_steps, -1)[:, -1]
+        newest = x.view(batch, n_steps, -1)[:, -1]
         return torch.rms_norm(newest, (config.width,), self._norm, 1e-6)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of the coarse token, from states (B, C)."""
-        return _rows(hidden).mm(self._head)[: len(hidden)]
+        return self._head.mm(hidden)
 
     def sample_fine(
         self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]
@@ -152,11 +152,11 @@ class PackedModel:
             context_frames=config.mel_context_frames,
         )
         batch = len(x)
-        x = _rows(x[:, x.shape[1] - n_steps :])
+        x = x[:, x.shape[1] - n_steps :].flatten(0, 1)
         turns = self._mel_turns(cache.position, n_steps)
         for block, layer in zip(self._mel_blocks, cache.mel_layers, strict=True):
             x = block(x, batch, n_steps, turns, layer)
-        x = torch.rms_norm(x[: batch * n_steps], (config.mel_dim,), mel.norm.weight, 1e-6)
+        x = torch.rms_norm(x, (config.mel_dim,), mel.norm.weight, 1e-6)
         return x.view(batch, n_steps, -1)
 
 
@@ -168,32 +168,26 @@ class PackedFine:
         self._blocks = _pack(fine.blocks)
         self._turns = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
         self._table = fine.table.detach()
-        self._project = fine.project.weight.t().contiguous()
+        self._project = ops.PackedMatrix(fine.project.weight.t())
         heads = fine.heads * fine.norm.weight
-        self._heads = heads.transpose(1, 2).contiguous()  # (n_fine, W, V)
+        self._heads = [ops.PackedMatrix(head) for head in heads.transpose(1, 2)]  # (W, V) each
 
     def sample(self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         """Codes (B, n_fine) of one step, from states (B, C) and coarse codes (B,)."""
         batch = len(hidden)
-        state = _rows(hidden).mm(self._project)
+        state = self._project.mm(hidden)
         caches = [LayerCache(0, len(self._heads)) for _ in self._blocks]
         code, codes = coarse, []
         for depth, head in enumerate(self._heads):
-            x = state + self._table[depth][code]  # (1, W) is added to both of two rows
+            x = state + self._table[depth][code]
             turns = self._turns(depth, 1)
             for block, cache in zip(self._blocks, caches, strict=True):
                 x = block(x, batch, 1, turns, cache)
             x = torch.rms_norm(x, (x.shape[1],), None, 1e-6)
-            code = draw(x.mm(head)[:batch])
+            code = draw(head.mm(x))
             codes.append(code)
         return torch.stack(codes, 1)
 
 
 def _pack(blocks: torch.nn.ModuleList) -> list[PackedBlock]:
     return [PackedBlock(block) for block in blocks if isinstance(block, Block)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., C) as rows (R, C) with R >= 2: a single row is there twice."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.expand(2, -1).contiguous() if len(rows) == 1 else rows

@@ -2,8 +2,8 @@
 
 flash_attention, mel_embed and token_concat have CPU and CUDA kernels, and the device of the
 arguments decides. add_rms_norm, rotary_qkv, linear, feed_forward and linear_cross_entropy run on
-the CPU only, where a profile of the training step asked for them. There is no fallback. On CPUs the
-best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
+the CPU only, where a profile of the training step asked for them. There is no fallback, but for
+PackedMatrix (packed_addmm), which is torch's product elsewhere. On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.
 `reference` specifies each op in plain torch and runs only when asked.
 """
@@ -32,10 +32,12 @@ from wgpt.ops.flash_attention import flash_attention
 from wgpt.ops.linear import linear
 from wgpt.ops.linear_cross_entropy import linear_cross_entropy
 from wgpt.ops.mel_embed import mel_embed
+from wgpt.ops.packed_addmm import PackedMatrix
 from wgpt.ops.rotary_qkv import rotary_qkv
 from wgpt.ops.token_concat import token_concat
 
 __all__ = [
+    "PackedMatrix",
     "add_rms_norm",
     "feed_forward",
     "flash_attention",

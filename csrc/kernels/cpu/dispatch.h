@@ -10,6 +10,7 @@
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/matmul.h"
 #include "kernels/mel_embed.h"
+#include "kernels/packed_addmm.h"
 #include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
 
@@ -38,6 +39,7 @@ struct Kernels {
   bool (*makes_matmul)(const Matmul&);
   bool (*matmul)(const Matmul&, const Executor&);
   size_t (*matmul_workspace_bytes)(const Matmul&);
+  void (*packed_addmm)(const PackedAddmm&, const Executor&);
   double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
 };
 

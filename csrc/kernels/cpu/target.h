@@ -10,6 +10,7 @@
 #include "kernels/cpu/linear_cross_entropy_body.h"
 #include "kernels/cpu/matmul_body.h"
 #include "kernels/cpu/mel_embed_body.h"
+#include "kernels/cpu/packed_addmm_body.h"
 #include "kernels/cpu/peak.h"
 #include "kernels/cpu/rotary_qkv_body.h"
 #include "kernels/cpu/token_concat_body.h"
@@ -42,6 +43,7 @@ const Kernels kKernels{
     makes_matmul,
     matmul,
     matmul_workspace_bytes,
+    packed_addmm,
     multiply_adds,
 };
 

@@ -1,0 +1,57 @@
+// packed_addmm for torch: checks, allocation and launch; the formula stands in kernels/packed_addmm.h.
+#include "kernels/packed_addmm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "kernels/cpu/dispatch.h"
+#include "ops/runtime.h"
+
+namespace wgpt {
+namespace {
+
+constexpr const char* kOp = "packed_addmm";
+
+// x (M, K), panels (P, K, 64), addend (M, N) or (N,) or none -> (M, N)
+Tensor forward(const Tensor& x_in, const Tensor& panels, const std::optional<Tensor>& addend_in,
+               int64_t n) {
+  check_dtype(kOp, "x", x_in, ScalarType::Float);
+  check_shape(kOp, "x", x_in, "(M, K)", {kAny, kAny});
+  check_at_least(kOp, "columns", n, 0);
+  check_dtype(kOp, "panels", panels, ScalarType::Float);
+  check_shape(kOp, "panels", panels, "(P, K, 64)",
+              {(n + kPackedColumns - 1) / kPackedColumns, x_in.size(1), kPackedColumns});
+  if (!panels.is_contiguous()) fail(kOp, "panels must be contiguous");
+  const Tensor x = with_dense_rows(x_in);
+  PackedAddmm call{x.size(0),   n,
+                   x.size(1),   x.const_data_ptr<float>(),
+                   x.stride(0), panels.const_data_ptr<float>(),
+                   nullptr,     0,
+                   nullptr};
+  std::optional<Tensor> addend;
+  if (addend_in.has_value()) {
+    check_dtype(kOp, "addend", *addend_in, ScalarType::Float);
+    const bool is_row = addend_in->dim() == 1;
+    if (is_row) {
+      check_shape(kOp, "addend", *addend_in, "(N,)", {n});
+    } else {
+      check_shape(kOp, "addend", *addend_in, "(M, N) or (N,)", {call.m, n});
+    }
+    addend = with_dense_rows(*addend_in);
+    call.addend = addend->const_data_ptr<float>();
+    call.addend_row = is_row ? 0 : addend->stride(0);
+  }
+  Tensor y = empty(x, {call.m, n});
+  call.y = y.mutable_data_ptr<float>();
+  if (call.m > 0 && n > 0) cpu::active().packed_addmm(call, torch_executor());
+  return y;
+}
+
+void register_ops(Library& m) { m.impl("packed_addmm", TORCH_BOX(&forward)); }
+
+}  // namespace
+}  // namespace wgpt
+
+WGPT_REGISTER_OPS(CPU)

@@ -1,0 +1,55 @@
+"""packed_addmm: products of rows with one matrix, each row with the bits that it has alone."""
+
+import torch
+from torch import Tensor
+
+from wgpt.ops.gradient import register_fake
+
+_COLUMNS = 64  # of a panel: kPackedColumns of csrc/kernels/packed_addmm.h
+
+
+class PackedMatrix:
+    """A matrix (K, N), laid out once for many products with a few rows each.
+
+    float32 on the CPU: a row of a result has the same bits whatever the other rows are, however
+    many there are and on any number of threads, which no BLAS promises; an item of a batch gets
+    what it gets alone. Other types and devices: torch's own products, without that promise.
+    Holds a copy. No gradients. Raises ValueError for what is not a matrix.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2:
+            raise ValueError(
+                f"packed_addmm: matrix must have shape (K, N), got {tuple(matrix.shape)}"
+            )
+        matrix = matrix.detach()
+        self.shape = matrix.shape
+        self._plain: Tensor | None = None
+        if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+            self._plain = matrix.clone(memory_format=torch.contiguous_format)
+            return
+        depth, n_columns = matrix.shape
+        n_panels = -(-n_columns // _COLUMNS)
+        padded = torch.nn.functional.pad(matrix, (0, n_panels * _COLUMNS - n_columns))
+        panels = padded.view(depth, n_panels, _COLUMNS).transpose(0, 1)
+        self._panels = panels.clone(memory_format=torch.contiguous_format)
+
+    def mm(self, x: Tensor) -> Tensor:
+        """x (M, K) times the matrix: (M, N). Raises ValueError for other shapes or types."""
+        if self._plain is not None:
+            return x.mm(self._plain)
+        return _packed_addmm(x, self._panels, None, self.shape[1])
+
+    def addmm(self, addend: Tensor, x: Tensor) -> Tensor:
+        """addend (M, N) or (N,) plus x (M, K) times the matrix: (M, N). Raises as mm."""
+        if self._plain is not None:
+            return torch.addmm(addend, x, self._plain)
+        return _packed_addmm(x, self._panels, addend, self.shape[1])
+
+
+@register_fake("packed_addmm")
+def _fake(x: Tensor, panels: Tensor, addend: Tensor | None, columns: int) -> Tensor:
+    return x.new_empty((x.shape[0], columns))
+
+
+_packed_addmm = torch.ops.wgpt_kernels.packed_addmm.default
