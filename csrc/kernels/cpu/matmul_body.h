@@ -40,11 +40,8 @@ class MatmulBy {
     // panels.
     const int64_t n_threads = max_of(1, executor.n_threads);
     const int64_t n_rounds = ceil_div(n_own_, Product::template kOwnPanels<kOwnRows> * n_threads);
-    chunk_ = n_own_ < n_threads ? 1 : ceil_div(n_own_, n_rounds * n_threads);
-    const int64_t n_chunks = ceil_div(n_own_, chunk_);
-    n_groups_ = min_of(n_shared_, ceil_div(n_threads, n_chunks));
-    group_ = ceil_div(n_shared_, n_groups_);
-    n_tasks_ = n_chunks * n_groups_;
+    n_chunks_ = min_of(n_own_, n_rounds * n_threads);
+    n_groups_ = min_of(n_shared_, ceil_div(n_threads, n_chunks_));
   }
 
   static size_t workspace_bytes(const Matmul& args) {
@@ -59,7 +56,7 @@ class MatmulBy {
     for (int64_t begin = 0; begin < args_.k; begin += depth) {
       const Span piece{begin, begin + min_of(depth, args_.k - begin)};
       if (args_.b_packing != Packing::kKept) pack_shared(piece);
-      run_tasks(executor_, n_tasks_, [&](int64_t task) { multiply(task, piece); });
+      run_tasks(executor_, n_chunks_ * n_groups_, [&](int64_t task) { multiply(task, piece); });
     }
     return is_right_;
   }
@@ -79,6 +76,11 @@ class MatmulBy {
 
   static int64_t steps_of(int64_t begin, int64_t end) {
     return ceil_div(min_of(end - begin, kBlockDepth), kStepDepth);
+  }
+
+  // The i-th of n_parts parts of n panels, as even as can be.
+  static Span part(int64_t n, int64_t n_parts, int64_t i) {
+    return {n * i / n_parts, n * (i + 1) / n_parts};
   }
 
   // Where the shared panels of the block from `block` on begin.
@@ -107,9 +109,8 @@ class MatmulBy {
   }
 
   void multiply(int64_t task, const Span& piece) {
-    const int64_t first = task / n_groups_ * chunk_, begin = task % n_groups_ * group_;
-    const Span own{first, min_of(first + chunk_, n_own_)},
-        shared{begin, min_of(begin + group_, n_shared_)};
+    const Span own = part(n_own_, n_chunks_, task / n_groups_),
+               shared = part(n_shared_, n_groups_, task % n_groups_);
     const Span rows = (kOwnRows ? own : shared), columns = (kOwnRows ? shared : own);
     const int64_t own_floats =
         own.size() * steps_of(piece.begin, piece.end) * kStepDepth * kOwnFloats;
@@ -119,7 +120,7 @@ class MatmulBy {
     Product product(args_, rows, columns, own_packed + own_floats);
     for (int64_t block = piece.begin; block < piece.end; block += kBlockDepth) {
       const int64_t n_steps = steps_of(block, piece.end);
-      Product::template pack<kOwnRows>(own_, first * kOwn, block, n_steps, {0, own.size()},
+      Product::template pack<kOwnRows>(own_, own.begin * kOwn, block, n_steps, {0, own.size()},
                                        {0, n_steps}, own_packed);
       const int64_t own_panel = n_steps * kStepDepth * kOwnFloats,
                     shared_panel = n_steps * kStepDepth * kSharedFloats;
@@ -143,7 +144,7 @@ class MatmulBy {
   const Operand<Element> own_, shared_;
   const int64_t n_own_, n_shared_;
   float* const shared_packed_;
-  int64_t chunk_, group_, n_groups_, n_tasks_;
+  int64_t n_chunks_, n_groups_;
   bool is_right_ = true;
 };
 

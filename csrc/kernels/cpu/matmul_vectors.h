@@ -1,8 +1,9 @@
 // matmul by vector multiply-adds, on blocks of packed panels. The way through a product: matmul_body.h.
 //
-//   for each strip of columns, each panel of rows   kRows x kColumns sums in registers
+//   for each panel of rows, each strip of columns   kRows x kColumns sums in registers
 //
-// A strip over a block of k stays in L1 while panels of rows come from L2. A packed strip is [k][column].
+// A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and
+// again by single elements, a strip once by whole vectors. A packed strip is [k][column].
 // A packed panel of rows is [row][k] where the matrix has its elements side by side along k, else
 // [k][row]: both are copies without a transpose, and a multiply-add reads single elements of it.
 #pragma once
@@ -17,21 +18,19 @@ template <typename ElementType>
 class VectorProduct {
  public:
   using Element = ElementType;
-  static constexpr int kRows = kRegisters == 32 ? 12 : 6, kColumnVectors = 2,
-                       kColumns = kColumnVectors * kLanes;
+  static constexpr int kRows = 6, kColumnVectors = kVectors, kColumns = kColumnVectors * kLanes;
   template <bool kIsRows>
   static constexpr int64_t kPanel = kIsRows ? kRows : kColumns;
   template <bool kIsRows>
   static constexpr int64_t kFloatsPerDepth = kPanel<kIsRows>;
   static constexpr int64_t kStepDepth = 16;
-  // A strip and a panel share 32 KiB of L1.
-  static constexpr int64_t kBlockDepth = kRegisters == 32 ? 192 : 256;
+  static constexpr int64_t kBlockDepth = 256;
   // Types that are rounded when they are stored are so once, after all of k.
   static constexpr bool kIsRounded = sizeof(Element) < sizeof(float);
   static constexpr int64_t kDepthAtOnce = kIsRounded ? INT64_MAX : 4 * kBlockDepth;
-  // What a task keeps in L2: 192 KiB of its own and 128 of the shared operand.
+  // What a task keeps in L2: 96 KiB of its own and 128 of the shared operand.
   template <bool kIsRows>
-  static constexpr int64_t kOwnPanels = 192 / kPanel<kIsRows>;
+  static constexpr int64_t kOwnPanels = 96 / kPanel<kIsRows>;
   template <bool kIsRows>
   static constexpr int64_t kSharedPanels = 128 / kPanel<kIsRows>;
 
@@ -75,8 +74,8 @@ class VectorProduct {
   template <bool kOwnRows>
   void multiply(const Panels& rows, const Panels& columns, const Block& block) {
     const int64_t a_row = block.n_steps * kStepDepth;
-    for (int64_t j = 0; j < columns.span.size(); ++j) {
-      for (int64_t i = 0; i < rows.span.size(); ++i) {
+    for (int64_t i = 0; i < rows.span.size(); ++i) {
+      for (int64_t j = 0; j < columns.span.size(); ++j) {
         const int64_t row = (rows.span.begin + i) * kRows,
                       column = (columns.span.begin + j) * kColumns;
         if (rows_are_dense_) {
