@@ -3,9 +3,10 @@
 flash_attention, mel_embed and token_concat have CPU and CUDA kernels, and the device of the
 arguments decides. add_rms_norm, rotary_qkv, linear, feed_forward and linear_cross_entropy run on
 the CPU only, where a profile of the training step asked for them. There is no fallback, but for
-PackedMatrix (packed_addmm), which is torch's product elsewhere. On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
-`set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.
-`reference` specifies each op in plain torch and runs only when asked.
+PackedMatrix, which is torch's product where packed_addmm is not. On CPUs the best instruction set
+that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or `set_cpu_target` names another;
+on x86 it flushes results too small for a normal float to zero. `reference` specifies each op in
+plain torch and runs only when asked.
 """
 
 import sysconfig
