@@ -13,9 +13,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     float32, bfloat16, float16 or float64, both of one type. The CPU target in use makes some
     products itself, with an error no larger than torch's and the same bits for any number of
-    threads: large ones in float32 on `amx` (each of six bfloat16 ones), `avx512*` and `avx2`, and
-    those in bfloat16 and float16 where torch has no instructions for them and is slow. All others
-    are torch's. Differentiable in both. Raises ValueError for other shapes, types or devices.
+    threads: large ones in float32 on `amx` (each of six bfloat16 ones), `avx512*` and `avx2`, large
+    ones in bfloat16 on `avx512_bf16`, and those in bfloat16 and float16 where torch has no
+    instructions for them and is slow. All others are torch's. Differentiable in both. Raises
+    ValueError for other shapes, types or devices.
 
     torch's products give the same bits for the same number of threads.
     """

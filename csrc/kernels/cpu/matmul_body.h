@@ -148,7 +148,7 @@ class MatmulBy {
   bool is_right_ = true;
 };
 
-// Whether float32 products are better made here than by torch.
+// Whether products for which torch has instructions are better made here.
 inline bool is_large(const Matmul& args) {
 #if defined(__AMX_BF16__)
   // Measured, two threads, ours and torch's: 256 x 256 x 256 90 and 87 us, 512 x 256 x 256 130 and 164,
@@ -162,14 +162,16 @@ inline bool is_large(const Matmul& args) {
   return args.m >= 32 && args.n >= 32 && args.m * args.n * args.k >= kLeastWork;
 }
 
-// For bfloat16 and float16 that is so where torch has no instructions for them: it then takes tens of
-// times as long as for float32.
+// For bfloat16 and float16 also small ones where torch has no instructions for them: it then takes tens of
+// times as long as for float32. Where it has a matrix unit, torch's are. Empty ones are torch's too.
 inline bool makes_matmul(const Matmul& args) {
+  if (args.m == 0 || args.n == 0 || args.k == 0) return false;
   switch (args.dtype) {
     case DType::kFloat32:
       return kLanes >= 8 && is_large(args);
     case DType::kBFloat16:
-      return kLanes >= 8 && DotOf<BFloat16>::Type::kPerUnit == 1;
+      if (DotOf<BFloat16>::Type::kIsMatrix) return false;
+      return kLanes >= 8 && (DotOf<BFloat16>::Type::kPerUnit == 1 || is_large(args));
     case DType::kFloat16:
       return kLanes >= 8 && !DotOf<BFloat16>::Type::kIsMatrix;
     case DType::kFloat64:

@@ -5,11 +5,13 @@
 // A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and
 // again by single elements, a strip once by whole vectors. A packed strip is [k][column].
 // A packed panel of rows is [row][k] where the matrix has its elements side by side along k, else
-// [k][row]: both are copies without a transpose, and a multiply-add reads single elements of it.
+// [k][row]: both are copies without a transpose, and a multiply-add reads single elements of it. All of it in
+// units (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs of depths.
 #pragma once
 
 #include "kernels/cpu/matmul_operand.h"
 #include "kernels/cpu/microkernel.h"
+#include "kernels/cpu/pack.h"
 #include "kernels/cpu/typed_rows.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -18,13 +20,15 @@ template <typename ElementType>
 class VectorProduct {
  public:
   using Element = ElementType;
+  using Dot = typename DotOf<Element>::Type;
+  static constexpr int kPerUnit = Dot::kPerUnit;
   static constexpr int kRows = 6, kColumnVectors = kVectors, kColumns = kColumnVectors * kLanes;
   template <bool kIsRows>
   static constexpr int64_t kPanel = kIsRows ? kRows : kColumns;
   template <bool kIsRows>
-  static constexpr int64_t kFloatsPerDepth = kPanel<kIsRows>;
-  static constexpr int64_t kStepDepth = 16;
-  static constexpr int64_t kBlockDepth = 256;
+  static constexpr int64_t kFloatsPerDepth = kPanel<kIsRows> / kPerUnit;
+  static constexpr int64_t kStepDepth = 16 * kPerUnit;
+  static constexpr int64_t kBlockDepth = 256 * kPerUnit;
   // Types that are rounded when they are stored are so once, after all of k.
   static constexpr bool kIsRounded = sizeof(Element) < sizeof(float);
   static constexpr int64_t kDepthAtOnce = kIsRounded ? INT64_MAX : 4 * kBlockDepth;
@@ -52,17 +56,18 @@ class VectorProduct {
                    Span steps, float* out) {
     const int64_t begin = steps.begin * kStepDepth,
                   end = min_of(steps.end * kStepDepth, x.n_depth - k);
-    const int64_t row = n_steps * kStepDepth;  // of a panel of dense rows
+    const int64_t row = n_steps * kStepDepth / kPerUnit;  // units of a row of a dense panel
     if (x.depth != 1) return pack_across<kIsRows>(x, i, k, row, panels, {begin, end}, out);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t first = i + p * kPanel<kIsRows>;
       float* panel = out + p * kPanel<kIsRows> * row;
       if constexpr (kIsRows) {
         for (int64_t r = 0; r < kRows; ++r) {
+          float* to = panel + r * row + begin / kPerUnit;
           if (first + r < x.n_outer) {
-            widen(x.data + (first + r) * x.outer + k + begin, end - begin, panel + r * row + begin);
+            copy_units(x.data + (first + r) * x.outer + k + begin, end - begin, to);
           } else {
-            clear_floats(panel + r * row + begin, end - begin);
+            clear_floats(to, ceil_div(end - begin, kPerUnit));
           }
         }
       } else {
@@ -73,7 +78,7 @@ class VectorProduct {
 
   template <bool kOwnRows>
   void multiply(const Panels& rows, const Panels& columns, const Block& block) {
-    const int64_t a_row = block.n_steps * kStepDepth;
+    const int64_t a_row = block.n_steps * kStepDepth / kPerUnit;
     for (int64_t i = 0; i < rows.span.size(); ++i) {
       for (int64_t j = 0; j < columns.span.size(); ++j) {
         const int64_t row = (rows.span.begin + i) * kRows,
@@ -91,36 +96,63 @@ class VectorProduct {
   bool finish() { return true; }
 
  private:
-  static void widen(const Element* from, int64_t n, float* out) {
-    if constexpr (kIsRounded) {
+  // Whether elements become other units than they are in memory.
+  static constexpr bool kIsWidened = kIsRounded && kPerUnit == 1;
+
+  // n elements as units; the last pair may be half a one.
+  static void copy_units(const Element* from, int64_t n, float* out) {
+    if constexpr (kIsWidened) {
       widen_row(from, n, out);
     } else {
-      std::memcpy(out, from, static_cast<size_t>(n) * sizeof(float));
+      std::memcpy(out, from, static_cast<size_t>(n) * sizeof(Element));
+      if (kPerUnit == 2 && n % 2 == 1)
+        std::memset(reinterpret_cast<Element*>(out) + n, 0, sizeof(Element));
+    }
+  }
+
+  // Units of n elements each of kPerUnit depths.
+  static void join_depths(const Element* first, [[maybe_unused]] const Element* second, int64_t n,
+                          float* out) {
+    if constexpr (kPerUnit == 1) {
+      copy_units(first, n, out);
+    } else {
+      int64_t i = 0;
+#if defined(__AVX512BF16__)
+      for (; i + 2 * kLanes <= n; i += 2 * kLanes) interleave(first + i, second + i, out + i);
+#endif
+      for (; i < n; ++i) {
+        const Element pair[2] = {first[i], second[i]};
+        std::memcpy(out + i, pair, sizeof(pair));
+      }
     }
   }
 
   // Of a matrix whose elements lie side by side from row to row, or column to column. Rows of memory are
   // asked for some steps ahead: each is in a page of its own, where the machine does not look ahead.
   template <bool kIsRows>
-  static void pack_across(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_depth,
+  static void pack_across(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_units,
                           Span panels, Span depths, float* out) {
     constexpr int64_t kWidth = kPanel<kIsRows>, kPanels = 32, kAhead = 8,
                       kLine = 64 / sizeof(Element);
+    alignas(64) static constexpr Element kZeros[kPanels * kWidth] = {};
     alignas(64) float buffer[kPanels * kWidth];
     for (int64_t p = panels.begin; p < panels.end; p += kPanels) {
       const int64_t first = i + p * kWidth, n_panels = min_of(kPanels, panels.end - p);
       const int64_t n = max_of<int64_t>(0, min_of(n_panels * kWidth, x.n_outer - first));
       const bool is_copied = kIsRounded || n < n_panels * kWidth;
       clear_floats(buffer + n, n_panels * kWidth - n);
-      for (int64_t depth = depths.begin; depth < depths.end; ++depth) {
+      for (int64_t depth = depths.begin; depth < depths.end; depth += kPerUnit) {
         const Element* from = x.data + first + (k + depth) * x.depth;
-        for (int64_t i = 0; i < n; i += kLine)
-          __builtin_prefetch(from + min_of(kAhead, x.n_depth - 1 - k - depth) * x.depth + i);
-        if (is_copied) widen(from, n, buffer);
+        for (int64_t d = 0; d < kPerUnit; ++d) {
+          const int64_t ahead = min_of(kAhead * kPerUnit + d, x.n_depth - 1 - k - depth);
+          for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(from + ahead * x.depth + i);
+        }
+        if (is_copied)
+          join_depths(from, depth + 1 < depths.end ? from + x.depth : kZeros, n, buffer);
         const auto* row = is_copied ? buffer : reinterpret_cast<const float*>(from);
-        float* to = out + p * kWidth * n_depth + depth * kWidth;
+        float* to = out + p * kWidth * n_units + depth / kPerUnit * kWidth;
         for (int64_t j = 0; j < n_panels; ++j)
-          std::memcpy(to + j * kWidth * n_depth, row + j * kWidth, kWidth * sizeof(float));
+          std::memcpy(to + j * kWidth * n_units, row + j * kWidth, kWidth * sizeof(float));
       }
     }
   }
@@ -131,16 +163,16 @@ class VectorProduct {
     alignas(64) float block[kLanes * kLanes];
     for (int64_t column = 0; column < kColumns; column += kLanes) {
       const int64_t n = min_of<int64_t>(kLanes, x.n_outer - first - column);
-      for (int64_t depth = depths.begin; depth < depths.end; depth += kLanes) {
+      for (int64_t depth = depths.begin; depth < depths.end; depth += kLanes * kPerUnit) {
         const Element* from = x.data + (first + column) * x.outer + k + depth;
-        const int64_t n_depth = min_of<int64_t>(kLanes, depths.end - depth);
-        float* to = strip + depth * kColumns + column;
+        const int64_t n_depth = min_of<int64_t>(kLanes * kPerUnit, depths.end - depth);
+        float* to = strip + depth / kPerUnit * kColumns + column;
         if (n == kLanes && n_depth == kLanes && !kIsRounded) {
           transpose_block(from, x.outer, to, kColumns);
           continue;
         }
         clear_floats(block, kLanes * kLanes);
-        for (int64_t r = 0; r < n; ++r) widen(from + r * x.outer, n_depth, block + r * kLanes);
+        for (int64_t r = 0; r < n; ++r) copy_units(from + r * x.outer, n_depth, block + r * kLanes);
         transpose_block(block, kLanes, to, kColumns);
       }
     }
@@ -158,10 +190,11 @@ class VectorProduct {
     }
     Tile<kRows, kColumnVectors> sums;
     fill_tile(sums, 0.0f);
+    const int64_t n_units = ceil_div(block.n_depth, kPerUnit);
     const int64_t a_outer = kDenseRows ? a_row : 1, a_step = kDenseRows ? 1 : kRows;
     // Unrolled: 2 to 4 % faster; in attention that gains nothing and takes half as long again to compile.
-    _Pragma("GCC unroll 4") for (int64_t k = 0; k < block.n_depth; ++k)
-        multiply_unit<FloatDot>(a + k * a_step, a_outer, b + k * kColumns, sums);
+    _Pragma("GCC unroll 4") for (int64_t k = 0; k < n_units; ++k)
+        multiply_unit<Dot>(a + k * a_step, a_outer, b + k * kColumns, sums);
     float* before = sums_ + (row * sums_row_ + column - first_sum_);
     const bool is_stored = !kIsRounded || block.is_last;
     const bool adds_sums = kIsRounded && !block.is_first;
