@@ -76,15 +76,16 @@ def test_long_sums_are_as_accurate_as_torchs(target: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [1, 2, 5])
-def test_one_and_two_pass_backward_give_the_same_bits(
-    heads: int, dtype: torch.dtype, target: str, restore_threads: None
+@pytest.mark.parametrize("kv_steps, heads", [(450, 1), (450, 2), (450, 5), (1700, 1), (1700, 3)])
+def test_backward_gives_the_same_bits_however_it_is_split(
+    heads: int, kv_steps: int, dtype: torch.dtype, target: str, restore_threads: None
 ) -> None:
-    """Fewer heads than threads could use: keys and queries are split, and nothing may change."""
-    call = attention_call(1, 430, 450, heads=heads, head_dim=32, dtype=dtype)
+    """Fewer heads than threads could use: by parts of the keys, which have a dq each, or by blocks
+    of keys and then chunks of queries."""
+    call = attention_call(1, 430, kv_steps, heads=heads, head_dim=32, dtype=dtype)
     torch.set_num_threads(1)
     alone = run(call.op, call)
-    for n_threads in (2, 4, 16):
+    for n_threads in (2, 4, 7, 16):
         torch.set_num_threads(n_threads)
         assert_same_bits(alone, run(call.op, call))
 

@@ -10,10 +10,11 @@
 // Here is what both ways of making a tile share; they are in attention_backward_vectors.h and
 // attention_backward_tiles.h.
 //
-// Products are added in ascending order of queries (dk, dv) or keys (dq). A task is a whole head
-// (five products), or, with fewer heads than threads could use, first a block of keys of a head (dk,
-// dv) and then a chunk of its queries (dq): seven products, but many tasks. Both make the same sums
-// in the same order, so they give the same bits.
+// Products are added in ascending order of queries (dk, dv) or keys (dq). A task is a part of the keys of a
+// head, which is all of them where there are many heads; with few, parts have a dq each, and these are
+// added in order (five products). Or, where threads could use more tasks than that, one is first a block
+// of keys of a head (dk, dv) and then a chunk of its queries (dq): seven products. Both make the same sums
+// in the same order, and parts depend on no threads, so they give the same bits.
 #pragma once
 
 #include <math.h>
@@ -22,7 +23,7 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// A head, or a block of its keys, or a chunk of its queries. Derived has, for the current tile and
+// A part of a head, or a block of its keys, or a chunk of its queries. Derived has, for the current tile and
 // block, score<kDkDv>(), clear_scores<kDkDv>(strip, row), add_key_gradients() and
 // add_query_gradients(dq), and for the block write_key_gradients(), beside packing of its own.
 template <typename Derived, typename Element, int kDim, typename Dot, int kKeys, int kQueries>
@@ -47,7 +48,7 @@ class GradientTask {
     delta_ = static_cast<float*>(args.workspace) + offset;
   }
 
-  void write_delta(int64_t begin, int64_t end) {
+  bool write_delta(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Element* out = head_row<Element>(args_.out, b_, h_, i);
       const Element* d_out = head_row<Element>(args_.d_out, b_, h_, i);
@@ -55,16 +56,43 @@ class GradientTask {
       for (int c = 0; c < kDim; c += kLanes) sum = fma(load(out + c), load(d_out + c), sum);
       delta_[i] = reduce_add(sum) - (d_lse_ == nullptr ? 0.0f : d_lse_[i]);
     }
+    return true;
   }
+
+  // Parts of the keys of every head; with eight tasks in all, as many threads have work.
+  static int64_t n_parts(const FlashAttentionShape& shape) {
+    const int64_t n_heads = max_of<int64_t>(1, shape.batch * shape.heads);
+    const int64_t n_blocks = ceil_div(shape.kv_steps, kGradientKeys);
+    return max_of<int64_t>(1, min_of(ceil_div(8, n_heads), n_blocks / 2));
+  }
+
+  static int64_t dq_floats(int64_t n_rows) { return round_up(n_rows, kGradientQueries) * kDim; }
 
   // These give whether all gradients are finite, if Dot has planes.
   bool run_head() {
+    float* dq = reserve_dq(shape_.q_steps);
+    run_part(0, 1, dq);
+    write_dq(0, shape_.q_steps, dq);
+    return all_finite_;
+  }
+
+  // What the part gives to dq goes to dq_floats(q_steps) at dq.
+  bool run_part(int64_t part, int64_t n_parts, float* dq) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
-    float* dq = reserve_dq(shape_.q_steps);
-    for (int64_t block = 0; block < shape_.kv_steps; block += kGradientKeys)
-      run_block<true>(block, dq);
-    write_dq(0, shape_.q_steps, dq);
+    clear_floats(dq, dq_floats(shape_.q_steps));
+    for (int64_t block = 0; block < shape_.kv_steps; block += kGradientKeys) {
+      if (is_in_part(block, part, n_parts)) run_block<true>(block, dq);
+    }
+    return all_finite_;
+  }
+
+  // Queries [begin, end) of the dq of all parts, which lie side by side.
+  bool add_parts(int64_t begin, int64_t end, int64_t n_parts, const float* dq) {
+    float* sum = reserve_dq(end - begin);
+    for (int64_t part = 0; part < n_parts; ++part)
+      add_floats(dq + part * dq_floats(shape_.q_steps) + begin * kDim, (end - begin) * kDim, sum);
+    write_dq(begin, end, sum);
     return all_finite_;
   }
 
@@ -76,17 +104,23 @@ class GradientTask {
     return all_finite_;
   }
 
-  bool run_queries(int64_t begin, int64_t end) {
+  bool run_queries(int64_t begin, int64_t end, int64_t n_parts) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
-    float* dq = reserve_dq(end - begin);
+    const int64_t n_floats = dq_floats(end - begin);
+    float* dq = reserve_dq(2 * round_up(end - begin, kGradientQueries));
+    float* of_part = n_parts == 1 ? dq : dq + n_floats;
     const Range keys = rows_visibility(shape_, begin, end - begin).any;
-    for (int64_t block = keys.begin / kGradientKeys * kGradientKeys; block < keys.end;
-         block += kGradientKeys) {
-      start_block(block);
-      for (int64_t tile = begin; tile < end; tile += kGradientQueries) {
-        run_tile<false, true>(tile, dq + (tile - begin) * kDim);
+    for (int64_t part = 0; part < n_parts; ++part) {
+      clear_floats(of_part, n_floats);
+      for (int64_t block = keys.begin / kGradientKeys * kGradientKeys; block < keys.end;
+           block += kGradientKeys) {
+        if (!is_in_part(block, part, n_parts)) continue;
+        start_block(block);
+        for (int64_t tile = begin; tile < end; tile += kGradientQueries)
+          run_tile<false, true>(tile, of_part + (tile - begin) * kDim);
       }
+      if (n_parts > 1) add_floats(of_part, n_floats, dq);
     }
     write_dq(begin, end, dq);
     return all_finite_;
@@ -125,10 +159,20 @@ class GradientTask {
 
   static float* reserve_dq(int64_t n_rows) {
     thread_local Scratch scratch;
-    const int64_t n_floats = round_up(n_rows, kGradientQueries) * kDim;
+    const int64_t n_floats = dq_floats(n_rows);
     auto* dq = static_cast<float*>(scratch.reserve(static_cast<size_t>(n_floats) * sizeof(float)));
     clear_floats(dq, n_floats);
     return dq;
+  }
+
+  // Blocks are dealt to and fro: seen by ever fewer queries, they make parts of equal work.
+  static bool is_in_part(int64_t block, int64_t part, int64_t n_parts) {
+    const int64_t turn = block / kGradientKeys % (2 * n_parts);
+    return part == (turn < n_parts ? turn : 2 * n_parts - 1 - turn);
+  }
+
+  static void add_floats(const float* x, int64_t n, float* sum) {
+    for (int64_t i = 0; i < n; i += kLanes) store(sum + i, load(sum + i) + load(x + i));
   }
 
   void start_block(int64_t block) {

@@ -28,11 +28,6 @@ inline size_t flash_attention_forward_workspace_bytes(const FlashAttentionShape&
   return is_decoding(shape) ? decode_workspace_bytes(shape) : 0;
 }
 
-inline size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape& shape) {
-  const size_t sum_bytes = shape.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return static_cast<size_t>(shape.batch * shape.heads * shape.q_steps) * sum_bytes;
-}
-
 // On vectors or on tiles.
 template <typename Element, int kDim, typename Dot, bool kOnTiles = Dot::kIsMatrix>
 struct Attention {
@@ -81,48 +76,100 @@ inline void flash_attention_forward(const FlashAttentionForward& args, const Exe
   });
 }
 
+// Workspace of the backward: delta of every query, whether a head must be made again, and dq of every part
+// where there are several.
+template <typename Element, int kDim>
+struct BackwardWorkspace {
+  using Backward = typename AttentionOf<Element, kDim>::Backward;
+  int64_t spoiled, dq, all;  // where they begin, in floats
+
+  explicit BackwardWorkspace(const FlashAttentionShape& shape) {
+    const int64_t n_heads = shape.batch * shape.heads, n_parts = Backward::n_parts(shape);
+    spoiled = n_heads * shape.q_steps;
+    dq = round_up(spoiled + n_heads, 16);
+    all = dq + (n_parts == 1 ? 0 : n_heads * n_parts * Backward::dq_floats(shape.q_steps));
+  }
+};
+
+inline size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape& shape) {
+  size_t n_bytes = 0;
+  with_element(shape.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      n_bytes = static_cast<size_t>(shape.batch * shape.heads * shape.q_steps) * sizeof(double);
+    } else {
+      with_head_dim(shape.head_dim, [&](auto dim) {
+        const BackwardWorkspace<Element, dim.value> workspace(shape);
+        n_bytes = static_cast<size_t>(workspace.all) * sizeof(float);
+      });
+    }
+  });
+  return n_bytes;
+}
+
 template <typename Element, int kDim>
 void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executor& executor) {
   using Backward = typename AttentionOf<Element, kDim>::Backward;
-  using Repair = VectorBackward<Element, kDim, FloatDot>;
   const FlashAttentionShape& shape = args.shape;
   const int64_t n_heads = shape.batch * shape.heads, n_threads = max_of(1, executor.n_threads);
+  const BackwardWorkspace<Element, kDim> workspace(shape);
+  float* const spoiled = static_cast<float*>(args.workspace) + workspace.spoiled;
+  clear_floats(spoiled, n_heads);
   const auto run = [&](int64_t head, auto&& make) {
     Backward backward(args, head / shape.heads, head % shape.heads, false);
-    if (make(backward)) return;
-    Repair repair(args, head / shape.heads, head % shape.heads, true);
-    make(repair);
+    const float one = 1.0f;
+    if (!make(backward)) __atomic_store(spoiled + head, &one, __ATOMIC_RELAXED);
   };
-  if (5 * ceil_div(n_heads, n_threads) * n_threads <=
-      7 * n_heads) {  // five products a head, or seven spread evenly
+  const int64_t rows = 4 * Backward::kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
+  const auto for_chunks = [&](auto&& make) {  // the last queries, which see most keys, first
+    run_tasks(executor, n_heads * n_chunks, [&](int64_t task) {
+      const int64_t head = task % n_heads, begin = (n_chunks - 1 - task / n_heads) * rows;
+      const int64_t end = min_of(begin + rows, shape.q_steps);
+      run(head, [&](auto& of_head) { return make(of_head, head, begin, end); });
+    });
+  };
+  const auto write_delta = [](auto& of_head, int64_t, int64_t begin, int64_t end) {
+    return of_head.write_delta(begin, end);
+  };
+  const int64_t n_parts = Backward::n_parts(shape), n_tasks = n_heads * n_parts;
+  const bool by_parts = 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
+  if (by_parts && n_parts == 1) {
     run_tasks(executor, n_heads, [&](int64_t head) {
-      run(head, [&](auto& task) {
-        task.write_delta(0, shape.q_steps);
-        return task.run_head();
+      run(head, [&](auto& of_head) {
+        return of_head.write_delta(0, shape.q_steps) && of_head.run_head();
       });
     });
-    return;
+  } else if (by_parts) {
+    for_chunks(write_delta);
+    float* dq = static_cast<float*>(args.workspace) + workspace.dq;
+    const int64_t dq_floats = Backward::dq_floats(shape.q_steps);
+    run_tasks(executor, n_tasks, [&](int64_t task) {
+      run(task / n_parts, [&](auto& of_head) {
+        return of_head.run_part(task % n_parts, n_parts, dq + task * dq_floats);
+      });
+    });
+    for_chunks([&](auto& of_head, int64_t head, int64_t begin, int64_t end) {
+      return of_head.add_parts(begin, end, n_parts, dq + head * n_parts * dq_floats);
+    });
+  } else {
+    for_chunks(write_delta);
+    const int64_t keys = Backward::kGradientKeys;
+    run_tasks(executor, n_heads * ceil_div(shape.kv_steps, keys), [&](int64_t task) {
+      const int64_t begin = task / n_heads * keys;  // the first keys, seen by most queries, first
+      run(task % n_heads, [&](auto& of_head) { return of_head.run_keys(begin, begin + keys); });
+    });
+    for_chunks([&](auto& of_head, int64_t, int64_t begin, int64_t end) {
+      return of_head.run_queries(begin, end, n_parts);
+    });
   }
-  const int64_t rows = 4 * Backward::kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
-  const int64_t keys = Backward::kGradientKeys, n_blocks = ceil_div(shape.kv_steps, keys);
-  const auto chunk_end = [&](int64_t chunk) { return min_of((chunk + 1) * rows, shape.q_steps); };
-  run_tasks(executor, n_heads * n_chunks, [&](int64_t task) {
-    run(task % n_heads, [&](auto& of_head) {
-      of_head.write_delta(task / n_heads * rows, chunk_end(task / n_heads));
-      return true;
+  if constexpr (AttentionDot<Element>::Type::kPlanes > 1) {
+    run_tasks(executor, n_heads, [&](int64_t head) {
+      if (spoiled[head] == 0.0f) return;
+      VectorBackward<Element, kDim, FloatDot> repair(args, head / shape.heads, head % shape.heads,
+                                                     true);
+      repair.run_head();
     });
-  });
-  // The longest first: the first keys are seen by most queries, the last queries see most keys.
-  run_tasks(executor, n_heads * n_blocks, [&](int64_t task) {
-    run(task % n_heads, [&](auto& of_head) {
-      return of_head.run_keys(task / n_heads * keys, (task / n_heads + 1) * keys);
-    });
-  });
-  run_tasks(executor, n_heads * n_chunks, [&](int64_t task) {
-    const int64_t chunk = n_chunks - 1 - task / n_heads;
-    run(task % n_heads,
-        [&](auto& of_head) { return of_head.run_queries(chunk * rows, chunk_end(chunk)); });
-  });
+  }
 }
 
 inline void flash_attention_backward(const FlashAttentionBackward& args, const Executor& executor) {
