@@ -105,13 +105,14 @@ void multiply(const Tensor& out, const Tensor& a, SharedOperand& b) {
   if (!multiply_by_target(out, a, b.b, false, &b.packed)) multiply_by_torch(out, a, b.b);
 }
 
-int64_t rows_at_once(DType dtype, int64_t n) {
+int64_t rows_at_once(int64_t n) {
   // Measured, float32, two cores of a Sapphire Rapids, forward and backward of feed_forward: 1536 takes
   // 2 to 3 % less than 768; 3000 the same or more, and more memory.
   constexpr int64_t kRows = 1536;
-  const bool is_wide = dtype == DType::kFloat32 || dtype == DType::kFloat64;
-  return is_wide ? std::min(n, kRows) : n;
+  return std::min(n, kRows);
 }
+
+bool sums_by_blocks(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat64; }
 
 Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n) {
   Tensor whole = tensor;

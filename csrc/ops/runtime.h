@@ -44,10 +44,12 @@ struct SharedOperand {
 };
 void multiply(const Tensor& out, const Tensor& a, SharedOperand& b);
 
-// Rows that an op between products takes at once, so that what lies between them stays in the
-// caches. Gradients of weights become sums over such blocks; types that would round each of them
-// take all n rows.
-int64_t rows_at_once(DType dtype, int64_t n);
+// Rows that an op between products takes at once, so that what lies between them stays in the caches.
+int64_t rows_at_once(int64_t n);
+
+// Whether gradients of weights are sums over such blocks; types that would round each of them keep what lies
+// between the products of all rows, and make them of it at the end.
+bool sums_by_blocks(DType dtype);
 
 // Rows [begin, begin + n) of `tensor`, in its memory.
 Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n);

@@ -70,11 +70,14 @@ class ForwardChunk {
         scale_(static_cast<float>(args.shape.scale) * kLog2E),
         only_repair_(only_repair) {}
 
-  // Rows of a task: the product of q, out and the sums fits L2, and every thread gets several
-  // tasks.
+  // Rows of a task: q, out and the sums fit L2, which is 1 MiB or more where vectors are that long, and
+  // every thread gets several tasks. Keys are packed for every task anew.
   static int64_t chunk_rows(const FlashAttentionShape& shape, int n_threads) {
     const int64_t all = shape.batch * shape.heads * shape.q_steps;
-    const int64_t most = (Dot::kPlanes > 1 ? 768 : 384) * 64 / max_of(64, kDim);
+    const int64_t most = (Dot::kPlanes > 1 ? 768
+                          : kLanes == 16   ? 1152
+                                           : 384) *
+                         64 / max_of(64, kDim);
     const int64_t wanted =
         max_of<int64_t>(96, min_of<int64_t>(most, all / (4 * max_of(1, n_threads))));
     const int64_t n_chunks = max_of<int64_t>(1, ceil_div(shape.q_steps, wanted));

@@ -4,7 +4,7 @@
 //   for each piece of k (or once for all of k, where b is kept for several products)
 //     the shared operand packed, by threads                     in the workspace
 //     task = a chunk of the other one, its own
-//       for each block of the piece                             its own packed, in L2
+//       for each block of the piece                             its own packed, in L2, or where it lies
 //         for each group of shared panels   all products of its own and these
 //
 // Shared is the smaller operand: what one thread has packed and another reads crosses between their
@@ -112,21 +112,27 @@ class MatmulBy {
     const Span own = part(n_own_, n_chunks_, task / n_groups_),
                shared = part(n_shared_, n_groups_, task % n_groups_);
     const Span rows = (kOwnRows ? own : shared), columns = (kOwnRows ? shared : own);
+    bool in_place = false;
+    if constexpr (kOwnRows && Product::kReadsInPlace) in_place = Product::reads_in_place(own_);
     const int64_t own_floats =
-        own.size() * steps_of(piece.begin, piece.end) * kStepDepth * kOwnFloats;
+        in_place ? 0 : own.size() * steps_of(piece.begin, piece.end) * kStepDepth * kOwnFloats;
     const int64_t sums_floats = Product::sums_floats(args_, rows, columns);
     auto* own_packed = static_cast<float*>(
         thread_scratch(static_cast<size_t>(own_floats + sums_floats) * sizeof(float)));
     Product product(args_, rows, columns, own_packed + own_floats);
     for (int64_t block = piece.begin; block < piece.end; block += kBlockDepth) {
       const int64_t n_steps = steps_of(block, piece.end);
-      Product::template pack<kOwnRows>(own_, own.begin * kOwn, block, n_steps, {0, own.size()},
-                                       {0, n_steps}, own_packed);
       const int64_t own_panel = n_steps * kStepDepth * kOwnFloats,
                     shared_panel = n_steps * kStepDepth * kSharedFloats;
+      Panels mine{own_packed, own_panel, own};
+      if (!in_place) {
+        Product::template pack<kOwnRows>(own_, own.begin * kOwn, block, n_steps, {0, own.size()},
+                                         {0, n_steps}, own_packed);
+      } else if constexpr (Product::kReadsInPlace) {
+        mine = Product::in_place(own_, own, block);
+      }
       const Block here{min_of(kBlockDepth, piece.end - block), n_steps, block == 0,
                        block + kBlockDepth >= args_.k};
-      const Panels mine{own_packed, own_panel, own};
       constexpr int64_t kGroup = Product::template kSharedPanels<!kOwnRows>;
       for (int64_t j = shared.begin; j < shared.end; j += kGroup) {
         const Panels others{shared_block(piece, block) + j * shared_panel,

@@ -26,12 +26,12 @@ struct Block {
   bool is_first, is_last;    // of all of k
 };
 
-// Panels of one operand, packed for a block: panel i lies at packed + i * floats.
+// Panels of one operand for a block: panel i lies at data + i * floats.
 struct Panels {
-  const float* packed;
+  const float* data;
   int64_t floats;
   Span span;  // which of all panels of the operand they are
-  const float* operator[](int64_t i) const { return packed + i * floats; }
+  const float* operator[](int64_t i) const { return data + i * floats; }
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -181,6 +181,7 @@ class TileProduct {
   template <bool kIsRows>
   static constexpr int64_t kFloatsPerDepth = kStepFloats / kTileDepth;
   static constexpr int64_t kStepDepth = kTileDepth, kBlockDepth = 256, kDepthAtOnce = kBlockDepth;
+  static constexpr bool kReadsInPlace = false;
   // What a task keeps in L2. Measured in place (feed_forward of gpt-s and gpt-l, both threads): 4 to 12
   // own panels, 8 to 32 shared ones, blocks of 192 to 768 and runs of 3 and 4 differ by less than the
   // noise (5 %).

@@ -4,8 +4,9 @@
 //
 // A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and
 // again by single elements, a strip once by whole vectors. A packed strip is [k][column].
-// A packed panel of rows is [row][k] where the matrix has its elements side by side along k, else
-// [k][row]: both are copies without a transpose, and a multiply-add reads single elements of it. All of it in
+// A panel of rows is [row][k] where the matrix has its elements side by side along k, else [k][row]: no
+// transpose, since a multiply-add reads single elements of it. The former needs no packing where a is made
+// of whole panels. All of it in
 // units (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs of depths.
 #pragma once
 
@@ -31,6 +32,8 @@ class VectorProduct {
   static constexpr int64_t kBlockDepth = 256 * kPerUnit;
   // Types that are rounded when they are stored are so once, after all of k.
   static constexpr bool kIsRounded = sizeof(Element) < sizeof(float);
+  // Whether elements become other units than they are in memory.
+  static constexpr bool kIsWidened = kIsRounded && kPerUnit == 1;
   static constexpr int64_t kDepthAtOnce = kIsRounded ? INT64_MAX : 4 * kBlockDepth;
   // What a task keeps in L2: 96 KiB of its own and 128 of the shared operand.
   template <bool kIsRows>
@@ -76,17 +79,29 @@ class VectorProduct {
     }
   }
 
+  static constexpr bool kReadsInPlace = !kIsWidened;
+
+  // Whether rows may be read where they lie: their elements side by side, as whole units and panels.
+  static bool reads_in_place(const Operand<Element>& rows) {
+    return rows.depth == 1 && rows.outer % kPerUnit == 0 && rows.n_depth % kPerUnit == 0 &&
+           rows.n_outer % kRows == 0 && reinterpret_cast<uintptr_t>(rows.data) % sizeof(float) == 0;
+  }
+
+  static Panels in_place(const Operand<Element>& rows, const Span& panels, int64_t k) {
+    const Element* first = rows.data + panels.begin * kRows * rows.outer + k;
+    return {reinterpret_cast<const float*>(first), kRows * (rows.outer / kPerUnit), panels};
+  }
+
   template <bool kOwnRows>
   void multiply(const Panels& rows, const Panels& columns, const Block& block) {
-    const int64_t a_row = block.n_steps * kStepDepth / kPerUnit;
     for (int64_t i = 0; i < rows.span.size(); ++i) {
       for (int64_t j = 0; j < columns.span.size(); ++j) {
         const int64_t row = (rows.span.begin + i) * kRows,
                       column = (columns.span.begin + j) * kColumns;
         if (rows_are_dense_) {
-          multiply_panels<true>(rows[i], a_row, columns[j], block, row, column);
+          multiply_panels<true>(rows[i], rows.floats / kRows, columns[j], block, row, column);
         } else {
-          multiply_panels<false>(rows[i], a_row, columns[j], block, row, column);
+          multiply_panels<false>(rows[i], 1, columns[j], block, row, column);
         }
       }
     }
@@ -96,9 +111,6 @@ class VectorProduct {
   bool finish() { return true; }
 
  private:
-  // Whether elements become other units than they are in memory.
-  static constexpr bool kIsWidened = kIsRounded && kPerUnit == 1;
-
   // n elements as units; the last pair may be half a one.
   static void copy_units(const Element* from, int64_t n, float* out) {
     if constexpr (kIsWidened) {
@@ -191,10 +203,10 @@ class VectorProduct {
     Tile<kRows, kColumnVectors> sums;
     fill_tile(sums, 0.0f);
     const int64_t n_units = ceil_div(block.n_depth, kPerUnit);
-    const int64_t a_outer = kDenseRows ? a_row : 1, a_step = kDenseRows ? 1 : kRows;
+    const int64_t a_step = kDenseRows ? 1 : kRows;
     // Unrolled: 2 to 4 % faster; in attention that gains nothing and takes half as long again to compile.
     _Pragma("GCC unroll 4") for (int64_t k = 0; k < n_units; ++k)
-        multiply_unit<Dot>(a + k * a_step, a_outer, b + k * kColumns, sums);
+        multiply_unit<Dot>(a + k * a_step, a_row, b + k * kColumns, sums);
     float* before = sums_ + (row * sums_row_ + column - first_sum_);
     const bool is_stored = !kIsRounded || block.is_last;
     const bool adds_sums = kIsRounded && !block.is_first;
