@@ -351,7 +351,7 @@ void run_all(const Kernels& kernels, DType dtype) {
     flash_attention(kernels, dtype, 1, 75, 75, 1, d, false, 0);
     flash_attention(kernels, dtype, 1, 193, 193, 2, d, true, 0);
     flash_attention(kernels, dtype, 1, 101, 801, 1, d, true, 0);  // parts of the keys
-    flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0);  // decoding
+    flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0);    // decoding
     flash_attention(kernels, dtype, 1, 5, 205, 3, d, true, 100);
     flash_attention(kernels, dtype, 1, 51, 60, 1, d, false, 17);
   }
