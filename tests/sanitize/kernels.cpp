@@ -312,7 +312,7 @@ void matmuls(const Kernels& kernels) {
     Matmul large{dtype};
     large.m = large.n = large.k = 4096;
     if (!kernels.makes_matmul(large) && &kernels != &cpu::generic::kKernels) {
-      constexpr size_t kOutputs = 5 * 4 * 2;  // sizes, layouts, packings
+      constexpr size_t kOutputs = 6 * 4 * 2;  // sizes, layouts, packings
       g_n_outputs += kOutputs;
       continue;
     }
@@ -321,6 +321,7 @@ void matmuls(const Kernels& kernels) {
     matmul(kernels, dtype, 33, 65, 31);
     matmul(kernels, dtype, 300, 47, 257);
     matmul(kernels, dtype, 70, 550, 300);
+    matmul(kernels, dtype, 36, 130, 514);  // whole panels and units: rows are read in place
   }
 }
 
@@ -373,6 +374,7 @@ int main() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(*kernels, dtype);
     matmuls(*kernels);
+    g_random = 1;
     g_tolerance = tolerance_of(DType::kFloat32);
     g_what = std::string("packed_addmm, ") + kernels->target;
     for (const int64_t m : {1, 2, 3, 4, 5, 6, 53}) packed_addmm(*kernels, m, 64 + m * 7, 300 + m);

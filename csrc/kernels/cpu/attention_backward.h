@@ -90,6 +90,7 @@ class GradientTask {
   // Queries [begin, end) of the dq of all parts, which lie side by side.
   bool add_parts(int64_t begin, int64_t end, int64_t n_parts, const float* dq) {
     float* sum = reserve_dq(end - begin);
+    clear_floats(sum, (end - begin) * kDim);
     for (int64_t part = 0; part < n_parts; ++part)
       add_floats(dq + part * dq_floats(shape_.q_steps) + begin * kDim, (end - begin) * kDim, sum);
     write_dq(begin, end, sum);
@@ -110,6 +111,7 @@ class GradientTask {
     const int64_t n_floats = dq_floats(end - begin);
     float* dq = reserve_dq(2 * round_up(end - begin, kGradientQueries));
     float* of_part = n_parts == 1 ? dq : dq + n_floats;
+    if (n_parts > 1) clear_floats(dq, n_floats);
     const Range keys = rows_visibility(shape_, begin, end - begin).any;
     for (int64_t part = 0; part < n_parts; ++part) {
       clear_floats(of_part, n_floats);
@@ -160,9 +162,7 @@ class GradientTask {
   static float* reserve_dq(int64_t n_rows) {
     thread_local Scratch scratch;
     const int64_t n_floats = dq_floats(n_rows);
-    auto* dq = static_cast<float*>(scratch.reserve(static_cast<size_t>(n_floats) * sizeof(float)));
-    clear_floats(dq, n_floats);
-    return dq;
+    return static_cast<float*>(scratch.reserve(static_cast<size_t>(n_floats) * sizeof(float)));
   }
 
   // Blocks are dealt to and fro: seen by ever fewer queries, they make parts of equal work.
