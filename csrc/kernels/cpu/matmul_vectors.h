@@ -2,12 +2,11 @@
 //
 //   for each panel of rows, each strip of columns   kRows x kColumns sums in registers
 //
-// A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and
-// again by single elements, a strip once by whole vectors. A packed strip is [k][column].
-// A panel of rows is [row][k] where the matrix has its elements side by side along k, else [k][row]: no
-// transpose, since a multiply-add reads single elements of it. The former needs no packing where a is made
-// of whole panels. All of it in
-// units (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs of depths.
+// A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and again
+// by single elements, a strip once by whole vectors. A packed strip is [k][column]. A panel of rows is
+// [row][k] where the matrix has its elements side by side along k, else [k][row]: no transpose, since
+// multiply-adds read single elements of it, and the former need not be packed where a is made of whole
+// panels. All of it in units (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs.
 #pragma once
 
 #include "kernels/cpu/matmul_operand.h"
