@@ -225,10 +225,7 @@ class VectorProduct {
       return;
     }
     alignas(64) float edge[kRows * kColumns];
-    WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-      WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v)
-          store(edge + r * kColumns + v * kLanes, sums[r][v]);
-    }
+    store_tile(sums, edge, kColumns);
     for (int64_t r = 0; r < n_rows; ++r) {
       for (int64_t j = 0; j < n_columns; ++j) {
         Element& out = c[r * args_.c_row + j];

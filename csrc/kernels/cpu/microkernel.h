@@ -208,6 +208,14 @@ WGPT_INLINE void add_tile(const Tile<kRows, kColumns>& tile, float* c, int64_t c
   }
 }
 
+// c = tile.
+template <int kRows, int kColumns>
+WGPT_INLINE void store_tile(const Tile<kRows, kColumns>& tile, float* c, int64_t c_row) {
+  WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
+    WGPT_UNROLL for (int v = 0; v < kColumns; ++v) store(c + r * c_row + v * kLanes, tile[r][v]);
+  }
+}
+
 #if defined(__AVX512BF16__)
 // Takes 16 numbers of 16 bits and 16 more to pairs of the first with the second.
 alignas(64) constexpr uint16_t kPairOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -225,10 +233,7 @@ WGPT_INLINE Floats narrow_pairs(Floats a, Floats b) {
 template <typename Dot, int kRows, int kColumns>
 WGPT_INLINE void store_rows_across(float* out, int64_t out_row, const Tile<kRows, kColumns>& tile) {
   if constexpr (Dot::kPerUnit == 1) {
-    WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-      WGPT_UNROLL for (int v = 0; v < kColumns; ++v)
-          store(out + r * out_row + v * kLanes, tile[r][v]);
-    }
+    store_tile(tile, out, out_row);
   } else {
 #if defined(__AVX512BF16__)
     WGPT_UNROLL for (int r = 0; r < kRows; r += 2) {

@@ -88,10 +88,7 @@ class PackedProduct {
         continue;
       }
       alignas(64) float edge[kRows * kColumns];
-      WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-        WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v)
-            store(edge + r * kColumns + v * kLanes, sums[r][v]);
-      }
+      store_tile(sums, edge, kColumns);
       for (int64_t r = 0; r < kRows; ++r) {
         float* y = y_at(row + r, column);
         const float* addend = addend_at(row + r, column);
