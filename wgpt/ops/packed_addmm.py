@@ -13,8 +13,8 @@ class PackedMatrix:
 
     float32 on the CPU: a row of a result has the same bits whatever the other rows are, however
     many there are and on any number of threads, which no BLAS promises; an item of a batch gets
-    what it gets alone. Other types and devices: torch's own products, without that promise.
-    Holds a copy. No gradients. Raises ValueError for what is not a matrix.
+    what it gets alone. Other types and devices: torch's own products and errors, without that
+    promise. Holds a copy. No gradients. Raises ValueError for what is not a matrix.
     """
 
     def __init__(self, matrix: Tensor) -> None:
