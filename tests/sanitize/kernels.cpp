@@ -15,9 +15,9 @@
 #include <thread>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/dispatch/dispatch.h"
 #define WGPT_TARGET sanitize
-#include "kernels/cpu/elements.h"
+#include "kernels/cpu/simd/elements.h"
 
 namespace wgpt::cpu {
 #define WGPT_KERNELS(target)     \
