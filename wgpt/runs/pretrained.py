@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from wgpt.errors import ConfigError
 from wgpt.model import HybridModel
+from wgpt.runs.model_record import ModelRecord
 
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
@@ -24,9 +26,10 @@ def model_folder(run: str | Path) -> Path:
         return FOLDER
     folder = Path(run)
     if not folder.is_dir():
+        near = difflib.get_close_matches(str(run), [NAME])
         raise ConfigError(
             f"{folder / 'config.json'}: no such file; RUN is a folder written by `wgpt train`, or "
-            f"{NAME!r}, the model in the package"
+            f"{NAME!r}, the model in the package" + (f"; did you mean {NAME!r}?" if near else "")
         )
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
@@ -41,6 +44,7 @@ def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
     model = HybridModel.from_pretrained(folder)
     facts = json.loads((folder / "config.json").read_text())
     kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
+    kept["context_steps"] = ModelRecord.read(folder).context_steps
     card = card or (folder / "README.md").read_text()
     model.save_pretrained(out, card, kept, STORED)
     return Path(out) / "model.safetensors"
