@@ -25,7 +25,8 @@ import harness
 import numpy as np
 import torch
 
-from wgpt import plots, synth
+from wgpt import plots
+from wgpt.codec.training import synth
 from wgpt.config import SAMPLE_RATE_HZ
 from wgpt.likeness import distances
 from wgpt.sampling import Sampling

@@ -7,7 +7,8 @@ import pytest
 import torch
 from waking import awake
 
-from wgpt import codec, config, synth, train
+from wgpt import codec, config, train
+from wgpt.codec.training import synth
 from wgpt.config import HOP_SAMPLES, ConfigError, MelConfig, ModelConfig
 from wgpt.generate import Sampling, Speaker
 from wgpt.mel import MelFrontend

@@ -7,7 +7,8 @@ import pytest
 import torch
 from waking import awake
 
-from wgpt import codec, config, synth
+from wgpt import codec, config
+from wgpt.codec.training import synth
 from wgpt.config import HOP_SAMPLES, MelConfig
 from wgpt.mel import MelFrontend
 from wgpt.model import HybridModel

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from wgpt import likeness
+from wgpt.codec.training.synth import render_music
 from wgpt.likeness import Statistics, distances, frechet_db, statistics
 from wgpt.sampling import Sampling
 from wgpt.speaker import Speaker
-from wgpt.synth import render_music
 
 
 def test_frechet_of_known_gaussians():

@@ -9,8 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from wgpt import audio, codec, starter, synth
+from wgpt import audio, codec, starter
 from wgpt.cli import main
+from wgpt.codec.training import synth
 from wgpt.config import ConfigError
 from wgpt.model import HybridModel
 from wgpt.runs import read_metrics

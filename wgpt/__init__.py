@@ -22,7 +22,6 @@ _SUBMODULES = (
     "ops",
     "sampling",
     "speaker",
-    "synth",
     "train",
 )
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from wgpt import audio, codec, evaluate, likeness, plots, starter, study, synth
+from wgpt import audio, codec, evaluate, likeness, plots, starter, study
+from wgpt.codec.training import synth
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
 from wgpt.data.prepare import prepare
 from wgpt.data.shards import Dataset
