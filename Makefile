@@ -91,14 +91,15 @@ SANITIZE_OBJECTS = $(patsubst %,$(SANITIZE_OUT)/%.o,dispatch \
   $(patsubst %,target_%,$(filter-out $(EMULATED),$(SANITIZE_TARGETS))) \
   $(if $(EMULATED),avx512_emulator $(EMULATED:%=emulated_%)))
 SANITIZE_CXX = $(CXX) -std=c++17 -O1 -g1 -pthread -Icsrc $(SANITIZERS)
+CPU_HEADERS = $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*/*.h)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 
-$(SANITIZE_OUT)/%.o: csrc/kernels/cpu/%.cpp $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
+$(SANITIZE_OUT)/%.o: csrc/kernels/cpu/dispatch/%.cpp $(CPU_HEADERS)
 	@mkdir -p $(@D)
 	$(SANITIZE_CXX) $(ISA_$(*:target_%=%)) -c $< -o $@
 
-$(SANITIZE_OUT)/emulated_%.o: csrc/kernels/cpu/target_%.cpp tests/sanitize/avx512_emulator.h \
-    $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*.h)
+$(SANITIZE_OUT)/emulated_%.o: csrc/kernels/cpu/dispatch/target_%.cpp tests/sanitize/avx512_emulator.h \
+    $(CPU_HEADERS)
 	@mkdir -p $(@D)
 	$(SANITIZE_CXX) $(ISA_avx2) $(EMULATE_$*) -Wno-psabi -include $(word 2,$^) -c $< -o $@
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/dispatch/dispatch.h"
 
 namespace py = pybind11;
 

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "checks.h"
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/dispatch/dispatch.h"
 #include "ops/runtime.h"
 
 namespace wgpt {

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "checks.h"
-#include "ops/runtime.h"
+#include "ops/gemm.h"
 
 namespace wgpt {
 namespace {

@@ -9,8 +9,8 @@
 #include <tuple>
 
 #include "checks.h"
-#include "kernels/cpu/dispatch.h"
-#include "ops/runtime.h"
+#include "kernels/cpu/dispatch/dispatch.h"
+#include "ops/gemm.h"
 
 namespace wgpt {
 namespace {

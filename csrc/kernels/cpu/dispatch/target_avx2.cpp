@@ -1,0 +1,3 @@
+// x86-64 with AVX2, FMA and F16C. Flags: -mavx2 -mfma -mf16c.
+#define WGPT_TARGET avx2
+#include "kernels/cpu/dispatch/target.h"

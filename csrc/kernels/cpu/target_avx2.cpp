@@ -1,3 +1,0 @@
-// x86-64 with AVX2, FMA and F16C. Flags: -mavx2 -mfma -mf16c.
-#define WGPT_TARGET avx2
-#include "kernels/cpu/target.h"

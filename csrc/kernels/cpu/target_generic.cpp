@@ -1,3 +1,0 @@
-// Plain C++ at the compiler's baseline: runs anywhere.
-#define WGPT_TARGET generic
-#include "kernels/cpu/target.h"

@@ -1,0 +1,51 @@
+"""Every error that wgpt raises on purpose; `except wgpt.WgptError` catches them all.
+
+A message says who refuses, the rule, what was expected and what came, and a next step that works.
+The command line prints the message alone and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class WgptError(Exception):
+    """Above all errors of this package."""
+
+    exit_code = 1  # of the command that meets it: failed
+
+
+class ConfigError(WgptError, ValueError):
+    """A setting breaks a rule; the message names the setting, the rule, and what came."""
+
+    exit_code = 2  # another command line would have avoided it: usage
+
+
+class AudioError(WgptError, ValueError):
+    """A file cannot be used as audio; the message names the file, the rule, and what came."""
+
+
+class CodecError(WgptError, RuntimeError):
+    """Codec weights are missing, damaged or unfit, or a codec was given what it cannot take."""
+
+
+class DataError(WgptError, ValueError):
+    """A prepared folder breaks its format; the message names the file and the rule."""
+
+
+class CheckpointError(WgptError, RuntimeError):
+    """A checkpoint is missing or damaged; the message names the file and the newest good one."""
+
+
+class TrainError(WgptError, RuntimeError):
+    """Training cannot continue; the message says at which step and on which batch."""
+
+
+class Interrupted(WgptError):
+    """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
+
+
+class GenerationError(WgptError, RuntimeError):
+    """A model gave no usable distribution while generating."""
+
+
+class SynthesisError(WgptError, RuntimeError):
+    """Sound could not be synthesised; the message names the program or setting at fault."""
