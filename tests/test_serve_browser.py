@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from serving import Server, needs_gradio, start, wait_for
-
-from wgpt import audio
 from wgpt.sampling import Sampling
 from wgpt.speaker import Speaker
+
+from wgpt import audio
 
 # The page's sound, as bytes of a WAV, through the link that plays it.
 READ_SOUND = """

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from wgpt import audio, plots
+from wgpt import audio
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
-from wgpt.sampling import Sampling
-from wgpt.speaker import Speaker, Step, n_steps_of
+from wgpt.generation.generator import AudioGenerator as Speaker
+from wgpt.generation.generator import Step
+from wgpt.generation.prompt import n_steps_of
+from wgpt.generation.sampling import Sampling
+from wgpt.runs import plots
 
 FIRST_STEPS, NEXT_STEPS = 6, 15  # steps per piece of sound: 80 ms, then 200 ms
 DRAWING_SHARE = 0.15  # of a job's time at most, until it is done

@@ -23,9 +23,9 @@ from typing import Any
 
 from wgpt import loopback
 from wgpt.desk import Desk, Limits
-from wgpt.sampling import FINE_TEMPERATURE
-from wgpt.speaker import Speaker
-from wgpt.threads import one_thread
+from wgpt.generation.generator import AudioGenerator as Speaker
+from wgpt.generation.sampling import FINE_TEMPERATURE
+from wgpt.ops.runtime import one_thread
 
 log = logging.getLogger(__name__)
 

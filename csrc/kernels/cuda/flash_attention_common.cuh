@@ -1,0 +1,206 @@
+// What the passes of flash_attention share: which pairs are visible, the warp GEMMs of 16 rows with a tile, the checks.
+#pragma once
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/smem_tile.cuh"
+
+namespace wgpt::cuda::flash {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// ---- who sees whom ---------------------------------------------------------------------------------------------------
+
+// The keys [lo, hi) that a query sees. Both ends grow with the query, so a tile of queries sees
+// [span(first).lo, span(last).hi), and all of it sees [span(last).lo, span(first).hi).
+struct Span {
+  int lo, hi;
+};
+
+struct Visibility {
+  int q_steps, kv_steps, window;
+  bool causal;
+
+  WGPT_HOST_DEVICE Span keys_of(int query) const {
+    const int position = query + kv_steps - q_steps;
+    const int lo = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
+    int hi = kv_steps;
+    if (causal) {
+      hi = position + 1 < kv_steps ? position + 1 : kv_steps;
+    } else if (window > 0) {
+      hi = position + window < kv_steps ? position + window : kv_steps;
+    }
+    return {lo, hi};
+  }
+
+  // The queries [lo, hi) that see any of the keys [first, last].
+  WGPT_HOST_DEVICE Span queries_of(int first, int last) const {
+    const int offset = kv_steps - q_steps;
+    int lo = causal ? first - offset : window > 0 ? first - window + 1 - offset : 0;
+    int hi = window > 0 && last + static_cast<int64_t>(window) - offset < q_steps
+                 ? last + window - offset
+                 : q_steps;
+    lo = lo > 0 ? lo : 0;
+    hi = hi > 0 ? hi : 0;
+    return {lo, hi};
+  }
+};
+
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t batch_stride, step_stride, head_stride;
+
+  WGPT_DEVICE Rows<T> head(int64_t b, int64_t h) const {
+    return {data + b * batch_stride + h * head_stride, step_stride};
+  }
+};
+
+template <typename T>
+Heads<T> heads(const HeadsView& view) {
+  return {static_cast<T*>(view.data), view.batch_stride, view.step_stride, view.head_stride};
+}
+
+// Whether every row starts at a 16-byte boundary.
+template <typename T>
+bool rows_aligned(const HeadsView& v) {
+  constexpr int64_t kW = kVecLanes<T>;
+  return aligned16(v.data) && v.batch_stride % kW == 0 && v.step_stride % kW == 0 &&
+         v.head_stride % kW == 0;
+}
+
+// ---- warp GEMMs ------------------------------------------------------------------------------------------------------
+
+// 16 rows of the left tile: fragments kept in registers where kKeep, else loaded at every use.
+template <typename T, int D, bool kKeep>
+struct LeftRows {
+  SmemTile<T, D> tile;
+  int row0;
+  FragmentA<T> kept[kKeep ? D / 16 : 1];
+
+  WGPT_DEVICE void prepare() {
+    if constexpr (kKeep) {
+      WGPT_UNROLL
+      for (int k = 0; k < D / 16; ++k) load_a(kept[k], tile, row0, 16 * k);
+    }
+  }
+
+  WGPT_DEVICE FragmentA<T> fragment(int k) const {
+    if constexpr (kKeep) {
+      return kept[k];
+    } else {
+      FragmentA<T> a;
+      load_a(a, tile, row0, 16 * k);
+      return a;
+    }
+  }
+};
+
+// c[n] = left right[8n .. 8n + 7]^T, summed over D.
+template <typename T, int D, bool kKeep, int kN>
+WGPT_DEVICE void gemm_by_rows(float (&c)[kN][4], const LeftRows<T, D, kKeep>& left,
+                              const SmemTile<T, D>& right) {
+  clear(c);
+  WGPT_UNROLL
+  for (int k = 0; k < D / 16; ++k) {
+    const FragmentA<T> a = left.fragment(k);
+    WGPT_UNROLL
+    for (int n = 0; n < kN; n += 2) {
+      FragmentB<T> b[2];
+      load_b_rows(b, right, 8 * n, 16 * k);
+      mma<T>(c[n], a, b[0]);
+      mma<T>(c[n + 1], a, b[1]);
+    }
+  }
+}
+
+// c += weights right: weights are 16 x 8 kN accumulators, rounded to T; k runs along the rows of right.
+template <typename T, int D, int kN>
+WGPT_DEVICE void add_weighted_rows(float (&c)[D / 8][4], const float (&weights)[kN][4],
+                                   const SmemTile<T, D>& right) {
+  WGPT_UNROLL
+  for (int k = 0; k < kN; k += 2) {
+    FragmentA<T> a;
+    a_from_accumulators(a, weights[k], weights[k + 1]);
+    WGPT_UNROLL
+    for (int n = 0; n < D / 8; n += 2) {
+      FragmentB<T> b[2];
+      load_b_columns(b, right, 8 * k, 8 * n);
+      mma<T>(c[n], a, b[0]);
+      mma<T>(c[n + 1], a, b[1]);
+    }
+  }
+}
+
+// Writes a warp's 16 x D accumulators, times factor[0] (rows g) and factor[1] (rows g + 8), to rows [first, first + 16) of `to`
+// that lie below n_rows: through 16 rows of shared memory that the warp owns, for 16-byte stores.
+template <typename T, int D>
+WGPT_DEVICE void store_rows(const float (&c)[D / 8][4], const float (&factor)[2],
+                            const SmemTile<T, D>& tile, int row0, const Rows<T>& to, int first,
+                            int n_rows, bool aligned) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  __syncwarp();  // the warp has read what the rows held before
+  WGPT_UNROLL
+  for (int n = 0; n < D / 8; ++n) {
+    WGPT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      Vec<T, 2> pair;
+      pair.e[0] = from_float<T>(c[n][2 * half] * factor[half]);
+      pair.e[1] = from_float<T>(c[n][2 * half + 1] * factor[half]);
+      constexpr int kW = kVecLanes<T>;
+      const int column = 8 * n + 2 * t;
+      store_vec<2>(tile.chunk(row0 + g + 8 * half, column / kW * kW) + column % kW, pair);
+    }
+  }
+  __syncwarp();
+  constexpr int kW = kVecLanes<T>, kChunks = D / kW;
+  WGPT_UNROLL
+  for (int i = 0; i < 16 * kChunks / kWarp; ++i) {
+    const int at = lane + i * kWarp, r = at / kChunks, column = at % kChunks * kW;
+    if (first + r >= n_rows) continue;
+    const Vec<T, kW> v = load_vec<kW>(tile.chunk(row0 + r, column));
+    T* out = to.row(first + r) + column;
+    if (aligned) {
+      store_vec<kW>(out, v);
+    } else {
+      WGPT_UNROLL
+      for (int k = 0; k < kW; ++k) out[k] = v.e[k];
+    }
+  }
+}
+
+// ---- what the launchers share ----------------------------------------------------------------------------------------
+
+inline const char* check(const FlashAttentionShape& s) {
+  if (s.dtype == DType::kFloat64)
+    return "flash_attention: CUDA knows float32, bfloat16 and float16";
+  if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128)
+    return "flash_attention: head_dim must be 32, 64 or 128";
+  if (!(s.scale > 0)) return "flash_attention: CUDA needs scale > 0";
+  if (s.q_steps < 1 || s.kv_steps < 1)
+    return "flash_attention: needs at least one query and one key";
+  if (s.causal && s.q_steps > s.kv_steps)
+    return "flash_attention: causal needs at most as many queries as keys";
+  if (s.q_steps > (1 << 30) || s.kv_steps > (1 << 30) || s.window > (1 << 30)) {
+    return "flash_attention: more than 2^30 steps";
+  }
+  if (s.batch * s.heads * ceil_div(s.q_steps > s.kv_steps ? s.q_steps : s.kv_steps, int64_t{32}) >
+      INT32_MAX) {
+    return "flash_attention: too many heads and steps for one grid";
+  }
+  return nullptr;
+}
+
+inline Visibility visibility(const FlashAttentionShape& s) {
+  return {static_cast<int>(s.q_steps), static_cast<int>(s.kv_steps), static_cast<int>(s.window),
+          s.causal};
+}
+
+// Calls f(integral_constant<int, D>).
+template <typename F>
+void with_head_dim(int64_t head_dim, F&& f) {
+  if (head_dim == 32) f(std::integral_constant<int, 32>{});
+  if (head_dim == 64) f(std::integral_constant<int, 64>{});
+  if (head_dim == 128) f(std::integral_constant<int, 128>{});
+}
+
+}  // namespace wgpt::cuda::flash
