@@ -6,13 +6,13 @@ import torch
 
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
+from wgpt.codec.training.synth import render_music
 from wgpt.config import MelConfig
 from wgpt.evaluation import frechet
 from wgpt.evaluation.frechet import Statistics, distances, frechet_db, statistics
 from wgpt.evaluation.tables import distance_table
 from wgpt.generation import AudioGenerator, Step
 from wgpt.generation.sampling import Sampling
-from wgpt.synth import render_music
 
 
 def test_frechet_of_known_gaussians():
