@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     sampling = parser.add_argument_group("sampling")
     parser.add_argument(
-        "run", metavar="RUN", help="run folder, RUN@best, RUN@step-500, a model folder, or starter"
+        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
     )
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
     output.add_argument("--seconds", type=float, help="length; --stream without it does not end")
