@@ -19,13 +19,13 @@ namespace wgpt::cpu::WGPT_TARGET {
 // 128 channels, 0 and 3 frames of context, two threads, us: 96 steps 210 and 414, 192 186 and 360, 384
 // (two tiles a chunk) 192 and 367.
 template <typename Dot>
-constexpr int kMelSteps = Dot::kIsAmx && Dot::kTerms == 1 ? 192 : 96;
+constexpr int kMelSteps = Dot::kIsAmx ? 192 : 96;
 constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
 constexpr int kMelMaxChunks = 64;
 
 // Rows of a partial d_weight: those of whole row groups, for every Dot.
 inline int64_t mel_partial_rows(int64_t channels) {
-  return max_of(round_up(channels, 48), round_up(channels, 32));
+  return round_up(channels, 48);
 }
 
 // Calls body(first, Constant<width>{}) for vectors [0, n_vectors), kVectors at a time.
