@@ -240,12 +240,12 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         });
 }
 
-void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) {
+void gemm(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) {
   for (const bool a_across : {false, true}) {
     for (const bool b_across : {false, true}) {
       Block a(dtype, m * k), b(dtype, k * n);
       const auto call_of = [&](void* c, Packing b_packing, void* workspace) {
-        return Matmul{dtype,
+        return Gemm{dtype,
                       m,
                       n,
                       k,
@@ -261,18 +261,18 @@ void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k
                       b_packing,
                       workspace};
       };
-      for (const Packing first : {Packing::kByBlocks, Packing::kKeep}) {
-        check({{dtype, m * n}}, kernels.matmul_workspace_bytes(call_of(nullptr, first, nullptr)),
+      for (const Packing first : {Packing::kPackPerCall, Packing::kPackAndKeep}) {
+        check({{dtype, m * n}}, kernels.gemm_workspace_bytes(call_of(nullptr, first, nullptr)),
               [&](auto& out, void* workspace, const Executor& threads) {
                 bool is_finite = true;
                 Packing packing = first;
-                if (first == Packing::kKeep) {
+                if (first == Packing::kPackAndKeep) {
                   std::vector<float> other(static_cast<size_t>(m * n));  // enough for any type
-                  is_finite = kernels.matmul(call_of(other.data(), first, workspace), threads);
-                  packing = Packing::kKept;
+                  is_finite = kernels.gemm(call_of(other.data(), first, workspace), threads);
+                  packing = Packing::kPackedBefore;
                 }
-                const Matmul call = call_of(out[0]->get(), packing, workspace);
-                is_finite = kernels.matmul(call, threads) && is_finite;
+                const Gemm call = call_of(out[0]->get(), packing, workspace);
+                is_finite = kernels.gemm(call, threads) && is_finite;
                 if (!is_finite) fail("a result is not finite");
               });
       }
@@ -306,22 +306,22 @@ double tolerance_of(DType dtype) {
 void matmuls(const Kernels& kernels) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     g_tolerance = tolerance_of(dtype);
-    g_what = std::string("matmul, ") + kernels.target + ", type " +
+    g_what = std::string("gemm, ") + kernels.target + ", type " +
              std::to_string(static_cast<int>(dtype));
     g_random = 1;
-    Matmul large{dtype};
+    Gemm large{dtype};
     large.m = large.n = large.k = 4096;
     if (!kernels.prefers_own_gemm(large) && &kernels != &cpu::generic::kKernels) {
       constexpr size_t kOutputs = 6 * 4 * 2;  // sizes, layouts, packings
       g_n_outputs += kOutputs;
       continue;
     }
-    matmul(kernels, dtype, 1, 1, 1);
-    matmul(kernels, dtype, 32, 64, 32);
-    matmul(kernels, dtype, 33, 65, 31);
-    matmul(kernels, dtype, 300, 47, 257);
-    matmul(kernels, dtype, 70, 550, 300);
-    matmul(kernels, dtype, 36, 130, 514);  // whole panels and units: rows are read in place
+    gemm(kernels, dtype, 1, 1, 1);
+    gemm(kernels, dtype, 32, 64, 32);
+    gemm(kernels, dtype, 33, 65, 31);
+    gemm(kernels, dtype, 300, 47, 257);
+    gemm(kernels, dtype, 70, 550, 300);
+    gemm(kernels, dtype, 36, 130, 514);  // whole panels and units: rows are read in place
   }
 }
 

@@ -41,10 +41,10 @@ const Kernels kKernels{
     gelu_backward,
     cross_entropy_rows,
     prefers_own_gemm,
-    matmul,
-    matmul_workspace_bytes,
+    gemm,
+    gemm_workspace_bytes,
     packed_addmm,
-    multiply_adds,
+    run_fmas,
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -1,7 +1,7 @@
 // mel_embed on the CPU: which code runs for the types.
 #pragma once
 
-#include "kernels/cpu/mel_embed/mel_embed_vector.h"
+#include "kernels/cpu/mel_embed/mel_embed_gemm.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -44,10 +44,10 @@ inline void mel_embed_forward(const MelEmbedForward& args, const Executor& execu
     using Element = decltype(element);
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      mel_embed_forward_by_rows<Frame>(args, executor);
+      mel_embed_forward_float64<Frame>(args, executor);
     } else {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
-        mel_embed_forward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+        mel_embed_forward_blocks<Element, Frame, decltype(dot)>(args, executor);
       });
     }
   });
@@ -58,13 +58,13 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     using Element = decltype(element);
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      mel_embed_backward_by_rows<Frame>(args, executor);
+      mel_embed_backward_float64<Frame>(args, executor);
       if (args.d_pos == nullptr) return;
       run_tasks(executor, sum_over_batch_tasks(args.pos_rows),
                 [&](int64_t task) { sum_mel_pos<double>(args, task); });
     } else {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
-        mel_embed_backward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+        mel_embed_backward_blocks<Element, Frame, decltype(dot)>(args, executor);
       });
     }
   });
