@@ -16,17 +16,25 @@
 //
 // a (m, k) and b (k, n) by strides, of which one is 1 in each; c (m, n) by rows. An element of c
 // has the same bits for any number of threads and whatever the other rows and columns hold.
+//
+// Prepacked (packed_addmm): c = addend + a b with b packed once, for many calls with few rows each, as in
+// decoding. float32 FMAs on every target, and batch-invariant: the bits of a row do not depend on m either.
+// k is summed in blocks of kPrepackedDepth, each in order, and the blocks in order. All of b is read, so
+// with few rows memory bandwidth is the limit; with many, the FMAs.
 #pragma once
 
 #include "kernels/common.h"
 
 namespace wgpt {
 
+constexpr int64_t kPanelColumns = 64, kPrepackedDepth = 256;
+
 // How b is packed.
 enum class Packing {
   kPackPerCall,  // into the workspace, some blocks of k at a time
   kPackAndKeep,  // all of it into the workspace, for calls to come
   kPackedBefore,  // the workspace holds it: a call with kPackAndKeep had the same workspace, b, n and k
+  kPrepacked,  // b is panels of kPanelColumns columns already: (ceil(n / 64), k, 64), zero past n
 };
 
 struct Gemm {
@@ -39,6 +47,10 @@ struct Gemm {
   bool accumulate;  // c += a b
   Packing b_packing;
   void* workspace;  // gemm_workspace_bytes, 64-byte aligned
+  // kPrepacked only, which needs float32, a by rows and accumulate = false:
+  const void* addend =
+      nullptr;  // (m, n), rows addend_row apart (0: one row for all), or nullptr for zero
+  int64_t addend_row = 0;
 };
 
 }  // namespace wgpt

@@ -246,20 +246,20 @@ void gemm(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) 
       Block a(dtype, m * k), b(dtype, k * n);
       const auto call_of = [&](void* c, Packing b_packing, void* workspace) {
         return Gemm{dtype,
-                      m,
-                      n,
-                      k,
-                      a.get(),
-                      b.get(),
-                      a_across ? 1 : k,
-                      a_across ? m : 1,
-                      b_across ? 1 : n,
-                      b_across ? k : 1,
-                      c,
-                      n,
-                      false,
-                      b_packing,
-                      workspace};
+                    m,
+                    n,
+                    k,
+                    a.get(),
+                    b.get(),
+                    a_across ? 1 : k,
+                    a_across ? m : 1,
+                    b_across ? 1 : n,
+                    b_across ? k : 1,
+                    c,
+                    n,
+                    false,
+                    b_packing,
+                    workspace};
       };
       for (const Packing first : {Packing::kPackPerCall, Packing::kPackAndKeep}) {
         check({{dtype, m * n}}, kernels.gemm_workspace_bytes(call_of(nullptr, first, nullptr)),
@@ -281,16 +281,29 @@ void gemm(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) 
 }
 
 void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
-  const int64_t n_panels = (n + kPackedColumns - 1) / kPackedColumns, x_row = k + 3;
+  const int64_t n_panels = (n + kPanelColumns - 1) / kPanelColumns, x_row = k + 3;
   Block x(DType::kFloat32, (m - 1) * x_row + k),
-      panels(DType::kFloat32, n_panels * k * kPackedColumns), addend(DType::kFloat32, m * n);
+      panels(DType::kFloat32, n_panels * k * kPanelColumns), addend(DType::kFloat32, m * n);
   for (const int64_t addend_row : {int64_t{-1}, int64_t{0}, n}) {
     check({{DType::kFloat32, m * n}}, 0, [&](auto& out, void*, const Executor& threads) {
-      kernels.packed_addmm(
-          {m, n, k, static_cast<float*>(x.get()), x_row, static_cast<float*>(panels.get()),
-           addend_row < 0 ? nullptr : static_cast<float*>(addend.get()), addend_row,
-           static_cast<float*>(out[0]->get())},
-          threads);
+      const Gemm call{DType::kFloat32,
+                      m,
+                      n,
+                      k,
+                      x.get(),
+                      panels.get(),
+                      x_row,
+                      1,
+                      0,
+                      0,
+                      out[0]->get(),
+                      n,
+                      false,
+                      Packing::kPrepacked,
+                      nullptr,
+                      addend_row < 0 ? nullptr : addend.get(),
+                      addend_row};
+      kernels.gemm(call, threads);
     });
   }
 }
@@ -302,8 +315,8 @@ double tolerance_of(DType dtype) {
                                      : 2e-3;
 }
 
-// Products of the types that a target makes; generic makes all, to be compared with.
-void matmuls(const Kernels& kernels) {
+// GEMMs of the types that a target prefers its own for; generic runs all, to be compared with.
+void gemms(const Kernels& kernels) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     g_tolerance = tolerance_of(dtype);
     g_what = std::string("gemm, ") + kernels.target + ", type " +
@@ -373,7 +386,7 @@ int main() {
     g_n_outputs = 0;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(*kernels, dtype);
-    matmuls(*kernels);
+    gemms(*kernels);
     g_random = 1;
     g_tolerance = tolerance_of(DType::kFloat32);
     g_what = std::string("packed_addmm, ") + kernels->target;

@@ -10,7 +10,6 @@
 #include "kernels/gemm.h"
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/mel_embed.h"
-#include "kernels/packed_addmm.h"
 #include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
 
@@ -39,7 +38,6 @@ struct Kernels {
   bool (*prefers_own_gemm)(const Gemm&);
   bool (*gemm)(const Gemm&, const Executor&);
   size_t (*gemm_workspace_bytes)(const Gemm&);
-  void (*packed_addmm)(const PackedAddmm&, const Executor&);
   double (*run_fmas)(DType, int64_t n);  // n steps of a register block; returns their FLOPs
 };
 

@@ -12,7 +12,6 @@
 #include "kernels/cpu/elementwise/rotary_qkv.h"
 #include "kernels/cpu/elementwise/token_concat.h"
 #include "kernels/cpu/gemm/gemm.h"
-#include "kernels/cpu/gemm/packed_addmm.h"
 #include "kernels/cpu/mel_embed/mel_embed.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -43,7 +42,6 @@ const Kernels kKernels{
     prefers_own_gemm,
     gemm,
     gemm_workspace_bytes,
-    packed_addmm,
     run_fmas,
 };
 

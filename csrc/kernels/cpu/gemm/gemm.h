@@ -1,5 +1,5 @@
 // GEMM driver: packing, cache blocking, threads. The formula: kernels/gemm.h; the kernels on packed panels:
-// gemm_amx_fp32.h, gemm_vector.h.
+// gemm_amx_fp32.h, gemm_vector.h; prepacked b and few rows: gemm_prepacked.h.
 //
 //   for each k slice (all of k, where packed b is kept for several calls)
 //     the shared operand packed, by all threads                 in the workspace
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kernels/cpu/gemm/gemm_amx_fp32.h"
+#include "kernels/cpu/gemm/gemm_prepacked.h"
 #include "kernels/cpu/gemm/gemm_vector.h"
 #include "kernels/cpu/threads/tasks.h"
 
@@ -223,11 +224,16 @@ inline auto with_gemm(const Gemm& args, Body&& body) {
 }
 
 inline bool gemm(const Gemm& args, const Executor& executor) {
+  if (args.b_packing == Packing::kPrepacked) {
+    PrepackedGemm(args, executor).run();
+    return true;
+  }
   return with_gemm(
       args, [&](auto driver) { return typename decltype(driver)::type(args, executor).run(); });
 }
 
 inline size_t gemm_workspace_bytes(const Gemm& args) {
+  if (args.b_packing == Packing::kPrepacked) return 0;
   return with_gemm(args,
                    [&](auto driver) { return decltype(driver)::type::workspace_bytes(args); });
 }
