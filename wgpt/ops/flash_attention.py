@@ -1,12 +1,38 @@
 """flash_attention: softmax attention in O(T) memory, differentiable also through its lse."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -18,32 +44,37 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
 
-    q (B, Tq, H, D), k and v (B, Tk, H, D) with D in {32, 64, 128}, float32, bfloat16 or float16
-    (float64 on CPU). Slices of a fused projection are read in place; only a strided last axis costs
-    a copy. Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step,
-    against a key/value cache.
-
-    scale: factor of the scores; None is 1 / sqrt(D).
-    causal: query at position p sees keys j <= p; needs Tq <= Tk.
-    window: > 0: only keys with p - window < j (not causal: also j < p + window) are seen.
-
-    Returns out (B, Tq, H, D), contiguous, in the type of q; with `return_lse` also the natural
-    log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64). Accumulates in float32 and
-    gives the same bits for any number of threads. Raises ValueError for arguments outside these.
+    Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step, against a KV
+    cache. Slices of a fused projection are read in place; only a strided last axis costs a copy.
+    Accumulates in float32 (float64 for float64); the same bits for any number of threads.
+    Differentiable in q, k and v, through out and lse.
     Source: Dao et al., FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691.
+
+    Args:
+        q: (B, Tq, H, D) with D in {32, 64, 128}; float32, bfloat16, float16, or float64 on the CPU.
+        k, v: (B, Tk, H, D), in the dtype of q.
+        scale: factor of the scores; None is 1 / sqrt(D).
+        causal: the query at position p sees keys j <= p; needs Tq <= Tk.
+        window: > 0: it sees only keys with p - window < j (not causal: also j < p + window).
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        out (B, Tq, H, D), contiguous, in the dtype of q; with `return_lse` also the natural
+        log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64).
+
+    Raises:
+        OpError: for other shapes, dtypes or options.
     """
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
+    out: Tensor
+    lse: Tensor
     out, lse = _flash_attention(q, k, v, scale, causal, window)
     return (out, lse) if return_lse else out
-
-
-def _statistic_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @register_fake("flash_attention")
@@ -51,7 +82,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     batch, q_steps, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=_statistic_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=statistic_dtype(q))
 
 
 @register_fake("flash_attention_backward")
