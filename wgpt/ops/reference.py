@@ -58,6 +58,7 @@ def flash_attention(
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    first_key: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -71,8 +72,23 @@ def flash_attention(
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    first_key: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -83,6 +99,7 @@ def flash_attention(
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    first_key: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `wgpt.ops.flash_attention`; this one writes the Tq x Tk matrix of scores."""
@@ -97,6 +114,8 @@ def flash_attention(
         visible &= key <= position
     if window > 0:
         visible &= (key > position - window) & (key < position + window)
+    if first_key is not None:
+        visible = visible & (key >= first_key[:, None, :, None])  # (B, 1, Tq, Tk)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
     out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
