@@ -15,10 +15,14 @@ def _castable(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
+def _enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def cast_to_autocast_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that the enclosing autocast wants for GEMMs, if there is one."""
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _enabled(device):
         return first, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and _castable(t) else t for t in (first, *others))
@@ -26,7 +30,7 @@ def cast_to_autocast_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor
 
 def cast_to_widest_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in their widest common dtype, under autocast only."""
-    if not torch.is_autocast_enabled(first.device.type):
+    if not _enabled(first.device.type):
         return first, *others
     dtype = first.dtype
     for tensor in others:
@@ -38,7 +42,7 @@ def cast_to_widest_type(first: Tensor, *others: Tensor | None) -> tuple[Tensor |
 def autocast_type(tensor: Tensor) -> torch.dtype:
     """The dtype that the enclosing autocast wants for GEMMs of `tensor`, else its own."""
     device = tensor.device.type
-    wanted = torch.is_autocast_enabled(device) and _castable(tensor)
+    wanted = _enabled(device) and _castable(tensor)
     return torch.get_autocast_dtype(device) if wanted else tensor.dtype
 
 
