@@ -17,38 +17,23 @@ from wgpt.errors import ConfigError, Interrupted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, so that a larger command line can mount it."""
-    add = parser.add_argument
+    parser.usage = "%(prog)s AUDIO [AUDIO ...] --out DATA [flags]"
+    add = parser.add_argument_group("recordings").add_argument
     add(
         "audio", nargs="*", metavar="AUDIO",
         help="folders (walked recursively), audio files, or lists: a path a line, or CSV, TSV, "
         "JSON lines with path and, if wanted, group and split",
     )  # fmt: skip
-    add("--out", required=True, metavar="DATA", help="folder to write, or to add to")
     add("--valid", nargs="+", default=[], metavar="AUDIO", help="recordings to validate on")
     add("--test", nargs="+", default=[], metavar="AUDIO", help="recordings to test on")
-    add("--codec", default="mini", help="codec name or path (default: mini)")
-    add(
-        "--mel-sources", nargs="+", metavar="SOURCE", type=mel_source_name,
-        help="wave, decoded-K (audio of the first K codebooks), leaky-W (centred window of W "
-        "samples, sees the future); default: wave decoded-1 and decoded-K of all codebooks up to "
-        "8; adding one later costs only that one",
-    )  # fmt: skip
-    add(
-        "--split-by", choices=SPLIT_BY,
-        help="hold out whole groups (a list's column, LibriSpeech's speaker, or first-level "
-        "folder), files, or the end of each file; default: group where there are at least 10, "
-        "else file, else time for one or two long recordings",
-    )  # fmt: skip
-    add("--valid-fraction", type=float, default=0.1, help="share to validate on (default: 0.1)")
-    add("--test-fraction", type=float, default=0.0, help="share to test on (default: 0)")
-    add("--keep-silence", action="store_true", help="do not cut silence (over 0.3 s inside)")
-    add("--keep-loudness", action="store_true", help="do not bring the loudness to -18 LUFS")
     add("--jobs", type=int, metavar="N", help="worker processes (default: one per core)")
-    add("--max-seconds", type=float, help="skip longer files (default: cut them into pieces)")
     add("--download", action="store_true", help="let the codec's weights be downloaded")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", required=True, metavar="DATA", help="folder to write, or to add to")
     add("--overwrite", action="store_true", help="replace a finished folder that differs")
     add("--json", action="store_true", help="print account and totals as one line of JSON")
     add("--quiet", action="store_true", help="no progress bars, warnings only")
+    add = parser.add_argument_group("mel", "the log-mel front end").add_argument
     for field in dataclasses.fields(MelConfig):
         if field.name in ("sample_rate_hz", "hop_samples"):  # the codec's
             continue
