@@ -26,6 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--valid", nargs="+", default=[], metavar="AUDIO", help="recordings to validate on")
     add("--test", nargs="+", default=[], metavar="AUDIO", help="recordings to test on")
+    add(
+        "--split-by", choices=SPLIT_BY,
+        help="hold out whole groups (a list's column, LibriSpeech's speaker, or first-level "
+        "folder), files, or the end of each file; default: group where there are at least 10, "
+        "else file, else time for one or two long recordings",
+    )  # fmt: skip
+    add("--valid-fraction", type=float, default=0.1, help="share to validate on (default: 0.1)")
+    add("--test-fraction", type=float, default=0.0, help="share to test on (default: 0)")
+    add("--keep-silence", action="store_true", help="do not cut silence (over 0.3 s inside)")
+    add("--keep-loudness", action="store_true", help="do not bring the loudness to -18 LUFS")
+    add("--max-seconds", type=float, help="skip longer files (default: cut them into pieces)")
+    add = parser.add_argument_group("tokens and mel slices").add_argument
+    add("--codec", default="mini", help="codec name or path (default: mini)")
+    add(
+        "--mel-sources", nargs="+", metavar="SOURCE", type=mel_source_name,
+        help="wave, decoded-K (audio of the first K codebooks), leaky-W (centred window of W "
+        "samples, sees the future); default: wave decoded-1 and decoded-K of all codebooks up to "
+        "8; adding one later costs only that one",
+    )  # fmt: skip
     add("--jobs", type=int, metavar="N", help="worker processes (default: one per core)")
     add("--download", action="store_true", help="let the codec's weights be downloaded")
     add = parser.add_argument_group("output").add_argument

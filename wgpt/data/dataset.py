@@ -126,7 +126,8 @@ class Dataset:
             }
             groups = _groups(manifest)
             # Earlier versions knew no test split.
-            totals = {name: manifest["totals"].get(name) for name in SPLITS}
+            totals = {name: manifest["totals"][name] for name in SPLITS[:2]}
+            totals["test"] = manifest["totals"].get("test")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where}: must follow the format, got a bad entry: {error}") from error
         for source in self.mel_sources:  # it becomes part of a path
