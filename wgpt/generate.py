@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt generate`."""
     output = parser.add_argument_group("output")
     sampling = parser.add_argument_group("sampling")
-    parser.add_argument("run", metavar="RUN", help="run folder, RUN@best, RUN@step-500, a model folder, or starter")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
+    )
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
     output.add_argument("--seconds", type=float, help="length; --stream without it does not end")
     output.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")

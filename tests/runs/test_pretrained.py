@@ -98,7 +98,9 @@ def test_pack_shrinks_a_run_and_keeps_its_model(tiny_run, tmp_path):
              for folder in (tmp_path / "out", tiny_run / "model")]  # fmt: skip
     assert sizes[0] < 0.53 * sizes[1]
     records = [ModelRecord.read(folder) for folder in (tmp_path / "out", tiny_run / "model")]
-    assert records[0] == records[1] and records[0].context_steps == 38  # 0.5 s, from the run
+    assert [record.context_steps for record in records] == [38, 38]  # 0.5 s
+    assert records[0].run is None and records[1].run.folder == tiny_run
+    assert records[0].codec == records[1].codec and records[0].mel == records[1].mel
     assert len(AudioGenerator.load(tmp_path / "out").generate(None, 0.1)) == 8 * 320
     with pytest.raises(ConfigError, match="no such file"):
         pretrained.pack(tmp_path / "nothing", tmp_path / "no")

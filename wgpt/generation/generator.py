@@ -25,7 +25,7 @@ from wgpt import codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.audio.mel_stream import MelStream
 from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ
-from wgpt.errors import CodecError, ConfigError
+from wgpt.errors import ConfigError
 from wgpt.generation.prompt import Prompt, Wave, checked_wave, n_steps_of, wave_of
 from wgpt.generation.sampling import Sampler, Sampling
 from wgpt.generation.stopping import StuckDetector
@@ -95,13 +95,7 @@ class AudioGenerator:
         model = HybridModel.from_pretrained(folder, device)
         if not model.config.window_steps and record.context_steps:
             model.set_window(record.context_steps)
-        loaded = codec.load(record.codec["source"], device=device)
-        expected = record.codec["identity"]["sha256"]
-        if loaded.identity["sha256"] != expected:
-            raise CodecError(
-                f"codec: {record.codec['source']} must have the weights the model was trained "
-                f"with, sha256 {expected}, got {loaded.identity['sha256']}"
-            )
+        loaded = record.load_codec(device)
         return cls(model, loaded, MelFrontend(record.mel), record.mel_source)
 
     @functools.cached_property
