@@ -1,4 +1,4 @@
-"""Training the residual codebooks, from another run's weights, with noisy mel: exact and separate."""
+"""Training the residual codebooks, from another run's weights, with noisy mel: exact, separate."""
 
 import json
 import shutil

@@ -79,8 +79,8 @@ def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
 
     wave: float (L,) at 24 kHz, with at least FRAME_SAMPLES + 400 behind the prompt. The
     correlation of a frame with the samples a lag later is normalised by both energies, so white
-    noise gives 0.09 and noise of music's spectrum about 0.5. Frames 43 dB below the prompt's mean power are left
-    out; none left gives 0.
+    noise gives 0.09 and noise of music's spectrum about 0.5. Frames 43 dB below the
+    prompt's mean power are left out; none left gives 0.
     """
     wave = wave.astype(np.float64)
     quiet = np.square(wave[:prompt_samples]).mean() * np.exp(-RANGE_NEPERS)
