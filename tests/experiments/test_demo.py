@@ -10,6 +10,7 @@ import soundfile
 
 from wgpt import audio
 from wgpt.cli import main
+from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
 from wgpt.experiments import demo, report
 from wgpt.runs.run import Run
@@ -52,6 +53,16 @@ def test_demo_trains_scores_and_continues(made):
         "sampling", "comparing with real sound",
     }  # fmt: skip
     json.dumps(result)
+
+
+def test_demo_holds_out_whole_voices(made):
+    data = Dataset(made[0] / "data")
+    sides = {}
+    for source in data.manifest["sources"]:
+        name = source["path"].rpartition("/")[2].partition("-")[2]  # 000-en-us-m1.ogg
+        sides.setdefault((source["group"], name), set()).add(source["split"])
+    assert all(len(of_voice) == 1 for of_voice in sides.values())
+    assert set(data.split("valid").groups) == set(data.split("train").groups) == {"speech", "music"}
 
 
 def test_demo_sounds_are_of_one_length_and_share_their_prompt(made):

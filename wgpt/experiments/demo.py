@@ -35,6 +35,7 @@ from wgpt.training import train
 log = logging.getLogger(__name__)
 
 GROUPS = ("speech", "music")
+HELD_OUT = 9  # every ninth voice, and piece of music, is for validation
 SAMPLING = Sampling(top_k=100, end_of_clip=False)  # as long as the true rest
 # Windows of 3.4 s and a high rate suit a million parameters and 25 minutes of sound.
 SETTINGS: dict[str, Any] = {
@@ -104,12 +105,12 @@ def demo(
         seconds[stage] = time.monotonic() - began - sum(seconds.values())
         log.info("%s took %.0f s", stage, seconds[stage])
 
-    gather_audio(out / "audio", sizes)
+    recordings = gather_audio(out / "audio", sizes)
     done("gathering audio")
     n_codebooks = codec.load("mini").n_codebooks
     spoken = f"decoded-{n_codebooks}"  # the mel that a model with all codebooks hears of itself
     sources = ("wave", "decoded-1", spoken)
-    prepare(out / "audio", out / "data", mel_sources=sources, jobs=jobs or os.cpu_count() or 1)
+    prepare(recordings, out / "data", mel_sources=sources, jobs=jobs or os.cpu_count() or 1)
     done("preparing")
     settings = {**SETTINGS, **settings}
     result = study.study(
@@ -135,8 +136,11 @@ def demo(
     return result
 
 
-def gather_audio(folder: Path, sizes: Sizes | None = None) -> None:
-    """The package's speech and freshly rendered music, as folder/speech and folder/music."""
+def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
+    """The package's speech and freshly rendered music, as folder/speech and folder/music.
+
+    Returns folder/recordings.csv, which lists them and holds out every ninth voice and piece.
+    """
     sizes = sizes or Sizes()
     (folder / "speech").mkdir(parents=True)
     (folder / "music").mkdir()
@@ -146,11 +150,23 @@ def gather_audio(folder: Path, sizes: Sizes | None = None) -> None:
     for seed in range(sizes.music_clips):
         wave = synth.render_music(sizes.music_clip_s, seed=seed)
         audio.write(folder / "music" / f"music-{seed:03d}.flac", wave)
+    voices = {path: path.stem.partition("-")[2] for path in audio.find(folder / "speech")}
+    sources = {**voices, **{path: path.stem for path in audio.find(folder / "music")}}
+    lines = ["path,group,split"]
+    for group in GROUPS:
+        own = {path: source for path, source in sources.items() if path.parent.name == group}
+        held_out = sorted(set(own.values()))[::HELD_OUT]  # whole voices: 008-en-gb-m2 and all of it
+        for path, source in own.items():
+            split = "valid" if source in held_out else "train"
+            lines.append(f"{group}/{path.name},{group},{split}")
+    listed = folder / "recordings.csv"
+    listed.write_text("\n".join(lines) + "\n")
+    return listed
 
 
 def unheard(out: Path, group: str, sizes: Sizes) -> list[tuple[str, np.ndarray]]:
     """Names and waves of up to n_prompts sounds, a prompt and its rest, that no model heard: music
-    rendered anew, speech from the validation split."""
+    rendered anew, speech of the voices held out."""
     n_samples = sizes.sound_samples
     if group == "music":
         seeds = range(sizes.music_clips, sizes.music_clips + sizes.n_prompts)
