@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="S",
-        help="also let the model go on for S seconds, and say how far its sound drifts (default 0)",
+        help="also continue prompts for S seconds and report how the sound drifts (default 0)",
     )
     parser.add_argument("--rollout-clips", type=int, default=8, help="rollouts (default 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

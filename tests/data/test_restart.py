@@ -89,7 +89,7 @@ def test_killed_and_restarted_gives_the_same_bytes(
         patch.setattr(encode.Encoder, "encode_file", spy)
         prepare(audio_dir, out, codec=FakeCodec())
     assert not set(made) & set(finished) and len(made) == 10 - len(finished)
-    assert f"going on: {len(finished)} files finished before" in caplog.text
+    assert f"continuing: {len(finished)} files finished before" in caplog.text
     assert tree(out) == plain
 
 

@@ -93,7 +93,7 @@ def test_eval_mistakes_are_one_line(tiny_run, tmp_path, capsys):
     shutil.copy(tiny_run / "config.json", unfinished)
     for flags, words in (
         ([str(tiny_run), "--device", "tpu"], "device must be auto or, on this machine"),
-        ([str(unfinished)], "has saved no model yet; go on with"),
+        ([str(unfinished)], "has saved no model yet; continue with"),
         (["startr"], "did you mean starter?"),
     ):
         assert main(["eval", *flags]) == 2

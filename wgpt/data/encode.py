@@ -190,9 +190,9 @@ class Encoder:
                 arrays["tokens"] = codes.T.contiguous().numpy().astype(np.uint16)
             for name in sources:
                 frontend, codebooks = self.frontends[name]
-                heard = self.codec.decode(codes[:codebooks]) if codebooks else wave
-                assert heard is not None
-                frames = frontend(heard.float())
+                sound = self.codec.decode(codes[:codebooks]) if codebooks else wave
+                assert sound is not None
+                frames = frontend(sound.float())
                 if not bool(torch.isfinite(frames).all()):
                     raise DataError(f"mel slices of {name} must be finite")
                 arrays[f"mel.{name}"] = frames.numpy().astype(np.float16)

@@ -2,7 +2,7 @@
 
 Files are hashed, measured, encoded and written one by one to OUT/.partial; when all are done the
 arrays and the manifest are built beside the old ones and moved into place, the manifest last. A
-run killed at any point goes on where it stopped when started again, and the result has the same
+run killed at any point continues where it stopped when started again, and the result has the same
 bytes. A finished folder is opened again for what is new. See dataset.py for the format.
 """
 
@@ -233,7 +233,7 @@ def _encode(
     todo = [job for digest, job in found.jobs.items() if digest not in facts]
     n_jobs = choose_jobs(todo) if jobs is None else min(jobs, max(len(todo), 1))
     if facts:
-        logger.info("going on: %d files finished before, %d to do", len(facts), len(todo))
+        logger.info("continuing: %d files finished before, %d to do", len(facts), len(todo))
     else:
         logger.info("encoding %d files, %d at a time", len(todo), n_jobs)
     meter = Progress("encoding", sum(job.size_bytes for job in todo), len(todo), progress)

@@ -157,20 +157,20 @@ def _roll_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coarse tokens (n, T) and log-mel (n, T, r * M) of a continuation of each prompt."""
     n_prompt, n_steps = round(PROMPT_S * STEP_RATE_HZ), seconds * _SECOND
-    heard = [
+    waves_in = [
         generator.codec.decode(split.slice(clip, start, start + n_prompt)[0]).cpu()
         for clip, start in prompts
     ]
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
         sampling = Sampling(fine_temperature=1.0, end_of_clip=False)
-        batches = generator.steps_batch(heard, n_steps, sampling, seeds)
+        batches = generator.steps_batch(waves_in, n_steps, sampling, seeds)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T
     waves = np.array([[step.wave for step in batch] for batch in steps]).swapaxes(0, 1)
     waves = waves.reshape(len(prompts), n_steps * HOP_SAMPLES)
     with torch.inference_mode():  # behind the prompt: a first slice reaches back into it
-        mel = generator.frontend(torch.cat([torch.stack(heard), torch.from_numpy(waves)], 1))
+        mel = generator.frontend(torch.cat([torch.stack(waves_in), torch.from_numpy(waves)], 1))
     r = mel.shape[1] // (n_prompt + n_steps)
     return tokens, mel[:, n_prompt * r :].reshape(len(prompts), n_steps, r, -1).numpy()

@@ -49,8 +49,8 @@ SETTINGS: dict[str, Any] = {
     "save_every": 0,
     "sample_s": 0.0,
 }
-# The package's model saw hours of music; it goes on gently, or it would forget them.
-SPEAKING: dict[str, Any] = {"lr": 5e-4, "fine_weight": 1.0, "fine_share": 0.25}
+# The package's model saw hours of music: it is fine-tuned gently, or it would forget them.
+FINE_TUNING: dict[str, Any] = {"lr": 5e-4, "fine_weight": 1.0, "fine_share": 0.25}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def demo(
 
     Args:
         out: a folder, new or empty.
-        steps: training steps of each arm; the speaking model takes half as many.
+        steps: training steps of each arm; the model of all codebooks takes half as many.
         device: of the training; sound is made on the CPU.
         sizes: how much sound; Sizes() by default.
         jobs: processes that prepare; 0: one for each core.
@@ -108,8 +108,8 @@ def demo(
     recordings = gather_audio(out / "audio", sizes)
     done("gathering audio")
     n_codebooks = codec.load("mini").n_codebooks
-    spoken = f"decoded-{n_codebooks}"  # the mel that a model with all codebooks hears of itself
-    sources = ("wave", "decoded-1", spoken)
+    decoded_all = f"decoded-{n_codebooks}"  # the mel of what a model of all codebooks makes
+    sources = ("wave", "decoded-1", decoded_all)
     prepare(recordings, out / "data", mel_sources=sources, jobs=jobs or os.cpu_count() or 1)
     done("preparing")
     settings = {**SETTINGS, **settings}
@@ -118,10 +118,10 @@ def demo(
         max_steps=steps, device=device, **settings,
     )  # fmt: skip
     done("training and scoring")
-    # From the package's model, one that speaks: all codebooks, and the mel that it will hear.
-    speaking = {**settings, **SPEAKING, "max_steps": max(steps // 2, 1), "eval_every": 0,
-                "device": device, "mel_source": spoken}  # fmt: skip
-    train(out / "data", out / "runs" / "full", None, init=pretrained.NAME, **speaking)
+    # From the package's model, fine-tuned: all codebooks, and the mel that it will read.
+    full = {**settings, **FINE_TUNING, "max_steps": max(steps // 2, 1), "eval_every": 0,
+            "device": device, "mel_source": decoded_all}  # fmt: skip
+    train(out / "data", out / "runs" / "full", None, init=pretrained.NAME, **full)
     done("training all codebooks")
     with one_thread():
         result["sounds"] = [sound for group in GROUPS for sound in sounds(out, group, sizes)]
@@ -165,8 +165,8 @@ def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
 
 
 def unheard(out: Path, group: str, sizes: Sizes) -> list[tuple[str, np.ndarray]]:
-    """Names and waves of up to n_prompts sounds, a prompt and its rest, that no model heard: music
-    rendered anew, speech of the voices held out."""
+    """Names and waves of up to n_prompts sounds, a prompt and its rest, that no model was
+    trained on: music rendered anew, speech of the voices held out."""
     n_samples = sizes.sound_samples
     if group == "music":
         seeds = range(sizes.music_clips, sizes.music_clips + sizes.n_prompts)
@@ -182,7 +182,7 @@ def unheard(out: Path, group: str, sizes: Sizes) -> list[tuple[str, np.ndarray]]
 
 
 def sounds(out: Path, group: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """Writes sounds that no model heard, their codec round trips and their continuations.
+    """Writes sounds that no model was trained on, their codec round trips and their continuations.
 
     Returns for each {group, source, waves: paths relative to `out`, warnings: of continuations}.
     """
@@ -216,8 +216,8 @@ def sounds(out: Path, group: str, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def compare(out: Path, group: str, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """distances, against the training split, of continuations of prompts that no model heard:
-    without and with the finer codebooks."""
+    """distances, against the training split, of continuations of held-out prompts:
+    without and with the residual codebooks."""
     split = Dataset(out / "data").split("train")
     clips = [clip for clip in range(split.n_clips) if split.groups[clip] == group]
     mel, offsets = split.mel_array("wave"), split.offsets

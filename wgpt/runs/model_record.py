@@ -39,7 +39,7 @@ class ModelRecord:
             facts = json.loads(path.read_text())
             if "train" in facts:
                 raise ConfigError(
-                    f"{folder}: this run has saved no model yet; go on with "
+                    f"{folder}: this run has saved no model yet; continue with "
                     f"`wgpt train --out {folder} --resume`"
                 )
             mel, mel_source = from_json(MelConfig, facts["mel"], str(path)), facts["mel_source"]

@@ -46,7 +46,7 @@ class Run:
         path = folder / "config.json"
         if path.exists():
             raise ConfigError(
-                f"{path}: this folder already holds a run; add --resume to go on with it, "
+                f"{path}: this folder already holds a run; add --resume to continue it, "
                 "or choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)

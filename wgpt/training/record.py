@@ -63,7 +63,7 @@ class RunRecord:
         split, settings = self.data.split("valid"), self.run.config
         if split.n_clips == 0:
             return False
-        result, *finer = codebook_scores(
+        result, *residual = codebook_scores(
             self.run.preset,
             self.model,
             split,
@@ -74,7 +74,7 @@ class RunRecord:
         )
         row = result.row()
         figures = {name: row[name] for name in ("nll_nats", "accuracy", "perplexity")}
-        fine = [score.row()["nll_nats"] for score in finer]
+        fine = [score.row()["nll_nats"] for score in residual]
         if fine:
             figures["fine_nll_nats"] = sum(fine) / len(fine)
         self.metrics.add(

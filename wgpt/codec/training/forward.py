@@ -1,4 +1,4 @@
-"""An EnCodec network with gradients, on a CPU: every convolution a matrix product in bfloat16.
+"""An EnCodec network with gradients, on a CPU: every convolution a GEMM in bfloat16.
 
 Sound is time-major, (B, T, C), and f neighbouring samples are one row of f C numbers, so that few
 channels at a high rate still fill a matrix. A causal convolution is then
@@ -45,7 +45,7 @@ def _context(before: int, row: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _RowConv(torch.autograd.Function):
-    """ELU or nothing, then one matrix product of rows with their context."""
+    """ELU or nothing, then one GEMM of rows with their context."""
 
     @staticmethod
     def forward(
