@@ -30,10 +30,11 @@ from harness import Results, add_common_arguments, machine_facts, print_table, s
 
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
-from wgpt.config import HOP_SAMPLES, PRESETS, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
 from wgpt.generation.generator import PREFILL_STEPS, AudioGenerator, GenerationState
 from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
+from wgpt.model.presets import PRESETS
 
 PROMPT_STEPS = 231  # 3.08 s: 28 blocks of 8 and 7, the most that can be left at the end
 CHUNK_S = 0.08
@@ -137,7 +138,7 @@ def main() -> None:
     add_common_arguments(parser)
     parser.add_argument("--presets", nargs="+", default=["hybrid-xs", "hybrid", "gpt-s", "gpt-l"])
     parser.add_argument("--codecs", nargs="+", default=["mini", "encodec-architecture"])
-    parser.add_argument("--fine", nargs="+", type=int, default=[0, 7], help="finer codebooks")
+    parser.add_argument("--fine", nargs="+", type=int, default=[0, 7], help="residual codebooks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or 1)
     rounds, n_steps = (3, 100) if args.quick else (5, 200)

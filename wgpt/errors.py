@@ -6,6 +6,15 @@ The command line prints the message alone and exits with `exit_code`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: "; did you mean hybrid?", or nothing near."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
 
 class WgptError(Exception):
     """Above all errors of this package."""
@@ -41,6 +50,14 @@ class TrainError(WgptError, RuntimeError):
 
 class Interrupted(WgptError):
     """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
+
+
+class OpError(WgptError, ValueError):
+    """An op was given what it cannot take; the message names the op, the argument and the rule."""
+
+
+class DerivativeError(WgptError, RuntimeError):
+    """A derivative was asked for that an op does not have."""
 
 
 class GenerationError(WgptError, RuntimeError):

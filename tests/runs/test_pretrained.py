@@ -7,13 +7,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from wgpt import audio, codec, synth
+from wgpt import audio, codec
 from wgpt.cli import main
+from wgpt.codec.training import synth
 from wgpt.errors import ConfigError
 from wgpt.generation import AudioGenerator
-from wgpt.model import HybridModel
+from wgpt.model import HybridModel, presets
 from wgpt.runs import pretrained
 from wgpt.runs.metrics import read_metrics
+from wgpt.runs.model_record import ModelRecord
 from wgpt.training import train
 from wgpt.training.initial_weights import InitialWeights
 
@@ -39,7 +41,8 @@ def test_starter_folder_is_whole_and_small():
     facts = json.loads((pretrained.FOLDER / "config.json").read_text())
     weights = pretrained.FOLDER / "model.safetensors"
     assert weights.stat().st_size < 4.3e6
-    assert facts["codec"]["identity"] == codec.load("mini").identity
+    of_its_codec = codec.load(facts["codec"]["source"]).identity
+    assert codec.same_tokens(facts["codec"]["identity"], of_its_codec)
     assert "/" not in json.dumps(facts)  # no path of the machine that trained it
     assert {"README.md", "config.json", "model.safetensors"} == {
         path.name for path in pretrained.FOLDER.iterdir() if path.suffix != ".png"
@@ -95,6 +98,10 @@ def test_pack_shrinks_a_run_and_keeps_its_model(tiny_run, tmp_path):
     sizes = [(folder / "model.safetensors").stat().st_size
              for folder in (tmp_path / "out", tiny_run / "model")]  # fmt: skip
     assert sizes[0] < 0.53 * sizes[1]
+    records = [ModelRecord.read(folder) for folder in (tmp_path / "out", tiny_run / "model")]
+    assert [record.context_steps for record in records] == [38, 38]  # 0.5 s
+    assert records[0].run is None and records[1].run.folder == tiny_run
+    assert records[0].codec == records[1].codec and records[0].mel == records[1].mel
     assert len(AudioGenerator.load(tmp_path / "out").generate(None, 0.1)) == 8 * 320
     with pytest.raises(ConfigError, match="no such file"):
         pretrained.pack(tmp_path / "nothing", tmp_path / "no")
@@ -106,3 +113,16 @@ def test_model_folder_of_a_name_a_run_and_a_model(tiny_run, tmp_path):
     assert pretrained.model_folder(str(tiny_run / "model")) == tiny_run / "model"
     with pytest.raises(ConfigError, match=r"config\.json: no such file; RUN is a folder"):
         pretrained.model_folder(tmp_path / "nothing")
+
+
+def test_model_record_says_what_the_starter_was_trained_on(tmp_path):
+    record = ModelRecord.read(pretrained.FOLDER)
+    assert (record.preset, record.mel_source, record.context_steps) == (
+        "hybrid-xs", "decoded-8", 512,
+    )  # fmt: skip
+    HybridModel(presets.preset("gpt-xs")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json: was not written by .* no 'mel'"):
+        ModelRecord.read(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.json: no such file; a model folder holds"):
+        ModelRecord.read(tmp_path)

@@ -1,4 +1,4 @@
-"""Rollout drift: how far the sound of a model that hears itself moves from real sound, in time.
+"""Rollout drift: how far a model that reads its own output moves from real sound, in time.
 
 The validation clips are halved, alternately. From the one half come the prompts, which the model
 continues; the other half is the reference. Second by second, over all rollouts together:
@@ -163,7 +163,8 @@ def _roll_out(
     ]
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
-        batches = generator.steps_batch(heard, n_steps, Sampling(fine_temperature=1.0), seeds)
+        sampling = Sampling(fine_temperature=1.0, end_of_clip=False)
+        batches = generator.steps_batch(heard, n_steps, sampling, seeds)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T

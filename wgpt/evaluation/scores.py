@@ -39,7 +39,7 @@ class Score:
             "group": group or "all",
             "nll_nats": nll,
             "accuracy": float(self.correct[of].sum()) / max(n_tokens, 1),
-            "perplexity": math.exp(nll),
+            "perplexity": math.inf if nll > 700 else math.exp(nll),  # a model gone astray
             "bits_per_s": nll / math.log(2) * STEP_RATE_HZ,
             "n_tokens": n_tokens,
         }
@@ -70,7 +70,7 @@ def codebook_scores(
 ) -> list[Score]:
     """Teacher-forced scores over every token of the clips, by the window rule of data.loader.
 
-    One for codebook 0, then, `with_fine`, one for each of the model's finer codebooks.
+    One for codebook 0, then, `with_fine`, one for each of the model's residual codebooks.
     """
     device = next(model.parameters()).device
     was_training = model.training

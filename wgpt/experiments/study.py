@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, did_you_mean
 from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.scores import Score, paired_difference, score
 from wgpt.evaluation.tables import score_table
@@ -66,8 +66,9 @@ def study(
     for arm in chosen:
         if arm not in known:
             raise ConfigError(
-                f"arms must be some of {', '.join(known)}, got {arm!r}; another mel source is "
-                "prepared with `wgpt prepare --mel-sources`"
+                f"arms must be some of {', '.join(known)}, got {arm!r}"
+                f"{did_you_mean(arm, known)}; another mel source is prepared with "
+                "`wgpt prepare --mel-sources`"
             )
     split = dataset.split("valid")
     if split.n_clips == 0:
@@ -91,18 +92,23 @@ def study(
         "settings": settings,
         "arms": summaries,
         "rows": [row for one in scores for row in one.rows()],
-        "gaps": _gaps(by_name),
+        "gaps": gaps(by_name),
     }
     (out / "study.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "study.md").write_text(as_markdown(result) + "\n")
     return result
 
 
-def _gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
-    """Every arm minus the token-only twin, per group, with its bootstrap interval."""
-    gaps: list[dict[str, Any]] = []
+def gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
+    """Every arm minus the token-only twin, per group, with its bootstrap interval.
+
+    scores: by name, baselines and arms; without `tokens` there is nothing to compare with.
+
+    Returns rows {arm, group, nll_nats, low, high}: negative where the arm is better.
+    """
+    found: list[dict[str, Any]] = []
     if "tokens" not in scores:
-        return gaps
+        return found
     twin = scores["tokens"]
     groups = sorted(set(twin.groups))
     for name, arm in scores.items():
@@ -110,10 +116,10 @@ def _gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
             continue
         for group in [None, *groups] if len(groups) > 1 else [None]:
             gap, low, high = paired_difference(arm, twin, group)
-            gaps.append(
+            found.append(
                 {"arm": name, "group": group or "all", "nll_nats": gap, "low": low, "high": high}
             )
-    return gaps
+    return found
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wgpt.codec import same_tokens
 from wgpt.config import ModelConfig, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
@@ -15,6 +16,7 @@ from wgpt.runs.pretrained import model_folder
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
 _LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
+CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout")  # of ModelConfig, with --init
 
 
 class InitialWeights:
@@ -39,11 +41,12 @@ class InitialWeights:
 
     def check_data(self, data: Dataset) -> None:
         """Raises ConfigError unless the data's tokens and slices mean what the model learnt."""
-        for what, expected, got in (
-            ("codec", self.facts["codec"]["identity"], data.codec_identity),
-            ("mel settings", self.facts["mel"], to_json(data.mel_config)),
+        codec, mel = self.facts["codec"]["identity"], to_json(data.mel_config)
+        for what, same, expected, got in (
+            ("codec", same_tokens(codec, data.codec_identity), codec, data.codec_identity),
+            ("mel settings", self.facts["mel"] == mel, self.facts["mel"], mel),
         ):
-            if expected != got:
+            if not same:
                 raise ConfigError(
                     f"init: the data of {data.path} must be prepared with the model's {what}, "
                     f"{expected} ({self.path}), got {got}"
@@ -67,7 +70,7 @@ class InitialWeights:
         """
         for name, value in changes.items():
             own = getattr(self.model.config, name)
-            if name not in (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout") and value != own:
+            if name not in CHANGEABLE_FIELDS and value != own:
                 raise ConfigError(
                     f"model: {name} must be that of --init, {own} ({self.path}), got {value}"
                 )

@@ -1,0 +1,1 @@
+"""Training of a codec on recordings, measures of it, and synthetic speech and music."""
