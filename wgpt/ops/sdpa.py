@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import warnings
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from wgpt.errors import OpError
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
@@ -21,6 +23,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many multiply-adds of q k^T the call into Python costs more than our kernel gains
 # (benchmarks/bench_sdpa.py: about 40 us, both kernels near 100 GFLOP/s).
 _LEAST_WORK = 1 << 24
+
+
+class SdpaCalls(TypedDict):
+    """Whether `use_for_sdpa` is in force, and the forward calls that each kernel served under it."""
+
+    active: bool
+    ours: int
+    torch: int
+
 
 _calls = {"ours": 0, "torch": 0}
 _installed: _Kernels | None = None  # while a handle is open
@@ -172,12 +183,12 @@ def use_for_sdpa() -> SdpaHandle:
     The override holds for the whole process, threads included, until every handle is closed.
 
     Raises:
-        RuntimeError: this torch has no `torch.library.get_kernel`, by which torch's own kernel is
+        OpError: this torch has no `torch.library.get_kernel`, by which torch's own kernel is
             kept for the calls that need it.
     """
     global _installed
     if not hasattr(torch.library, "get_kernel"):
-        raise RuntimeError(
+        raise OpError(
             "use_for_sdpa: needs torch.library.get_kernel, which torch "
             f"{torch.__version__} lacks; upgrade torch, or call wgpt.ops.flash_attention"
         )
@@ -188,6 +199,6 @@ def use_for_sdpa() -> SdpaHandle:
     return handle
 
 
-def sdpa_calls() -> dict[str, Any]:
-    """{"active": whether `use_for_sdpa` is in force; "ours", "torch": forward calls under it}."""
-    return {"active": _installed is not None, **_calls}
+def sdpa_calls() -> SdpaCalls:
+    """The counts so far, of all threads."""
+    return {"active": _installed is not None, "ours": _calls["ours"], "torch": _calls["torch"]}
