@@ -26,7 +26,7 @@ _LEAST_WORK = 1 << 24
 
 
 class SdpaCalls(TypedDict):
-    """Whether `use_for_sdpa` is in force, and the forward calls that each kernel served under it."""
+    """Whether `use_for_sdpa` is in force, and the forward calls each kernel served under it."""
 
     active: bool
     ours: int
