@@ -116,6 +116,9 @@ class ModelConfig:
     frames_per_step: int = _documented(1, "mel frames r per step")
     mel_context_frames: int = _documented(0, "further frames c a slice embedding sees, c % r == 0")
     window_steps: int = _documented(0, "sliding attention window in steps; 0 for none")
+    end_of_clip: bool = _documented(
+        False, "learn where clips end: one output more, with which generation can end"
+    )
     rope_base: float = _documented(10_000.0, "base of the rotary position angles")
     dropout: float = _documented(0.0, "dropout on the residual branches while training")
     n_fine: int = _documented(

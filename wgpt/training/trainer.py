@@ -27,7 +27,7 @@ from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord
-from wgpt.training.resume import resume_command
+from wgpt.training.resume import batches_begin, resume_command
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +53,25 @@ class Trainer:
             assert self.model.fine is not None
             self.model.fine.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, settings)
+        split = data.split("train")
+        first_step, first_window = batches_begin(run, split)
         self.batches = TrainingBatches(
-            data.split("train"),
+            split,
             batch_size=settings.batch_size,
             context_steps=settings.context_steps,
             seed=settings.seed,
             mel_source=self.mel_source,
             codebooks=self.model.n_codebooks_read,
             n_fine=run.model.n_fine,
+            end_of_clip=run.model.end_of_clip,
             augment=self._augment(),
+            first_step=first_step,
+            first_window=first_window,
             rank=processes.rank,
             world_size=processes.size,
         )
         self.interrupted = False
+        self.n_tokens = 0  # trained on by this process group, padding aside
         self.progress = Progress()
         self.record: RunRecord | None = None  # of the first process
 
@@ -79,11 +85,6 @@ class Trainer:
             drop=settings.mel_drop,
             drop_span_steps=settings.mel_drop_span_steps,
         )
-
-    def epoch(self, step: int) -> float:
-        """Training audio seen after `step` steps, in passes over the split (padding aside)."""
-        seen = step * self.settings.batch_size * self.settings.context_steps
-        return seen / max(self.data.split("train").n_steps, 1)
 
     def fit(self, resume: bool) -> dict[str, Any]:
         """Trains to max_steps or until validation stops improving.
@@ -120,7 +121,6 @@ class Trainer:
         if self.record:
             plots.loss_curves(self.run.folder)
         seconds = time.monotonic() - began
-        n_tokens = (end - start) * self.settings.batch_size * self.settings.context_steps
         return {
             "run": str(self.run.folder),
             "preset": self.run.preset,
@@ -129,7 +129,7 @@ class Trainer:
             "ended": "max_steps" if end >= self.settings.max_steps else "patience",
             "context_steps": self.settings.context_steps,
             "seconds": round(seconds, 3),
-            "tokens_per_s": round(n_tokens / max(seconds, 1e-9), 1),
+            "tokens_per_s": round(self.n_tokens / max(seconds, 1e-9), 1),
             "best_step": self.progress.best_step,
             "best": self.progress.best,
             "valid": self.progress.newest,
@@ -153,7 +153,7 @@ class Trainer:
 
     def _loop(self, start: int) -> int:
         """Trains from step `start` on; returns the last step."""
-        settings, record = self.settings, self.record
+        settings, record, epoch = self.settings, self.record, self.batches.epoch
         if self._is_exhausted():
             log.info(
                 "ended at step %d for want of improvement; more patience goes on: %s",
@@ -173,15 +173,14 @@ class Trainer:
         for step, batch in enumerate(bar, start + 1):
             values = self._step(step, batch)
             if record:
-                record.metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
-            seen = (step - start) * settings.batch_size * settings.context_steps
-            speed = seen / (time.monotonic() - began)
+                record.metrics.add(step=step, epoch=epoch(step), split="train", **values)
+            speed = self.n_tokens / (time.monotonic() - began)
             bar.set_postfix_str(
                 f"nll {values['nll_nats']:.3f}, {speed:.0f} tokens/s", refresh=False
             )
             last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
-                improved = record is not None and record.validate(step, self.epoch(step))
+                improved = record is not None and record.validate(step, epoch(step))
                 last = last or self._is_exhausted()
             stop = self.processes.any(self.interrupted)
             due = settings.save_every and step % settings.save_every == 0
@@ -224,6 +223,7 @@ class Trainer:
             group["lr"] = learning_rate(step - 1, settings)
         batch = batch.to(device)
         n_scored = self.processes.sum((batch.targets >= 0).sum())
+        self.n_tokens += int(n_scored)
         if settings.freeze_trunk:  # no dropout but in the head
             for part in self.model.children():
                 part.train(part is self.model.fine)
@@ -231,7 +231,7 @@ class Trainer:
             torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"),
             torch.set_grad_enabled(not settings.freeze_trunk),
         ):
-            hidden = self.model.hidden(batch.tokens, batch.frames)
+            hidden = self.model.hidden(batch.tokens, batch.frames, first_key=batch.first_key)
             losses, correct = self.model.score(hidden, batch.targets)
         loss = losses / n_scored
         total = loss
@@ -249,12 +249,11 @@ class Trainer:
             parts.append(fine_nll.detach())
         facts = self.processes.sum(torch.stack(parts)).tolist()
         if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
-            rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))
             command = resume_command(self.run, lr=float(f"{settings.lr / 3:.1g}"))
             raise TrainError(
-                f"step {step}: loss {facts[0]}, gradient norm {norm.item()}: not finite; the batch "
-                f"was (clip, first step) {rows} of {self.data.path}. Go on from the last "
-                f"checkpoint at a lower rate: {command}"
+                f"step {step}: loss {facts[0]}, gradient norm {norm.item()}: not finite; the "
+                f"batch was (clip, first step) {_segments(batch)} of {self.data.path}. Go on from "
+                f"the last checkpoint at a lower rate: {command}"
             )
         self.optimizer.step()
         rate = self.optimizer.param_groups[0]["lr"]
@@ -278,3 +277,11 @@ class Trainer:
             nll, _ = fine.nll(hidden, codes)
         n_scored = self.processes.sum(fine.known_targets(codes).sum())
         return nll.sum() / n_scored.clamp(min=1)
+
+
+def _segments(batch: Batch) -> list[tuple[int, int]]:
+    """(clip, first step) of all segments of a batch."""
+    clips, steps = batch.clips, batch.steps
+    goes_on = (clips[:, 1:] == clips[:, :-1]) & (steps[:, 1:] == steps[:, :-1] + 1)
+    begins = torch.nn.functional.pad(~goes_on, (1, 0), value=True) & (clips >= 0)
+    return list(zip(clips[begins].tolist(), steps[begins].tolist(), strict=True))
