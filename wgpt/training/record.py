@@ -115,6 +115,7 @@ class RunRecord:
                 "step": step,
                 "mel": config.to_json(self.data.mel_config),
                 "mel_source": self.mel_source,
+                "context_steps": self.run.config.context_steps,
                 "codec": self.run.data["codec"],
             },
         )
