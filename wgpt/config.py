@@ -280,6 +280,12 @@ class TrainConfig:
     keep_checkpoints: int = _documented(
         2, "newest checkpoints kept, beside the best", group="output"
     )
+    loggers: str = _documented(
+        "", "where figures go beside metrics.csv: tensorboard, wandb (offline)", group="output"
+    )
+    accumulate: int = _documented(
+        1, "parts in which a batch is computed: less memory, the same step to rounding"
+    )
     patience: int = _documented(
         5, "validations in a row that may bring nothing better before training ends; 0: all"
     )
@@ -288,7 +294,7 @@ class TrainConfig:
         def check(name: str, rule: str, holds: bool) -> None:
             _require("train", name, rule, getattr(self, name), holds)
 
-        for name in ("max_steps", "batch_size", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "keep_checkpoints", "accumulate"):
             check(name, "at least 1", getattr(self, name) >= 1)
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
             check(name, "at least 0", getattr(self, name) >= 0)
