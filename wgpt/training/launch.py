@@ -204,7 +204,9 @@ def _resolved(
     else:
         raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
     if shape.latent_steps:
-        latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+        facts = dataset.manifest["codec"]
+        loaded = codec.load(facts["source"], sha256=facts["identity"]["sha256"])
+        latent_dim = loaded.codebooks().shape[2]
         if model.get("latent_dim", 0) not in (0, latent_dim):
             raise ConfigError(
                 f"--latent-dim must be that of the data's codec, {latent_dim}, "
