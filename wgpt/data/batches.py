@@ -140,7 +140,7 @@ class TrainingBatches:
         seed: 0 <= seed < 2^64.
         mel_source: which mel to read; None for no frames.
         codebooks: codebooks given as input.
-        n_fine: finer codebooks in Batch.codes.
+        n_fine: residual codebooks in Batch.codes.
         end_of_clip: the end of each clip is a target too.
         augment: what is done to the frames; None for nothing.
         first_step, first_window: step and window where these settings begin (see `windows_at`).

@@ -70,8 +70,8 @@ def codebook_scores(
 ) -> list[Score]:
     """Teacher-forced scores over every token of the clips, by the window rule of data.batches.
 
-    One for codebook 0, then, `with_fine`, one for each of the model's finer codebooks. A model that
-    learnt where clips end pays for what it spends on that; the ends themselves are not scored.
+    One for codebook 0, then, `with_fine`, one for each of the model's residual codebooks. A model
+    with an end of clip pays for the probability it spends on it; the ends are not scored.
     """
     device = next(model.parameters()).device
     was_training = model.training

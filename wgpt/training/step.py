@@ -50,7 +50,9 @@ class TrainingStep:
         n_scored = processes.sum((batch.targets >= 0).sum())
         chosen, n_fine = self._chosen_steps(step, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=processes.device)  # NLL, share correct, NLL of finer codebooks
+        sums = torch.zeros(
+            3, device=processes.device
+        )  # NLL, share correct, NLL of residual codebooks
         for part, of_part in _parts(batch, chosen, settings.accumulate):
             sums += self._backward(part, of_part, n_scored, n_fine)
         parameters = [p for p in model.parameters() if p.grad is not None]
@@ -65,7 +67,7 @@ class TrainingStep:
         return row | ({} if chosen is None else {"fine_nll_nats": fine_nll}), int(n_scored)
 
     def _chosen_steps(self, step: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """Steps (B, n) whose finer codebooks are scored, and codes to score in all processes.
+        """Steps (B, n) whose residual codebooks are scored, and codes to score in all processes.
 
         A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
         the same: an eighth of them (fine_share) teaches the head for a fraction of the time.
