@@ -48,8 +48,8 @@ class Run:
         """Raises ConfigError when a folder already holds a run."""
         if (folder / "config.json").exists():
             raise ConfigError(
-                f"{folder / 'config.json'}: this folder already holds a run; add --resume to continue "
-                "it, or choose another --out"
+                f"{folder / 'config.json'}: this folder already holds a run; add --resume to "
+                "continue it, or choose another --out"
             )
 
     def write(self) -> None:
