@@ -121,7 +121,9 @@ def train(
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
         if shape.latent_steps:
-            latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            facts = dataset.manifest["codec"]
+            loaded = codec.load(facts["source"], sha256=facts["identity"]["sha256"])
+            latent_dim = loaded.codebooks().shape[2]
             if shape.latent_dim not in (0, latent_dim):
                 raise ConfigError(
                     f"--latent-dim must be that of the data's codec, {latent_dim}, "
