@@ -37,7 +37,7 @@ def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
             f"{data.n_codebooks} codebooks, got {model.n_fine}"
         )
     if settings.freeze_trunk and not model.n_fine:
-        raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+        raise ConfigError("--freeze-trunk trains the residual codebooks: give --fine-codebooks")
     if settings.latent_noise and not model.latent_steps:
         raise ConfigError(
             "latent_noise must be 0 for a model without latents (latent_steps = 0), got "
