@@ -102,7 +102,7 @@ def _warnings(found: dict[str, Any], totals: dict[str, Any], split_by: str) -> l
         said.append("there is no validation split: no best checkpoint can be chosen")
     elif valid["seconds"] < LITTLE_VALID_S:
         said.append(f"{valid['seconds']:.0f} s of validation make a rough estimate")
-    if found["groups_on_two_sides"] and split_by in ("file", "given") and found["groups"] > 1:
+    if found["groups_on_two_sides"] and split_by != "time" and found["groups"] > 1:
         said.append(
             f"{found['groups_on_two_sides']} groups are on both sides of the split: the same "
             "voices may be trained on and validated on (--split-by group keeps them apart)"
