@@ -63,7 +63,7 @@ def test_killed_and_restarted_gives_the_same_bytes(
         paths=[str(HERE), root], audio=str(audio_dir), out=str(out), delay=0.2, jobs=jobs
     )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # workers import torch, on a busy machine for minutes
     while len(list(partial.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
         assert child.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
