@@ -30,29 +30,39 @@ class Case:
     steps: int
     head_dim: int
     window: int = 0
+    documents: int = 1  # of equal length, packed end to end
 
     @property
     def visible_pairs(self) -> int:
         """Pairs of one head that causal attention, with the window, looks at."""
-        width = self.window if 0 < self.window < self.steps else self.steps
-        return width * (width + 1) // 2 + (self.steps - width) * width
+        steps = self.steps // self.documents
+        width = self.window if 0 < self.window < steps else steps
+        return self.documents * (width * (width + 1) // 2 + (steps - width) * width)
+
+    def first_key(self, device: torch.device) -> Tensor | None:
+        if self.documents == 1:
+            return None
+        cu_seqlens = list(range(0, self.steps + 1, self.steps // self.documents))
+        return ops.first_key_of([cu_seqlens] * self.batch, self.steps, device)
 
     def flops(self, passes: str) -> int:
         products = 14 if passes == "fwd_bwd" else 4
         return products * self.head_dim * self.visible_pairs * self.batch * self.heads
 
 
-def ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ops.flash_attention(q, k, v, window=case.window)
+def ours(case: Case, first_key: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.flash_attention(q, k, v, window=case.window, first_key=first_key)
 
 
-def window_mask(case: Case, device: torch.device) -> Tensor | None:
-    if case.window == 0:
+def visible_mask(case: Case, device: torch.device) -> Tensor | None:
+    """What SDPA takes for a window and packed documents; None where causal says everything."""
+    if case.window == 0 and case.documents == 1:
         return None
-    distance = torch.arange(case.steps, device=device)[:, None] - torch.arange(
-        case.steps, device=device
-    )
-    return (distance >= 0) & (distance < case.window)
+    step = torch.arange(case.steps, device=device)
+    distance = step[:, None] - step
+    visible = (distance >= 0) & (distance < (case.window or case.steps))
+    document = step // (case.steps // case.documents)
+    return visible & (document[:, None] == document)
 
 
 def sdpa(
@@ -69,8 +79,8 @@ def sdpa(
     return out.transpose(1, 2)
 
 
-def eager(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ops.reference.flash_attention(q, k, v, window=case.window)
+def eager(case: Case, first_key: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.reference.flash_attention(q, k, v, window=case.window, first_key=first_key)
 
 
 @functools.cache
@@ -89,9 +99,10 @@ def flex_block_mask(case: Case) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     width = case.window if case.window > 0 else case.steps
+    document_steps = case.steps // case.documents
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j < width)
+        return (j <= i) & (i - j < width) & (i // document_steps == j // document_steps)
 
     return create_block_mask(visible, None, None, case.steps, case.steps, device="cuda")
 

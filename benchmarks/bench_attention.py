@@ -5,6 +5,8 @@ projection (B, T, 3, H, D), as the model has them. FLOPs over visible pairs: 4 D
 backward (5 products); the share of peak divides by a measured one (see harness).
 
 CPU: ours, torch SDPA, and eager (the T x T matrix written out; skipped where it would not fit).
+Packed documents (`documents` > 1) also run as one causal document of the same length: what packing
+saves is `over_causal`, their time over its. SDPA has the block-diagonal mask there.
 CUDA: ours against SDPA pinned to each backend, compiled flex_attention and eager; device time by
 events around a replayed graph (`*_ms`), and the wall time of an eager call (`*_wall_ms`). One row a
 backend. A run that stops at --time-limit goes on with --resume.
@@ -32,7 +34,7 @@ from attention_contestants import (
     ours,
     runner,
     sdpa,
-    window_mask,
+    visible_mask,
 )
 from harness import DTYPES, say
 from torch import Tensor
@@ -44,9 +46,10 @@ CPU_CASES = [
     Case(1, 8, 3000, 64),
     Case(2, 4, 2048, 128),
     Case(1, 1, 3000, 64),
+    Case(4, 4, 1024, 64, documents=8),
 ]
 CPU_SWEEP = [Case(1, 2, steps, 64, window) for steps in (4096, 8192, 32768) for window in (0, 1024)]
-CPU_QUICK = [Case(4, 4, 750, 32), Case(2, 4, 1024, 64)]
+CPU_QUICK = [Case(4, 4, 750, 32), Case(2, 4, 1024, 64), Case(4, 4, 1024, 64, documents=8)]
 
 
 def cuda_cases(quick: bool) -> list[Case]:
@@ -61,6 +64,8 @@ def cuda_cases(quick: bool) -> list[Case]:
                 cases.append(Case(2, heads, n, head_dim))
             if n >= 8192:
                 cases.append(Case(1, heads, n, head_dim, 1024))
+            if n == 1024:
+                cases.append(Case(16, heads, n, head_dim, documents=8))
     return list(dict.fromkeys(cases))
 
 
@@ -71,15 +76,19 @@ def cpu_rows(
     case: Case, passes: str, dtype_name: str, args: argparse.Namespace, peak: float
 ) -> Iterator[dict]:
     inputs = Inputs.make(case, DTYPES[dtype_name], "cpu")
-    mask = window_mask(case, torch.device("cpu")) if case.steps <= 8192 else None
-    contestants = {"ours": runner(functools.partial(ours, case), inputs, passes)}
+    device = torch.device("cpu")
+    first_key = case.first_key(device)
+    mask = visible_mask(case, device) if case.steps <= 8192 else None
+    contestants = {"ours": runner(functools.partial(ours, case, first_key), inputs, passes)}
     if case.window == 0 or mask is not None:
         contestants["sdpa"] = runner(functools.partial(sdpa, mask, None), inputs, passes)
+    if case.documents > 1:
+        contestants["causal"] = runner(functools.partial(ours, case, None), inputs, passes)
     timings = harness.interleave(
         contestants, rounds=5 if args.quick else 60, time_limit_s=args.case_limit
     )
     if eager_fits(case, passes):  # 10 to 30 times slower, so it would eat the others' rounds
-        run_eager = runner(functools.partial(eager, case), inputs, passes)
+        run_eager = runner(functools.partial(eager, case, first_key), inputs, passes)
         timings |= harness.interleave({"eager": run_eager}, rounds=3, time_limit_s=args.case_limit)
     # For a busy machine: the kernel alone, one thread's CPU time against one thread's peak.
     rounds = 2 if case.steps > 8192 else 5 if args.quick else 9
@@ -112,6 +121,7 @@ def row_of(
         "steps": case.steps,
         "head_dim": case.head_dim,
         "window": case.window,
+        "documents": case.documents,
         "ours_ms": ours_ms,
         "ours_quartiles_ms": [timings["ours"].low_ms, timings["ours"].high_ms],
         "ours_best_ms": timings["ours"].best_ms,
@@ -125,6 +135,9 @@ def row_of(
     if other is not None:
         row["sdpa_ms"] = timings[other].median_ms
         row["sdpa_over_ours"] = harness.ratio(timings[other], timings["ours"])
+    if "causal" in timings:
+        row["causal_ms"] = timings["causal"].median_ms
+        row["over_causal"] = harness.ratio(timings["ours"], timings["causal"])
     if "eager" in timings:
         row["eager_ms"] = timings["eager"].median_ms
         row["eager_over_ours"] = timings["eager"].median_ms / ours_ms
@@ -145,7 +158,7 @@ def adversarial_row(
         rising.q[..., 0] = 1.0
         rising.k[..., 0] = ramp.to(dtype)
     runs = {
-        name: runner(functools.partial(ours, case), inputs, "fwd")
+        name: runner(functools.partial(ours, case, None), inputs, "fwd")
         for name, inputs in (("rising", rising), ("flat", flat))
     }
     timings = harness.interleave(runs, rounds=5 if args.quick else 60, time_limit_s=args.case_limit)
@@ -165,8 +178,10 @@ def adversarial_row(
 
 def cuda_contestants(case: Case, inputs: Inputs, passes: str) -> dict[str, Callable[[], Any]]:
     """Every contestant that runs this case; stderr names the backends that refuse it."""
-    mask = window_mask(case, torch.device("cuda")) if case.steps <= 8192 else None
-    attends: dict[str, Callable[..., Tensor]] = {"ours": functools.partial(ours, case)}
+    device = torch.device("cuda")
+    first_key = case.first_key(device)
+    mask = visible_mask(case, device) if case.steps <= 8192 else None
+    attends: dict[str, Callable[..., Tensor]] = {"ours": functools.partial(ours, case, first_key)}
     if case.window == 0 or mask is not None:
         attends |= {
             name: functools.partial(sdpa, mask, backend) for name, backend in SDPA_BACKENDS.items()
@@ -174,7 +189,7 @@ def cuda_contestants(case: Case, inputs: Inputs, passes: str) -> dict[str, Calla
     if case.head_dim >= 16:
         attends["flex"] = functools.partial(flex, flex_block_mask(case))
     if eager_fits(case, passes):
-        attends["eager"] = functools.partial(eager, case)
+        attends["eager"] = functools.partial(eager, case, first_key)
     contestants = {}
     for name, attend in attends.items():
         run = runner(attend, inputs, passes)
@@ -286,7 +301,7 @@ def main() -> None:
             (CPU_QUICK if args.quick else CPU_CASES + (CPU_SWEEP if args.sweep else [])),
             cpu_rows,
         )
-    key = ("device", "dtype", "pass", "batch", "heads", "steps", "head_dim", "window")
+    key = ("device", "dtype", "pass", "batch", "heads", "steps", "head_dim", "window", "documents")
     results = harness.Results(args.out, harness.machine_facts(args.device), key)
     if args.resume:
         results.resume()
@@ -302,12 +317,14 @@ def main() -> None:
     if args.plot:
         plot(results.rows, args.plot)
     if not args.json:
-        columns = ["dtype", "pass", "batch", "heads", "steps", "head_dim", "window", "backend"]
+        columns = ["dtype", "pass", "batch", "heads", "steps", "head_dim", "window", "documents"]
+        columns.append("backend")
         measured = [
             "ours_ms",
             "sdpa_ms",
             "sdpa_over_ours",
             "eager_ms",
+            "over_causal",
             "share_of_peak",
             "one_thread_share_of_peak",
         ]
@@ -341,6 +358,7 @@ def run_all(
                         f"{dtype_name} {passes} {case} {row['backend']}: {row['ours_ms']:.3f} ms, "
                         f"{row['share_of_peak']:.0%} of peak"
                         + (f", torch/ours {over:.2f}" if over else "")
+                        + (f", {row['over_causal']:.2f} of causal" if "causal_ms" in row else "")
                     )
 
 

@@ -83,11 +83,12 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
       "token_concat_backward(Tensor d_y, Tensor tokens, SymInt vocab, SymInt token_channels, "
       "SymInt pos_rows) -> (Tensor d_table, Tensor d_pos)");
   m.def(
-      "flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window) "
+      "flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, "
+      "Tensor? first_key=None) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor lse, float scale, bool causal, int window) "
+      "Tensor out, Tensor lse, float scale, bool causal, int window, Tensor? first_key=None) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
   // On the CPU only: what a profile of the training step there paid for (docs/log.md).
   m.def(

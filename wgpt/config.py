@@ -116,6 +116,9 @@ class ModelConfig:
     frames_per_step: int = _documented(1, "mel frames r per step")
     mel_context_frames: int = _documented(0, "further frames c a slice embedding sees, c % r == 0")
     window_steps: int = _documented(0, "sliding attention window in steps; 0 for none")
+    end_of_clip: bool = _documented(
+        False, "learn where clips end: one output more, with which generation can end"
+    )
     rope_base: float = _documented(10_000.0, "base of the rotary position angles")
     dropout: float = _documented(0.0, "dropout on the residual branches while training")
     n_fine: int = _documented(
@@ -277,6 +280,12 @@ class TrainConfig:
     keep_checkpoints: int = _documented(
         2, "newest checkpoints kept, beside the best", group="output"
     )
+    loggers: str = _documented(
+        "", "where figures go beside metrics.csv: tensorboard, wandb (offline)", group="output"
+    )
+    accumulate: int = _documented(
+        1, "parts in which a batch is computed: less memory, the same step to rounding"
+    )
     patience: int = _documented(
         5, "validations in a row that may bring nothing better before training ends; 0: all"
     )
@@ -285,7 +294,7 @@ class TrainConfig:
         def check(name: str, rule: str, holds: bool) -> None:
             _require("train", name, rule, getattr(self, name), holds)
 
-        for name in ("max_steps", "batch_size", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "keep_checkpoints", "accumulate"):
             check(name, "at least 1", getattr(self, name) >= 1)
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
             check(name, "at least 0", getattr(self, name) >= 0)

@@ -28,13 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = {title: parser.add_argument_group(title, text) for title, text in GROUPS.items()}
     groups["data"].add_argument("--data", help="folder written by `wgpt prepare`")
     groups["model"].add_argument(
-        "--preset", choices=tuple(PRESETS), help="default hybrid, or that of --init"
+        "--preset", choices=tuple(PRESETS), help="without it and --init, what suits the data"
     )
     output = groups["output"]
     output.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
     output.add_argument(
         "--resume", action="store_true", help="resume RUN, with settings given here"
     )
+    output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
     for kind, usual in ((TrainConfig, "optimisation"), (ModelConfig, "model")):
         for field in dataclasses.fields(kind):
@@ -59,9 +60,14 @@ def run(args: argparse.Namespace) -> int:
     settings = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
     shape = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
     keep_freed_memory()
-    summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
+    summary = train(
+        args.data, args.out, args.preset, resume=args.resume, dry_run=args.dry_run, model=shape,
+        **settings,
+    )  # fmt: skip
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")
+    elif args.dry_run:
+        sys.stdout.write(summary["plan"] + "\n")
     else:
         best = summary["best"]
         if best:

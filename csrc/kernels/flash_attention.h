@@ -6,7 +6,14 @@
 // q, out (B, Tq, H, D); k, v (B, Tk, H, D); lse (B, H, Tq), natural logarithm, contiguous. Query i stands at position
 // i + Tk - Tq (the last query sees the last key), so Tq < Tk is a chunk, or one decoded step, against a key/value cache.
 // Key j is visible when causal: j <= position; window > 0: position - window < j (and, not causal, j < position +
-// window). Causal needs Tq <= Tk. With window 0 there is no window. Every query of a valid call sees a key.
+// window); first_key, if given: first_key[b,i] <= j. Causal needs Tq <= Tk. With window 0 there is no window.
+// first_key (B, Tq) lies between 0 and the query's last visible key, and does not fall along a row. Every query of a
+// valid call sees a key.
+//
+// Causal attention over packed documents: first_key is the start of the query's document. Where it is the query's own
+// position, no key before is seen from there on: the row falls into segments that share neither queries nor keys. The
+// bits of a segment, gradients included, depend on no other segment, NaN and infinities included; on the CPU they are
+// those that it gets alone (backward: alone in a call of as many heads).
 //
 // Backward recomputes p from lse:
 //   delta[i] = d_out[i] . out[i] - d_lse[i]      ds[i,j] = p[i,j] (d_out[i] . v[j] - delta[i])
@@ -38,7 +45,8 @@ struct FlashAttentionShape {
 
 struct FlashAttentionForward {
   FlashAttentionShape shape;
-  HeadsView q, k, v;  // read only
+  HeadsView q, k, v;         // read only
+  const int32_t* first_key;  // (B, Tq), or nullptr for 0
   HeadsView out;
   void* lse;        // (B, H, Tq) float32 (float64 for float64)
   void* workspace;  // flash_attention_*_forward_workspace_bytes(shape), 64-byte aligned
@@ -47,6 +55,7 @@ struct FlashAttentionForward {
 struct FlashAttentionBackward {
   FlashAttentionShape shape;
   HeadsView q, k, v, out, d_out;  // read only
+  const int32_t* first_key;       // (B, Tq), or nullptr for 0
   const void* lse;                // (B, H, Tq)
   const void* d_lse;              // (B, H, Tq), or nullptr for zero
   HeadsView dq, dk, dv;

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -27,6 +28,7 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
     return kernels.flash_attention_forward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
+  if (call.first_key != nullptr) fail(kOp, "first_key runs on the CPU only");
   const CudaScope scope(kOp, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_forward_workspace_bytes(call.shape));
@@ -46,6 +48,7 @@ void launch(FlashAttentionBackward& call, const Tensor& where) {
     return kernels.flash_attention_backward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
+  if (call.first_key != nullptr) fail(kBackward, "first_key runs on the CPU only");
   const CudaScope scope(kBackward, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_backward_workspace_bytes(call.shape));
@@ -98,12 +101,58 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
   return shape;
 }
 
+// The values of first_key (B, Tq) break no rule of kernels/flash_attention.h. On CUDA nothing is read: that would wait
+// for the device; the kernels clamp.
+void check_first_key_values(const char* op, const int32_t* first_key,
+                            const FlashAttentionShape& shape) {
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    for (int64_t i = 0; i < shape.q_steps; ++i) {
+      const int32_t key = first_key[b * shape.q_steps + i];
+      const int64_t position = i + shape.kv_steps - shape.q_steps;
+      int64_t last = shape.causal ? position : shape.kv_steps - 1;
+      if (shape.window > 0) last = std::min(last, position + shape.window - 1);
+      if (key < 0 || key > last) {
+        fail(op, "first_key must lie between 0 and the last key that the query sees, here ", last,
+             ", got ", key, " at [", b, ", ", i,
+             "]. For packed documents ops.first_key_of makes it");
+      }
+      if (i > 0 && key < first_key[b * shape.q_steps + i - 1]) {
+        fail(op, "first_key must not fall along a row, got ", first_key[b * shape.q_steps + i - 1],
+             " and then ", key, " at [", b, ", ", i,
+             "]. For packed documents ops.first_key_of makes it");
+      }
+    }
+  }
+}
+
+// first_key as the kernels read it: contiguous, or nothing where it says nothing.
+std::optional<Tensor> checked_first_key(const char* op, const std::optional<Tensor>& first_key,
+                                        const Tensor& q, const FlashAttentionShape& shape) {
+  if (!first_key.has_value()) return std::nullopt;
+  check_shape(op, "first_key", *first_key, "(B, Tq)", {shape.batch, shape.q_steps});
+  check_dtype(op, "first_key", *first_key, ScalarType::Int);
+  check_same_device(op, "first_key", *first_key, "q", q);
+  const Tensor dense = contiguous(*first_key);
+  if (!q.is_cpu()) return dense;
+  const auto* keys = static_cast<const int32_t*>(dense.const_data_ptr());
+  check_first_key_values(op, keys, shape);
+  const bool is_zero =
+      std::all_of(keys, keys + shape.batch * shape.q_steps, [](int32_t key) { return key == 0; });
+  return is_zero ? std::nullopt : std::optional<Tensor>(dense);
+}
+
+const int32_t* first_key_data(const std::optional<Tensor>& first_key) {
+  return first_key.has_value() ? static_cast<const int32_t*>(first_key->const_data_ptr()) : nullptr;
+}
+
 // q (B, Tq, H, D), k and v (B, Tk, H, D) -> out (B, Tq, H, D), lse (B, H, Tq)
 std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                   double scale, bool causal, int64_t window) {
+                                   double scale, bool causal, int64_t window,
+                                   const std::optional<Tensor>& first_key_in) {
   FlashAttentionForward call{};
   call.shape = check_inputs(kOp, q_in, k_in, v_in, scale, causal, window);
   const FlashAttentionShape& shape = call.shape;
+  const std::optional<Tensor> first_key = checked_first_key(kOp, first_key_in, q_in, shape);
   const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in), v = with_dense_rows(v_in);
   Tensor out = empty(q, {shape.batch, shape.q_steps, shape.heads, shape.head_dim});
   Tensor lse = empty(q, {shape.batch, shape.heads, shape.q_steps}, accumulation_type(shape.dtype));
@@ -111,21 +160,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
   call.q = read_view(q);
   call.k = read_view(k);
   call.v = read_view(v);
+  call.first_key = first_key_data(first_key);
   call.out = write_view(out);
   call.lse = lse.mutable_data_ptr();
   launch(call, q);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out_in,
-                                            const std::optional<Tensor>& d_lse_in,
-                                            const Tensor& q_in, const Tensor& k_in,
-                                            const Tensor& v_in, const Tensor& out_in,
-                                            const Tensor& lse_in, double scale, bool causal,
-                                            int64_t window) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& d_out_in, const std::optional<Tensor>& d_lse_in, const Tensor& q_in,
+    const Tensor& k_in, const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in,
+    double scale, bool causal, int64_t window, const std::optional<Tensor>& first_key_in) {
   FlashAttentionBackward call{};
   call.shape = check_inputs(kBackward, q_in, k_in, v_in, scale, causal, window);
   const FlashAttentionShape& shape = call.shape;
+  const std::optional<Tensor> first_key = checked_first_key(kBackward, first_key_in, q_in, shape);
   const struct {
     const char* name;
     const Tensor& tensor;
@@ -155,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out_in,
   call.q = read_view(q);
   call.k = read_view(k);
   call.v = read_view(v);
+  call.first_key = first_key_data(first_key);
   call.out = read_view(out);
   call.d_out = read_view(d_out);
   call.lse = lse.const_data_ptr();

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wgpt.data.augment import MelAugment, _stream, scored_steps
+from wgpt.data.augment import MelAugment, random_stream, scored_steps
 
 MEAN, INV_STD = torch.tensor([-3.0, 1.0, 4.0]), torch.tensor([0.5, 1.0, 2.0])
 
@@ -64,7 +64,10 @@ def test_rows_steps_and_seeds_differ_and_each_repeats():
 
 def test_purposes_have_streams_of_their_own():
     windows = np.random.Generator(np.random.Philox(key=np.array([5, 6], dtype=np.uint64)))
-    drawn = [windows.random(8), *(_stream(5, 6, 0, purpose).random(8) for purpose in (1, 2, 3))]
+    drawn = [
+        windows.random(8),
+        *(random_stream(5, 6, 0, purpose).random(8) for purpose in (1, 2, 3)),
+    ]
     assert len(np.unique(np.stack(drawn))) == 32
 
 

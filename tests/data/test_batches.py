@@ -1,4 +1,4 @@
-"""shards and loader: damaged folders are refused; batches keep the shift rule and score once."""
+"""Damaged folders are refused; batches pack clips, keep the shift rule and score once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fake_codec import FakeCodec, make_audio
 
 from wgpt.data import batches, prepare
 from wgpt.data import dataset as dataset_module
+from wgpt.data.packing import PackedWindows, Segment, cover
 from wgpt.errors import DataError
 
 
@@ -126,9 +127,9 @@ def hand_split(lengths: tuple[int, ...] = (5, 3), r: int = 2) -> dataset_module.
 
 def test_shift_rule_by_hand() -> None:
     split = hand_split()
-    first = batches.Crop(clip=0, start=0, stop=4, scored_from=0)
-    later = batches.Crop(clip=1, start=1, stop=3, scored_from=2)
-    batch = batches.collate(split, [first, later], mel_source="wave", codebooks=2)
+    first = Segment(clip=0, start=0, stop=4, scored_from=0)
+    later = Segment(clip=1, start=1, stop=3, scored_from=2)
+    batch = batches.collate(split, [[first], [later]], mel_source="wave", codebooks=2)
     # Clip 0 from its start: BOS, then steps 0..2 as inputs; steps 0..3 as targets.
     assert batch.tokens[0].tolist() == [[1024, 1024], [0, 100], [1, 101], [2, 102]]
     assert batch.targets[0].tolist() == [0, 1, 2, 3]
@@ -137,21 +138,22 @@ def test_shift_rule_by_hand() -> None:
     assert batch.tokens[1].tolist() == [[10, 110], [11, 111], [1024, 1024], [1024, 1024]]
     assert batch.targets[1].tolist() == [-1, 12, -1, -1]
     assert batch.frames[1, :, 2].tolist() == [10, 10.5, 11, 11.5] + [-11.5] * 4
-    assert (batch.clips.tolist(), batch.starts.tolist()) == ([0, 1], [0, 1])
-    assert batch.codes is None
+    assert batch.clips.tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]
+    assert batch.steps.tolist() == [[0, 1, 2, 3], [1, 2, -1, -1]]
+    assert batch.codes is None and batch.first_key is None
     # Targets of all codebooks: the same steps, the same places unscored.
-    codes = batches.collate(split, [first, later], n_fine=1).codes
+    codes = batches.collate(split, [[first], [later]], n_fine=1).codes
     assert codes.tolist() == [
         [[0, 1, 2, 3], [100, 101, 102, 103]],
         [[-1, 12, -1, -1], [-1, 112, -1, -1]],
     ]
     with pytest.raises(DataError, match=r"n_fine must lie in \[0, 1\].*got 2"):
-        batches.collate(split, [first], n_fine=2)
-    single = batches.collate(split, [first, later], mel_source=None)
+        batches.collate(split, [[first]], n_fine=2)
+    single = batches.collate(split, [[first], [later]], mel_source=None)
     assert single.frames is None and single.tokens[0].tolist() == [1024, 0, 1, 2]
     assert single.tokens.dtype == single.targets.dtype == torch.int64
     with pytest.raises(DataError, match=r"\[1, 2\], got 3"):
-        batches.collate(split, [first], codebooks=3)
+        batches.collate(split, [[first]], codebooks=3)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(data) -> None:
@@ -168,46 +170,109 @@ def test_a_batch_depends_on_seed_and_step_alone(data) -> None:
             assert torch.equal(other.tokens, forward[step].tokens)
             assert torch.equal(other.frames, forward[step].frames)
             assert torch.equal(other.targets, forward[step].targets)
-    assert not torch.equal(forward[0].starts, forward[1].starts)
-    assert not torch.equal(draw(8, 0).starts, forward[0].starts)
-    # Two ranks read the halves of the same draw.
+    assert not torch.equal(forward[0].targets, forward[1].targets)
+    assert not torch.equal(draw(8, 0).targets, forward[0].targets)
+    # Two ranks read the halves of the same batch.
     halves = [draw(7, 3, rank=rank, world_size=2) for rank in (0, 1)]
-    assert torch.equal(torch.cat([h.starts for h in halves]), forward[3].starts)
-    assert torch.equal(torch.cat([h.clips for h in halves]), forward[3].clips)
+    assert torch.equal(torch.cat([h.targets for h in halves]), forward[3].targets)
+    assert torch.equal(torch.cat([h.frames for h in halves]), forward[3].frames)
     ahead = list(batches.prefetch(drawn_from.batch, 2, 5))
     assert [torch.equal(a.targets, b.targets) for a, b in zip(ahead, forward[2:5], strict=True)]
+
+
+def test_packed_rows_by_hand() -> None:
+    """Two whole clips and the beginning of a third, with their ends as targets."""
+    split = hand_split((2, 1, 5))
+    row = [Segment(1, 0, 2, 0), Segment(0, 0, 3, 0), Segment(2, 3, 6, 3)]
+    batch = batches.collate(split, [row], steps=9, mel_source="wave", n_fine=1)
+    assert batch.tokens[0].tolist() == [1024, 10, 1024, 0, 1, 22, 23, 24, 1024]
+    assert batch.targets[0].tolist() == [10, 1024, 0, 1, 1024, 23, 24, 1024, -1]
+    silent = -11.5
+    assert batch.frames[0, ::2, 0].tolist() == [silent, 10, silent, 0, 1, 22, 23, 24, silent]
+    assert batch.first_key[0].tolist() == [0, 0, 2, 2, 2, 5, 5, 5, 8]
+    assert batch.first_key.dtype == torch.int32
+    assert batch.codes[0].tolist() == [
+        [10, -1, 0, 1, -1, 23, 24, -1, -1], [110, -1, 100, 101, -1, 123, 124, -1, -1],
+    ]  # fmt: skip
+    assert batch.clips[0].tolist() == [1, 1, 0, 0, 0, 2, 2, 2, -1]
+    assert batch.steps[0].tolist() == [0, 1, 0, 1, 2, 3, 4, 5, -1]
+    # A segment that is nothing but a clip's end.
+    (end,) = batches.collate(split, [[Segment(0, 2, 3, 2)]], mel_source="wave").targets.tolist()
+    assert end == [1024]
+
+
+@pytest.mark.parametrize("end_of_clip", [False, True])
+@pytest.mark.parametrize("context", [1, 4, 8, 500])
+def test_an_epoch_holds_every_position_once_without_padding(context, end_of_clip) -> None:
+    lengths = (50, 30, 4, 1)
+    drawn_from = batches.TrainingBatches(
+        hand_split(lengths), batch_size=1, context_steps=context, seed=1, mel_source=None,
+        end_of_clip=end_of_clip,
+    )  # fmt: skip
+    n_windows = drawn_from.windows.n_windows
+    total = sum(lengths) + end_of_clip * len(lengths)
+    assert n_windows == -(-total // context)
+    for epoch in range(3):
+        made = [drawn_from.batch(epoch * n_windows + i) for i in range(n_windows)]
+        seen = sorted(
+            (int(clip), int(step))
+            for batch in made
+            for clip, step in zip(batch.clips[0], batch.steps[0], strict=True)
+            if clip >= 0
+        )
+        assert seen == [(c, t) for c, n in enumerate(lengths) for t in range(n + end_of_clip)]
+        padding = [int((batch.targets == batches.IGNORED).sum()) for batch in made]
+        assert {batch.tokens.shape for batch in made} == {(1, min(context, total))}
+        assert sum(padding) == max(padding) == n_windows * min(context, total) - total
+        for batch in made:
+            for clip, step, target in zip(*map(torch.flatten, (
+                batch.clips, batch.steps, batch.targets)), strict=True):  # fmt: skip
+                if clip >= 0:
+                    at_end = step == lengths[int(clip)]
+                    assert target == (1024 if at_end else 10 * clip + step)
+    assert drawn_from.epoch(2 * n_windows) == 2.0
+
+
+def test_epochs_cut_and_order_the_clips_anew() -> None:
+    """Also where there is one long recording alone."""
+    for lengths in ((900,), (300, 200, 400)):
+        windows = PackedWindows(np.array(lengths), 100, seed=0)
+        epochs = [[tuple(windows.window(9 * e + i)) for i in range(9)] for e in range(6)]
+        assert len({frozenset(one) for one in epochs}) > 4
+        starts = [one[0][0].start for one in epochs]
+        assert len(set(starts)) > 3
+        assert epochs[2] != sorted(epochs[2], key=lambda w: (w[0].clip, w[0].start))
 
 
 def test_the_draw_is_pinned() -> None:
     # A resumed run must see the batches it would have seen, in any later version too.
     drawn_from = batches.TrainingBatches(
-        hand_split((50, 30, 4)), batch_size=4, context_steps=8, seed=1, mel_source=None
+        hand_split((50, 30, 4)), batch_size=2, context_steps=30, seed=1, mel_source=None
     )
-    drawn = [(w.clip, w.start, w.stop) for w in drawn_from.crops(0) + drawn_from.crops(1)]
+    drawn = [[(s.clip, s.start, s.stop) for s in row]
+             for row in drawn_from.segments(0) + drawn_from.segments(1)]  # fmt: skip
     assert drawn == [
-        (0, 36, 44), (0, 1, 9), (1, 1, 9), (1, 5, 13),
-        (0, 42, 50), (1, 16, 24), (1, 14, 22), (0, 39, 47),
+        [(1, 22, 30), (2, 0, 4), (0, 0, 18)], [(0, 48, 50), (1, 0, 22)],
+        [(0, 18, 48)], [(1, 9, 30), (2, 0, 4), (0, 0, 5)],
     ]  # fmt: skip
 
 
-def test_clips_are_drawn_by_length_and_starts_evenly() -> None:
-    split = hand_split((60, 30, 10), r=1)
-    drawn_from = batches.TrainingBatches(
-        split, batch_size=500, context_steps=11, seed=0, mel_source=None
+def test_other_batches_begin_where_the_last_ones_ended() -> None:
+    kwargs = {"context_steps": 10, "seed": 1, "mel_source": None}
+    split = hand_split((50, 30, 4))
+    one = batches.TrainingBatches(split, batch_size=2, **kwargs)
+    other = batches.TrainingBatches(
+        split, batch_size=4, first_step=6, first_window=one.windows_at(6), **kwargs
     )
-    drawn = [crop for step in range(20) for crop in drawn_from.crops(step)]
-    share = np.bincount([w.clip for w in drawn], minlength=3) / len(drawn)
-    np.testing.assert_allclose(share, [0.6, 0.3, 0.1], atol=0.02)
-    starts = np.bincount([w.start for w in drawn if w.clip == 0], minlength=50)
-    assert len(starts) == 50 and starts.min() > 0.6 * starts.mean()
-    assert {(w.start, w.stop) for w in drawn if w.clip == 2} == {(0, 10)}
+    assert other.segments(7) == one.segments(8) + one.segments(9)
+    assert other.epoch(6) == one.epoch(6) == 12 / 9
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 7, 8, 64])
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 8, 9, 12, 13, 40])
 def test_windows_score_every_step_once_with_half_a_context(n_steps: int, context: int) -> None:
     scored = []
-    for crop in batches.cover(n_steps, context):
+    for crop in cover(n_steps, context):
         assert crop.stop - crop.start <= context
         assert crop.start <= crop.scored_from < crop.stop <= n_steps
         if crop.start > 0:
@@ -216,23 +281,29 @@ def test_windows_score_every_step_once_with_half_a_context(n_steps: int, context
     assert scored == list(range(n_steps))
 
 
-def test_evaluation_covers_every_token_of_every_clip(data) -> None:
+@pytest.mark.parametrize("context", [16, 200])
+def test_evaluation_covers_every_token_of_every_clip(data, context) -> None:
     split = dataset_module.Dataset(data).split("train")
     seen: dict[tuple[int, int], int] = {}
-    for batch in batches.evaluation_batches(split, 16, "wave", batch_size=3):
+    n_positions = 0
+    for batch in batches.evaluation_batches(split, context, "wave", batch_size=3):
         assert batch.targets.shape[0] <= 3 and batch.frames.shape[1] == batch.tokens.shape[1]
-        for row, (clip, start) in enumerate(zip(batch.clips, batch.starts, strict=True)):
-            for i, target in enumerate(batch.targets[row].tolist()):
-                if target != batches.IGNORED:
-                    key = (int(clip), int(start) + i)
-                    assert key not in seen
-                    seen[key] = target
+        assert batch.targets.shape[1] <= context
+        n_positions += batch.targets.numel()
+        for *key, target in zip(*map(torch.flatten, (
+            batch.clips, batch.steps, batch.targets)), strict=True):  # fmt: skip
+            if target != batches.IGNORED:
+                place = int(key[0]), int(key[1])
+                assert place not in seen
+                seen[place] = int(target)
     expected = {
         (clip, t): int(code)
         for clip in range(split.n_clips)
         for t, code in enumerate(split.clip(clip)[0][0])
     }
     assert seen == expected
+    if context == 200:  # short clips share rows
+        assert n_positions < 1.6 * split.n_steps
 
 
 def test_prefetch_raises_what_the_maker_raised_and_stops_early() -> None:

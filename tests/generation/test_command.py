@@ -128,13 +128,10 @@ def test_generate_command_suggests_the_model_that_was_meant(tmp_path, monkeypatc
 
 
 def stuck_run(tiny_run, folder):
-    """The model of a run, made to say token 7 for ever."""
+    """The model of a run, made to say token 0 for ever at temperature 0."""
     model = HybridModel.from_pretrained(tiny_run / "model")
     with torch.no_grad():
         model.head.weight.zero_()
-        model.norm.weight.zero_()
-        model.norm.weight[0] = 1000.0  # hidden states of one channel ...
-        model.head.weight[7, 0], model.head.weight[8, 0] = 1.0, -1.0  # ... of either sign
     facts = json.loads((tiny_run / "model" / "config.json").read_text())
     kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
     model.save_pretrained(folder, extra=kept)
@@ -149,7 +146,7 @@ def test_generate_command_says_what_is_wrong_with_the_sound(
     common = ["generate", str(run), "--out", str(out), "--json", "--temperature", "0"]
     assert main([*common, "--seconds", "2.2", "--prompt", str(prompt)]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["tokens"]) <= {7, 8} and facts["ended"] == ""
+    assert set(facts["tokens"]) == {0} and facts["ended"] == ""
     assert any("one token repeats for" in warning for warning in facts["warnings"])
     for warning in facts["warnings"]:
         assert f"{out}: {warning}" in caplog.text

@@ -205,7 +205,7 @@ void mel_embed(const Kernels& kernels, DType dtype, DType frames_dtype, int64_t 
 }
 
 void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq, int64_t tk,
-                     int64_t h, int64_t d, bool causal, int64_t window) {
+                     int64_t h, int64_t d, bool causal, int64_t window, int64_t document = 0) {
   const DType sum = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   // Rows as in a fused projection: three times as far apart as they are long.
   const int64_t row = 3 * h * d, n_q = b * tq * h * d, n_k = b * tk * h * d;
@@ -215,11 +215,19 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
   const auto wide = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * row, row, d}; };
   const auto dense = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * h * d, h * d, d}; };
   const FlashAttentionShape shape{dtype, b, tq, tk, h, d, 0.2, causal, window};
+  // Documents of as many steps, which begin elsewhere in every item; on the heap, of exactly its size.
+  std::vector<int32_t> first_key;
+  for (int64_t i = 0; document > 0 && i < b * tq; ++i) {
+    const int64_t position = i % tq + tk - tq, shift = i / tq * 5;
+    first_key.push_back(static_cast<int32_t>(
+        std::max<int64_t>(0, (position + shift) / document * document - shift)));
+  }
+  const int32_t* const first = document > 0 ? first_key.data() : nullptr;
   Block out(dtype, n_q), lse(sum, b * h * tq);
   const auto forward = [&](Block& to, Block& to_lse, void* workspace, const Executor& threads) {
-    kernels.flash_attention_forward(
-        {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(to, tq), to_lse.get(), workspace},
-        threads);
+    kernels.flash_attention_forward({shape, wide(q, tq), wide(k, tk), wide(v, tk), first,
+                                     dense(to, tq), to_lse.get(), workspace},
+                                    threads);
   };
   const size_t forward_bytes = kernels.flash_attention_forward_workspace_bytes(shape);
   check({{dtype, n_q}, {sum, b * h * tq}}, forward_bytes,
@@ -234,8 +242,8 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         [&](auto& to, void* scratch, const Executor& threads) {
           kernels.flash_attention_backward(
               {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(out, tq), dense(d_out, tq),
-               lse.get(), b % 2 == 0 ? nullptr : d_lse.get(), dense(*to[0], tq), dense(*to[1], tk),
-               dense(*to[2], tk), scratch},
+               first, lse.get(), b % 2 == 0 ? nullptr : d_lse.get(), dense(*to[0], tq),
+               dense(*to[1], tk), dense(*to[2], tk), scratch},
               threads);
         });
 }
@@ -368,6 +376,10 @@ void run_all(const Kernels& kernels, DType dtype) {
     flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0);    // decoding
     flash_attention(kernels, dtype, 1, 5, 205, 3, d, true, 100);
     flash_attention(kernels, dtype, 1, 51, 60, 1, d, false, 17);
+    flash_attention(kernels, dtype, 2, 200, 200, 1, d, true, 0, 67);
+    flash_attention(kernels, dtype, 1, 450, 700, 1, d, true, 0, 430);  // few long documents
+    flash_attention(kernels, dtype, 3, 70, 90, 1, d, true, 9, 1);
+    flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0, 598);  // decoding
   }
 }
 

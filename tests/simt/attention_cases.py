@@ -66,6 +66,7 @@ def forward(emu, q, k, v, scale, causal=True, window=0):
             heads_view(q),
             heads_view(k),
             heads_view(v),
+            None,
             heads_view(out),
             address(lse),
             address(work),
@@ -83,6 +84,7 @@ def backward(emu, q, k, v, out, lse, d_out, scale, causal=True, window=0, d_lse=
         FlashAttentionBackward(
             shape,
             *map(heads_view, (q, k, v, out, d_out)),
+            None,
             address(lse),
             address(d_lse),
             *map(heads_view, (dq, dk, dv)),

@@ -215,3 +215,16 @@ def test_training_settings_out_of_range_are_named(field, value):
 def test_mel_source_may_be_spelled_with_a_colon(prepared):
     assert TrainConfig(mel_source="decoded:1").mel_source == "decoded-1"
     assert "decoded-1" in Dataset(prepared).mel_sources
+
+
+def test_init_may_learn_where_clips_end(prepared, joint, tmp_path):
+    """One output more; all else is that of the run it began from."""
+    out = tmp_path / "run"
+    settings = {**SETTINGS, "max_steps": 1, "init": str(joint)}
+    train(prepared, out, model={"end_of_clip": True}, **settings)
+    before = HybridModel.from_pretrained(joint / "model").state_dict()
+    after = HybridModel.from_pretrained(f"{out}/checkpoints/step-00000000").state_dict()
+    assert after["head.weight"].shape == (1025, 128)
+    assert after["head.weight"][1024].std() > 0.01
+    after["head.weight"] = after["head.weight"][:1024]
+    assert all(torch.equal(after[name], value) for name, value in before.items())

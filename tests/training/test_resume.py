@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from wgpt.cli import main
+from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainError
 from wgpt.files import locked
 from wgpt.model import HybridModel
@@ -255,3 +256,17 @@ def test_data_that_moved_are_named_by_flag(prepared, run, tmp_path):
     with pytest.raises(DataError, match="with --data"):
         train(None, run, resume=True)
     assert train(prepared, run, resume=True)["steps"] == 4
+
+
+def test_the_epoch_goes_on_through_changes_of_batch_and_window(run, prepared):
+    n_steps = Dataset(prepared).split("train").n_steps
+
+    def passes(context_s, n_windows):
+        return n_windows / -(-n_steps // round(75 * context_s))
+
+    train(None, run, resume=True, max_steps=6, batch_size=4)
+    train(None, run, resume=True, max_steps=8, batch_size=1, context_s=0.64)
+    got = [float(row["epoch"]) for row in train_rows(run)]
+    expected = [passes(0.32, n) for n in (2, 4, 6, 8, 12, 16)]
+    expected += [1 + passes(0.64, n) for n in (1, 2)]  # other windows begin with an epoch
+    assert got == pytest.approx(expected) and 0 < expected[5] < 1

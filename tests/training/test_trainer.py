@@ -80,6 +80,20 @@ def test_train_leaves_a_whole_run_folder(whole):
         assert path.suffix not in (".pt", ".pth", ".pkl", ".bin"), path
 
 
+def test_speed_and_epoch_count_real_tokens(prepared, tmp_path, monkeypatch):
+    """Two epochs and a window: padding ends each epoch and is not counted."""
+    monkeypatch.setattr(time, "monotonic", iter(range(10**6)).__next__)
+    split = Dataset(prepared).split("train")
+    context = split.n_steps // 2 - 3  # three windows, the last of 6 or 7 tokens
+    settings = {**SETTINGS, "max_steps": 7, "batch_size": 1, "context_s": context / 75}
+    settings |= {"eval_every": 0, "eval_audio_s": 1.0}
+    summary = train(prepared, tmp_path / "run", "gpt-xs", model=TINY, **settings)
+    rows = [r for r in read_metrics(tmp_path / "run" / "metrics.csv") if r["split"] == "train"]
+    assert [float(row["epoch"]) for row in rows] == [n / 3 for n in range(1, 8)]
+    n_tokens = round(summary["tokens_per_s"] * summary["seconds"])
+    assert n_tokens in (2 * split.n_steps + context, 2 * split.n_steps + split.n_steps % context)
+
+
 def test_train_learns(prepared, tmp_path):
     settings = {**SETTINGS, "max_steps": 40, "lr": 3e-3, "eval_every": 0, "batch_size": 8}
     train(prepared, tmp_path / "run", "gpt-xs", model={"n_layers": 1}, **settings)
@@ -155,7 +169,7 @@ def test_train_two_processes_equal_one(prepared, whole, tmp_path):
 
 
 def test_train_stops_at_a_loss_that_is_not_finite(prepared, tmp_path, monkeypatch):
-    def broken(self, tokens, frames=None, cache=None):
+    def broken(self, tokens, frames=None, cache=None, first_key=None):
         return torch.full((*tokens.shape, self.config.width), torch.nan, requires_grad=True)
 
     monkeypatch.setattr(HybridModel, "hidden", broken)

@@ -1,6 +1,6 @@
 """Random choices of a training step beyond its windows: mel noise, mel drops, steps to score.
 
-Like the windows (batches.py) they are pure functions of (seed, step): each row of a batch has a
+Like the windows (packing.py) they are pure functions of (seed, step): each row of a batch has a
 stream of numpy's Philox of its own, keyed by (seed, step), its counter set to (row, purpose), so
 any process can make any row, resuming needs only the step, and one choice does not move another.
 """
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NOISE, _DROP, _SCORED = 1, 2, 3  # purposes; the windows' own draws have purpose 0
+_NOISE, _DROP, _SCORED = 1, 2, 3  # purposes; packing.py has 4
 
 
-def _stream(seed: int, step: int, row: int, purpose: int) -> np.random.Generator:
+def random_stream(seed: int, step: int, row: int, purpose: int) -> np.random.Generator:
+    """The random numbers of one purpose, for one row of one step."""
     key = np.array([seed, step], dtype=np.uint64)
     counter = np.array([0, 0, row, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -41,12 +42,12 @@ class MelAugment:
     def apply(self, frames: Tensor, r: int, seed: int, step: int, row: int) -> None:
         """Changes one row's frames, float32 (T * r, M), r frames a step, in place."""
         if self.noise:
-            drawn = _stream(seed, step, row, _NOISE).standard_normal(
+            drawn = random_stream(seed, step, row, _NOISE).standard_normal(
                 tuple(frames.shape), dtype=np.float32
             )
             frames += torch.from_numpy(drawn) * (self.noise / self.inv_std)
         if self.drop:
-            dropped = self.dropped(len(frames) // r, _stream(seed, step, row, _DROP))
+            dropped = self.dropped(len(frames) // r, random_stream(seed, step, row, _DROP))
             frames.view(-1, r, frames.shape[1])[torch.from_numpy(dropped)] = self.mean
 
     def dropped(self, n_steps: int, stream: np.random.Generator) -> np.ndarray:
@@ -68,6 +69,7 @@ def scored_steps(n_steps: int, share: float, seed: int, step: int, rows: range) 
     """
     n_chosen = max(1, round(share * n_steps))
     chosen = [
-        np.sort(_stream(seed, step, row, _SCORED).permutation(n_steps)[:n_chosen]) for row in rows
+        np.sort(random_stream(seed, step, row, _SCORED).permutation(n_steps)[:n_chosen])
+        for row in rows
     ]
     return torch.from_numpy(np.stack(chosen))

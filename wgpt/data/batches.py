@@ -1,20 +1,21 @@
 """Batches of windows, as pure functions of (seed, step): no state to save, nothing to replay.
 
-The shift rule, for a window of n steps from step s of a clip, and what the model is fed:
+The shift rule, for a segment of n positions from step s of a clip, and what the model is fed:
 
-    targets  codes[0, s], codes[0, s+1], ..., codes[0, s+n-1]
+    targets  codes[0, s], codes[0, s+1], ..., codes[0, s+n-1]     behind the last step: end of clip
     tokens   codes[:, s-1], codes[:, s], ..., codes[:, s+n-2]     BOS before the clip's first step
     frames   mel of the same steps s-1 ... s+n-2                  silence before the first step
 
-so position i predicts step s+i from steps before it, and no mel frame reaches the target's step.
-BOS is the id after the last code (1024).
+so a position predicts step s+i from steps before it, and no mel frame reaches the target's step.
+A row holds several segments; `first_key` keeps them apart. BOS as an input and the end of a clip
+as a target are one id, that after the last code (1024).
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from wgpt.data.augment import MelAugment
 from wgpt.data.dataset import Split
+from wgpt.data.packing import PackedWindows, Segment, cover
 from wgpt.errors import ConfigError, DataError
 
 IGNORED = -1  # a target that is not scored
@@ -35,17 +37,21 @@ class Batch:
 
     tokens: int64 (B, T), or (B, T, K) for codebooks > 1; padding is BOS.
     frames: float32 (B, T * r, M) log-mel, not normalised, padding is silence; None without mel.
-    targets: int64 (B, T), codes of codebook 0; IGNORED (-1) where nothing is scored.
-    codes: int64 (B, 1 + n_fine, T), `targets` and the finer codebooks of the same steps; None
-        unless asked for.
-    clips, starts: int64 (B,), the clip of each row and the step of its first target.
+    targets: int64 (B, T), codes of codebook 0, V for the end of a clip; IGNORED (-1) where nothing
+        is scored.
+    clips, steps: int64 (B, T), the clip and the step that each target is of; -1 for padding.
+    first_key: int32 (B, T), where the segment of each position begins; None where each row is one
+        segment, padding included.
+    codes: int64 (B, 1 + n_fine, T), all codebooks of the same steps, -1 at the end of a clip and
+        where nothing is scored; None unless asked for.
     """
 
     tokens: Tensor
     frames: Tensor | None
     targets: Tensor
     clips: Tensor
-    starts: Tensor
+    steps: Tensor
+    first_key: Tensor | None = None
     codes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -55,25 +61,19 @@ class Batch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Crop:
-    """Steps [start, stop) of a clip, of which [scored_from, stop) are targets."""
-
-    clip: int
-    start: int
-    stop: int
-    scored_from: int
-
-
 def collate(
     split: Split,
-    crops: list[Crop],
+    rows: Sequence[Sequence[Segment]],
     *,
+    steps: int = 0,
     mel_source: str | None = None,
     codebooks: int = 1,
     n_fine: int = 0,
 ) -> Batch:
-    """Read crops and apply the shift rule above."""
+    """Reads the segments of each row, one behind the other, and applies the shift rule above.
+
+    steps: T, at least that of the longest row; 0: of the longest.
+    """
     if not 0 <= n_fine < split.n_codebooks:
         raise DataError(
             f"{split.name}: n_fine must lie in [0, {split.n_codebooks - 1}], codebooks after the "
@@ -84,52 +84,67 @@ def collate(
             f"{split.name}: codebooks must lie in [1, {split.n_codebooks}], got {codebooks}"
         )
     r, bos = split.frames_per_step, split.codebook_size
-    n_rows, length = len(crops), max(w.stop - w.start for w in crops)
-    tokens = torch.full((n_rows, length, codebooks), bos, dtype=torch.int64)
-    targets = torch.full((n_rows, 1 + n_fine, length), IGNORED, dtype=torch.int64)
+    shape = len(rows), max(steps, *(sum(s.stop - s.start for s in row) for row in rows))
+    tokens = torch.full((*shape, codebooks), bos, dtype=torch.int64)
+    codes = torch.full((shape[0], 1 + n_fine, shape[1]), IGNORED, dtype=torch.int64)
+    targets = torch.full(shape, IGNORED, dtype=torch.int64)
+    clips, of_steps = (torch.full(shape, -1, dtype=torch.int64) for _ in range(2))
+    first_key = torch.zeros(shape, dtype=torch.int32)
     frames = None
     if mel_source is not None:
         n_mels = split.mel_array(mel_source).shape[1]
-        frames = torch.full((n_rows, length * r, n_mels), split.silence)
-    for row, crop in enumerate(crops):
-        before = max(crop.start - 1, 0)
-        at_clip_start = crop.start == 0
-        codes, mel = split.slice(crop.clip, before, crop.stop, mel_source)
-        own = codes[:, crop.start - before :]  # (K, n): the crop's own steps
-        skip = crop.scored_from - crop.start
-        targets[row, :, skip : own.shape[1]] = own[: 1 + n_fine, skip:]
-        first = 1 if at_clip_start else 0  # row position of the first step that was read
-        known = codes.shape[1] - 1  # the last step is a target only
-        tokens[row, first : first + known] = codes[:codebooks, :known].T
-        if frames is not None and mel is not None:
-            frames[row, first * r : (first + known) * r] = mel[: known * r]
+        frames = torch.full((shape[0], shape[1] * r, n_mels), split.silence)
+    for row, segments in enumerate(rows):
+        at = 0
+        for segment in segments:
+            n_steps, start = split.clip_steps(segment.clip), segment.start
+            end = at + segment.stop - start
+            before = max(start - 1, 0)
+            read, mel = split.slice(segment.clip, before, min(segment.stop, n_steps), mel_source)
+            own = read[:, start - before :]  # (K, n): the segment's own steps
+            skip = segment.scored_from - start
+            codes[row, :, at + skip : at + own.shape[1]] = own[: 1 + n_fine, skip:]
+            targets[row, at + skip : at + own.shape[1]] = own[0, skip:]
+            if segment.stop > n_steps:
+                targets[row, end - 1] = bos
+            first = at + (start == 0)  # position of the first step that was read
+            tokens[row, first:end] = read[:codebooks, : end - first].T
+            if frames is not None and mel is not None:
+                frames[row, first * r : end * r] = mel[: (end - first) * r]
+            clips[row, at:end] = segment.clip
+            of_steps[row, at:end] = torch.arange(start, segment.stop)
+            first_key[row, at:end] = at
+            at = end
+        first_key[row, at:] = at if len(segments) > 1 else 0
     return Batch(
         tokens=tokens[:, :, 0] if codebooks == 1 else tokens,
         frames=frames,
-        targets=targets[:, 0],
-        codes=targets if n_fine else None,
-        clips=torch.tensor([w.clip for w in crops], dtype=torch.int64),
-        starts=torch.tensor([w.start for w in crops], dtype=torch.int64),
+        targets=targets,
+        clips=clips,
+        steps=of_steps,
+        first_key=first_key if any(len(row) > 1 for row in rows) else None,
+        codes=codes if n_fine else None,
     )
 
 
 class TrainingBatches:
-    """Random training windows: `batch(step)` depends on (seed, step) and the data alone.
+    """Packed training windows: `batch(step)` depends on (seed, step) and the data alone.
 
-    A window's clip is drawn with probability proportional to its length, its start evenly among
-    those that fit (0 for a clip no longer than the context). The draws of step k come from numpy's
-    Philox keyed by (seed, k), so any worker can make any batch, and resuming needs only k.
+    Step k takes the next batch_size windows of data.packing, so any worker can make any batch, an
+    epoch sees every step of every clip once, and resuming needs only k.
 
     Args:
         split: where from.
         batch_size: rows B of the whole batch, over all ranks.
-        context_steps: longest window T.
+        context_steps: window T.
         seed: 0 <= seed < 2^64.
         mel_source: which mel to read; None for no frames.
         codebooks: codebooks given as input.
-        n_fine: finer codebooks in Batch.codes.
+        n_fine: residual codebooks in Batch.codes.
+        end_of_clip: the end of each clip is a target too.
         augment: what is done to the frames; None for nothing.
-        rank, world_size: this process reads rows [rank * B / world_size, ...) of the same draw.
+        first_step, first_window: step and window where these settings begin (see `windows_at`).
+        rank, world_size: this process reads rows [rank * B / world_size, ...) of the same batch.
     """
 
     def __init__(
@@ -142,7 +157,10 @@ class TrainingBatches:
         mel_source: str | None,
         codebooks: int = 1,
         n_fine: int = 0,
+        end_of_clip: bool = False,
         augment: MelAugment | None = None,
+        first_step: int = 0,
+        first_window: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -161,31 +179,30 @@ class TrainingBatches:
             raise DataError(f"{split.name}: must hold at least one clip to draw batches from")
         if mel_source is not None:
             split.mel_array(mel_source)
-        self.split, self.batch_size, self.context_steps = split, batch_size, context_steps
-        self.seed, self.mel_source, self.codebooks = seed, mel_source, codebooks
-        self.n_fine, self.augment = n_fine, augment
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.mel_source, self.codebooks, self.n_fine = mel_source, codebooks, n_fine
+        self.augment, self.first_step, self.first_window = augment, first_step, first_window
+        self.windows = PackedWindows(np.diff(split.offsets) + end_of_clip, context_steps, seed)
         self.rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
-    def crops(self, step: int) -> list[Crop]:
-        """The windows of one step, this rank's rows."""
-        offsets = self.split.offsets
-        bits = np.random.Philox(key=np.array([self.seed, step], dtype=np.uint64))
-        draws = np.random.Generator(bits).random((self.batch_size, 2))
-        chosen = []
-        for row in self.rows:
-            place = min(int(draws[row, 0] * self.split.n_steps), self.split.n_steps - 1)
-            clip = int(np.searchsorted(offsets, place, side="right")) - 1
-            n_starts = max(int(offsets[clip + 1] - offsets[clip]) - self.context_steps, 0) + 1
-            start = min(int(draws[row, 1] * n_starts), n_starts - 1)
-            stop = min(start + self.context_steps, self.split.clip_steps(clip))
-            chosen.append(Crop(clip, start, stop, scored_from=start))
-        return chosen
+    def windows_at(self, step: int) -> int:
+        """Windows that were drawn before a step >= first_step."""
+        return self.first_window + (step - self.first_step) * self.batch_size
+
+    def epoch(self, step: int) -> float:
+        """Passes over the split before a step."""
+        return self.windows_at(step) / self.windows.n_windows
+
+    def segments(self, step: int) -> list[list[Segment]]:
+        """What the windows of one step hold, this rank's rows."""
+        return [self.windows.window(self.windows_at(step) + row) for row in self.rows]
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step >= 0."""
+        """The batch of a step >= first_step."""
         batch = collate(
             self.split,
-            self.crops(step),
+            self.segments(step),
+            steps=min(self.windows.window_steps, self.windows.n_total),
             mel_source=self.mel_source,
             codebooks=self.codebooks,
             n_fine=self.n_fine,
@@ -194,21 +211,6 @@ class TrainingBatches:
             for row, frames in zip(self.rows, batch.frames, strict=True):
                 self.augment.apply(frames, self.split.frames_per_step, self.seed, step, row)
         return batch
-
-
-def cover(n_steps: int, context_steps: int, clip: int = 0) -> list[Crop]:
-    """Cover a clip so that each step is scored once, by windows overlapping by half.
-
-    The first window scores all it holds; a later one scores what its predecessors did not, so
-    each of its targets has at least context_steps / 2 earlier inputs in the window.
-    """
-    stride = max(context_steps // 2, 1)
-    found, start, done = [], 0, 0
-    while done < n_steps:
-        stop = min(start + context_steps, n_steps)
-        found.append(Crop(clip, start, stop, scored_from=done))
-        start, done = start + stride, stop
-    return found
 
 
 def evaluation_batches(
@@ -223,7 +225,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Evaluation batches in a fixed order: every step of every clip is a target exactly once.
 
-    `Batch.clips` names each row's clip, so losses can be summed per clip or per group.
+    A clip longer than a window is covered by windows overlapping by half; shorter ones share rows.
+    `Batch.clips` names each target's clip, so losses can be summed per clip or per group.
 
     Args:
         clips: which clips; all by default.
@@ -234,15 +237,21 @@ def evaluation_batches(
             f"got {context_steps} and {batch_size}"
         )
     options: dict[str, Any] = {"mel_source": mel_source, "codebooks": codebooks, "n_fine": n_fine}
-    waiting: list[Crop] = []
+    rows: list[list[Segment]] = []
+    n_used = context_steps  # of the newest row
     for clip in range(split.n_clips) if clips is None else clips:
-        for window in cover(split.clip_steps(clip), context_steps, clip):
-            waiting.append(window)
-            if len(waiting) == batch_size:
-                yield collate(split, waiting, **options)
-                waiting = []
-    if waiting:
-        yield collate(split, waiting, **options)
+        for segment in cover(split.clip_steps(clip), context_steps, clip):
+            length = segment.stop - segment.start
+            if n_used + length > context_steps:
+                if len(rows) == batch_size:
+                    yield collate(split, rows, **options)
+                    rows = []
+                rows.append([])
+                n_used = 0
+            rows[-1].append(segment)
+            n_used += length
+    if rows:
+        yield collate(split, rows, **options)
 
 
 def prefetch(

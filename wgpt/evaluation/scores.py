@@ -68,9 +68,10 @@ def codebook_scores(
     dtype: str = "fp32",
     with_fine: bool = True,
 ) -> list[Score]:
-    """Teacher-forced scores over every token of the clips, by the window rule of data.loader.
+    """Teacher-forced scores over every token of the clips, by the window rule of data.batches.
 
-    One for codebook 0, then, `with_fine`, one for each of the model's residual codebooks.
+    One for codebook 0, then, `with_fine`, one for each of the model's residual codebooks. A model
+    with an end of clip pays for the probability it spends on it; the ends are not scored.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -83,7 +84,7 @@ def codebook_scores(
     for batch in evaluation_batches(split, context_steps, source, **options):
         on_device = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            hidden = model.hidden(on_device.tokens, on_device.frames)
+            hidden = model.hidden(on_device.tokens, on_device.frames, first_key=on_device.first_key)
             logits = model.head(hidden)
         scored = on_device.targets >= 0
         losses = functional.cross_entropy(
@@ -92,23 +93,30 @@ def codebook_scores(
             ignore_index=-1,
             reduction="none",
         )
-        losses = losses.view_as(scored).double().sum(1)
-        correct = ((logits.argmax(-1) == on_device.targets) & scored).sum(1)
-        per_row = torch.stack([losses, correct.double(), scored.sum(1).double()]).cpu().numpy()
-        for row, clip in enumerate(batch.clips.tolist()):
-            sums[0, :, clip] += per_row[:, row]
-            if fine is None:
-                continue
-            assert on_device.codes is not None
-            codes = on_device.codes[row : row + 1]  # row by row: logits of T * n_fine * V
+        correct = (logits.argmax(-1) == on_device.targets) & scored
+        _add(sums[0], [losses.view_as(scored), correct, scored], batch.clips)
+        if fine is None:
+            continue
+        assert on_device.codes is not None
+        for row in range(len(batch.clips)):  # row by row: logits of T * n_fine * V
+            codes = on_device.codes[row : row + 1]
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                 nll, hit = fine.nll(hidden[row : row + 1], codes)
             known = fine.known_targets(codes)
-            facts = torch.stack([nll.double(), hit.double(), known.double()], 1).sum((0, 3))
-            sums[1:, :, clip] += facts.T.cpu().numpy()
+            for k in range(model.config.n_fine):
+                _add(sums[1 + k], [nll[:, k], hit[:, k], known[:, k]], batch.clips[row])
     model.train(was_training)
     names = [name, *(f"{name}, codebook {k}" for k in range(1, len(sums)))]
     return [to_score(n, s, split, clips) for n, s in zip(names, sums, strict=True)]
+
+
+def _add(sums: np.ndarray, values: list[torch.Tensor], clips: torch.Tensor) -> None:
+    """Adds values, each of as many positions as clips, to the sums (3, n_clips) of their clips."""
+    of = clips.flatten().numpy()
+    real = of >= 0
+    for into, value in zip(sums, values, strict=True):
+        weights = value.flatten().double().cpu().numpy()
+        into += np.bincount(of[real], weights[real], len(into))
 
 
 def to_score(name: str, sums: np.ndarray, split: Split, clips: list[int] | None = None) -> Score:

@@ -40,29 +40,49 @@ class MelBranch(nn.Module):
         )
         self.norm = nn.RMSNorm(config.mel_dim, eps=1e-6)
 
-    def forward(self, frames: Tensor, cache: Cache | None) -> Tensor:
-        """(B, T*r, M) log-mel frames to (B, T, Cm)."""
+    def forward(
+        self, frames: Tensor, cache: Cache | None, first_key: Tensor | None = None
+    ) -> Tensor:
+        """(B, T*r, M) log-mel frames to (B, T, Cm); first_key as in HybridModel.hidden."""
         config = self.config
         steps = frames.shape[1] // config.frames_per_step
         position = 0
         if cache is not None:
             frames = cache.remember_mel(frames, config.mel_context_frames)
             position = cache.position
-        x = ops.mel_embed(
+        if first_key is not None and config.mel_context_frames:
+            x = self._embed_apart(frames, first_key)
+        else:
+            x = self._embed(frames)
+            x = x[:, x.shape[1] - steps :]
+        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x.device)
+        delta = None
+        for i, block in enumerate(self.blocks):
+            layer = cache.mel_layers[i] if cache is not None else None
+            x, delta = block(x, delta, angles, layer, first_key)
+        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        return ops.mel_embed(
             frames,
             self.mean,
             self.inv_std,
             self.weight,
             self.bias,
-            frames_per_step=config.frames_per_step,
-            context_frames=config.mel_context_frames,
+            frames_per_step=self.config.frames_per_step,
+            context_frames=self.config.mel_context_frames,
         )
-        x = x[:, x.shape[1] - steps :]
-        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x.device)
-        delta = None
-        for i, block in enumerate(self.blocks):
-            x, delta = block(x, delta, angles, cache.mel_layers[i] if cache is not None else None)
-        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
+
+    def _embed_apart(self, frames: Tensor, first_key: Tensor) -> Tensor:
+        """`_embed` with segments moved apart by absent frames, so that no slice reaches over."""
+        r, gap = self.config.frames_per_step, self.config.mel_context_frames
+        batch, steps = first_key.shape
+        position = torch.arange(steps, device=frames.device)
+        moved = position + ((first_key == position).cumsum(1) - 1) * (gap // r)  # (B, T)
+        apart = self.mean.expand(batch, int(moved.max()) + 1, r, -1).to(frames).clone()
+        rows = torch.arange(batch, device=frames.device)[:, None]
+        apart[rows, moved] = frames.view(batch, steps, r, -1)
+        return self._embed(apart.flatten(1, 2))[rows, moved]
 
 
 class Fusion(nn.Module):
@@ -73,10 +93,16 @@ class Fusion(nn.Module):
         self.table = nn.Parameter(torch.empty(config.codebook_size + 1, config.token_dim))
         self.mel = MelBranch(config) if config.mel_dim else None
 
-    def forward(self, tokens: Tensor, frames: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        frames: Tensor | None,
+        cache: Cache | None,
+        first_key: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) int64 and frames (B, T*r, M) to (B, T, Ct + Cm)."""
         hidden = None
         if self.mel is not None:
             assert frames is not None
-            hidden = self.mel(frames, cache)
+            hidden = self.mel(frames, cache, first_key)
         return ops.token_concat(tokens, self.table, hidden)

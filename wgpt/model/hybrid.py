@@ -62,7 +62,7 @@ class HybridModel(nn.Module):
             for _ in range(config.n_layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.head = nn.Linear(config.width, config.codebook_size + config.end_of_clip, bias=False)
         self.fine: DepthTransformer | None = None
         self.latent: LatentHistory | None = None
         self.reset_parameters()
@@ -121,6 +121,11 @@ class HybridModel(nn.Module):
         """Codebooks of past steps in the input: all with latents, else the coarse one."""
         return 1 if self.latent is None else 1 + self.config.n_fine
 
+    @property
+    def end_token(self) -> int | None:
+        """The output that says that the clip ends, V; None for a model without one."""
+        return self.config.codebook_size if self.config.end_of_clip else None
+
     def new_cache(self) -> Cache:
         """An empty cache for this model."""
         return Cache(
@@ -130,13 +135,24 @@ class HybridModel(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        frames: Tensor | None = None,
+        cache: Cache | None = None,
+        first_key: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of the coarse token that follows each step; arguments as in `hidden`."""
-        return self.head(self.hidden(tokens, frames, cache))
+        """Logits of the coarse token that follows each step, arguments as in `hidden`.
+
+        (B, T, V), or (B, T, V + 1) with config.end_of_clip: the last is the end of the clip.
+        """
+        return self.head(self.hidden(tokens, frames, cache, first_key))
 
     def hidden(
-        self, tokens: Tensor, frames: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        frames: Tensor | None = None,
+        cache: Cache | None = None,
+        first_key: Tensor | None = None,
     ) -> Tensor:
         """The decoder's last state, normed, (B, T, C): what `head` and `fine` read.
 
@@ -145,22 +161,27 @@ class HybridModel(nn.Module):
                 (B, T, 1 + n_fine), all codebooks from coarse to fine; V stands for unknown.
             frames: (B, T*r, M) log-mel frames of the same steps; None for a token-only model.
             cache: if given, T counts only the steps after those it has seen; it is extended.
+            first_key: int32 (B, T), where the segment of each step begins (Batch.first_key): of
+                nothing before it does the step hear anything. Not together with a cache.
 
         Raises ValueError when the shapes do not fit the configuration.
         """
         self._check_inputs(tokens, frames)
+        if cache is not None and first_key is not None:
+            raise ValueError("first_key must be None with a cache, which holds one clip")
         config = self.config
         coarse = tokens if self.latent is None else tokens[:, :, 0]
-        x = self.fusion(coarse, frames, cache)
+        x = self.fusion(coarse, frames, cache, first_key)
         if self.latent is not None:
-            x = x + self.latent(tokens, cache)
+            x = x + self.latent(tokens, cache, first_key)
         position = cache.position if cache is not None else 0
         angles = rotary_angles(
             position, tokens.shape[1], config.head_dim, config.rope_base, x.device
         )
         delta = None
         for i, block in enumerate(self.blocks):
-            x, delta = block(x, delta, angles, cache.layers[i] if cache is not None else None)
+            layer = cache.layers[i] if cache is not None else None
+            x, delta = block(x, delta, angles, layer, first_key)
         if cache is not None:
             cache.position += tokens.shape[1]
         return add_norm(self.norm, x, delta)[1]

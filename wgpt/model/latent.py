@@ -59,11 +59,15 @@ class LatentHistory(nn.Module):
             )
         self.codebooks[:, :-1].copy_(entries)
 
-    def forward(self, tokens: Tensor, cache: Cache | None) -> Tensor:
-        """tokens (B, T, K) int64 in [0, V] to (B, T, C)."""
-        return self.down(functional.gelu(self.up(self.history(tokens, cache))))
+    def forward(
+        self, tokens: Tensor, cache: Cache | None, first_key: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B, T, K) int64 in [0, V] to (B, T, C); first_key as in HybridModel.hidden."""
+        return self.down(functional.gelu(self.up(self.history(tokens, cache, first_key))))
 
-    def history(self, tokens: Tensor, cache: Cache | None) -> Tensor:
+    def history(
+        self, tokens: Tensor, cache: Cache | None, first_key: Tensor | None = None
+    ) -> Tensor:
         """(B, T, n * E): the latents of each step and the n - 1 before it, the newest first."""
         batch, steps, n_codebooks = tokens.shape
         rows = torch.arange(n_codebooks, device=tokens.device) * self.codebooks.shape[1]
@@ -79,6 +83,8 @@ class LatentHistory(nn.Module):
         latents = torch.cat([before, latents], 1)
         if cache is not None:
             cache.latents = latents[:, steps:]
-        return torch.cat(
-            [latents[:, self.n_steps - 1 - i :][:, :steps] for i in range(self.n_steps)], 2
-        )
+        parts = [latents[:, self.n_steps - 1 - i :][:, :steps] for i in range(self.n_steps)]
+        if first_key is not None:
+            age = torch.arange(steps, device=tokens.device) - first_key  # in its segment
+            parts = [torch.where(age[:, :, None] >= i, part, 0) for i, part in enumerate(parts)]
+        return torch.cat(parts, 2)

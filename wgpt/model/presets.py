@@ -1,4 +1,4 @@
-"""Named model shapes: those of the paper, and small ones for a demo in minutes."""
+"""Named model shapes: those of the paper, small ones for a demo, and those for one's own voice."""
 
 from __future__ import annotations
 
@@ -23,6 +23,29 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
     "gpt-xs": (
         ModelConfig(token_dim=128, mel_dim=0, head_dim=32, ffn_dim=512),
         "tokens only, 1.1 M: the twin of hybrid-xs",
+    ),
+    "voice": (
+        ModelConfig(
+            window_steps=256, dropout=0.1, end_of_clip=True, n_fine=7, latent_steps=8, latent_dim=48
+        ),
+        "all codebooks, attends to 3.4 s: for hours of one's own recordings",
+    ),
+    "voice-xs": (
+        ModelConfig(
+            token_dim=64,
+            mel_dim=64,
+            head_dim=32,
+            ffn_dim=512,
+            mel_ffn_dim=256,
+            window_steps=256,
+            dropout=0.1,
+            end_of_clip=True,
+            n_fine=7,
+            fine_dim=64,
+            latent_steps=8,
+            latent_dim=48,
+        ),
+        "the same, 2.3 M: for less",
     ),
 }
 

@@ -51,15 +51,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache | None) -> Tensor:
-        """One pass; with a cache, x is the newest steps and the cache is extended by them."""
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        first_key: Tensor | None,
+    ) -> Tensor:
+        """One pass; with a cache, x is the newest steps and the cache is extended by them.
+
+        first_key: int32 (B, T), the first step that each may see; None for all.
+        """
         batch, steps, width = x.shape
         qkv = op_for("linear", x)(x, self.qkv.weight).view(batch, steps, 3, -1, self.head_dim)
         q, k, v = op_for("rotary_qkv", x)(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
-        y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps)
-        return op_for("linear", x)(y.view(batch, steps, width), self.out.weight)
+        y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps, first_key=first_key)
+        return op_for("linear", x)(y.reshape(batch, steps, width), self.out.weight)
 
 
 class FeedForward(nn.Module):
@@ -98,9 +107,10 @@ class Block(nn.Module):
         delta: Tensor | None,
         angles: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
+        first_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, delta (B, T, C) to a new pair of them."""
+        """x, delta (B, T, C) to a new pair of them; first_key as in Attention."""
         x, normed = add_norm(self.attention_norm, x, delta)
-        delta = self.dropout(self.attention(normed, angles, cache))
+        delta = self.dropout(self.attention(normed, angles, cache, first_key))
         x, normed = add_norm(self.ffn_norm, x, delta)
         return x, self.dropout(self.ffn(normed))

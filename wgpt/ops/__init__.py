@@ -42,11 +42,13 @@ from wgpt.ops.linear_cross_entropy import linear_cross_entropy
 from wgpt.ops.mel_embed import mel_embed
 from wgpt.ops.packed_addmm import PackedMatrix
 from wgpt.ops.rotary_qkv import rotary_qkv
+from wgpt.ops.sdpa import SdpaCalls, SdpaHandle, sdpa_calls, use_for_sdpa
 from wgpt.ops.token_concat import token_concat
 
 __all__ = [
     "Info",
     "PackedMatrix",
+    "SdpaHandle",
     "add_rms_norm",
     "feed_forward",
     "first_key_of",
@@ -59,6 +61,7 @@ __all__ = [
     "rotary_qkv",
     "set_cpu_target",
     "token_concat",
+    "use_for_sdpa",
 ]
 
 
@@ -75,6 +78,7 @@ class Info(TypedDict):
     torch_built: str
     torch_oldest: str
     compiler: str
+    sdpa: SdpaCalls  # of use_for_sdpa
 
 
 def info() -> Info:
@@ -99,6 +103,7 @@ def info() -> Info:
         "torch_built": build["torch"],
         "torch_oldest": build["torch_target"],
         "compiler": build["compiler"],
+        "sdpa": sdpa_calls(),
     }
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
-from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
@@ -94,20 +93,10 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    if first_key is not None:
-        return reference.flash_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            causal=causal,
-            window=window,
-            first_key=first_key,
-            return_lse=return_lse,
-        )
     out: Tensor
     lse: Tensor
-    out, lse = _flash_attention(q, k, v, scale, causal, window)
+    given = () if first_key is None else (first_key,)
+    out, lse = _flash_attention(q, k, v, scale, causal, window, *given)
     return (out, lse) if return_lse else out
 
 
@@ -147,7 +136,13 @@ def first_key_of(
 
 @register_fake("flash_attention")
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    first_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, q_steps, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=statistic_dtype(q))
@@ -161,21 +156,21 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.causal, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, ctx.scale, ctx.causal, ctx.window, *first_key = inputs
+    ctx.save_for_backward(q, k, v, *output, *first_key)
     ctx.set_materialize_grads(False)  # an unused lse costs nothing: its gradient stays None
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None and d_lse is None:
-        return (None,) * 6
-    q, k, v, out, lse = ctx.saved_tensors
+        return (None,) * 7
+    q, k, v, out, lse, *first_key = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     dq, dk, dv = _flash_attention_backward(
-        d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window
+        d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, *first_key
     )
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv, None, None, None, None
 
 
 _flash_attention = differentiable("flash_attention", _setup_context, _backward)

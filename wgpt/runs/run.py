@@ -37,22 +37,20 @@ class Run:
     # What --resume changed: {"from_step": n, "changed": {field: [old, new]}}, in order.
     changes: tuple[dict[str, Any], ...] = ()
 
-    @classmethod
-    def create(
-        cls, folder: str | Path, preset: str, model: ModelConfig, config: TrainConfig, data: Dataset
-    ) -> Run:
-        """Starts a new run folder. Raises ConfigError when the folder already holds a run."""
-        folder = Path(folder)
-        path = folder / "config.json"
-        if path.exists():
+    def create(self) -> None:
+        """Starts the run's folder. Raises ConfigError when it already holds a run."""
+        self.refuse_existing(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    @staticmethod
+    def refuse_existing(folder: Path) -> None:
+        """Raises ConfigError when a folder already holds a run."""
+        if (folder / "config.json").exists():
             raise ConfigError(
-                f"{path}: this folder already holds a run; add --resume to go on with it, "
-                "or choose another --out"
+                f"{folder / 'config.json'}: this folder already holds a run; add --resume to go on "
+                "with it, or choose another --out"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        run = cls(folder, preset, model, config, facts_of(data))
-        run.write()
-        return run
 
     def write(self) -> None:
         """Writes config.json: the settings as they are now, and `changes`."""

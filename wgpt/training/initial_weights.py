@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wgpt.codec import same_tokens
 from wgpt.config import ModelConfig, to_json
 from wgpt.data.dataset import Dataset
@@ -16,7 +18,8 @@ from wgpt.runs.pretrained import model_folder
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
 _LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
-CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout")  # of ModelConfig, with --init
+# Fields of ModelConfig that may differ from those of --init.
+CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout", "end_of_clip")
 
 
 class InitialWeights:
@@ -53,7 +56,8 @@ class InitialWeights:
                 )
 
     def load_into(self, model: HybridModel) -> None:
-        """Copies the trunk, mel constants included; fine head and latents where shapes are equal.
+        """Copies the trunk, mel constants included; fine head and latents where shapes are equal,
+        and of the head what both have (the end of a clip may be new).
 
         model: one of a `shape` of this start.
         """
@@ -61,6 +65,10 @@ class InitialWeights:
         for part, fields in (("fine.", _FINE_FIELDS), ("latent.", _LATENT_FIELDS)):
             if any(getattr(model.config, f) != getattr(self.model.config, f) for f in fields):
                 state = {name: value for name, value in state.items() if not name.startswith(part)}
+        n_rows = min(len(own["head.weight"]), len(state["head.weight"]))
+        state["head.weight"] = torch.cat(
+            [state["head.weight"][:n_rows].to(own["head.weight"]), own["head.weight"][n_rows:]]
+        )
         model.load_state_dict({**own, **state})
 
     def shape(self, changes: dict[str, Any]) -> ModelConfig:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from wgpt import codec
-from wgpt.config import ModelConfig, TrainConfig
+from wgpt.config import ModelConfig, TrainConfig, to_json
 from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, DataError
 from wgpt.files import locked
 from wgpt.model.presets import preset as preset_shape
 from wgpt.runs import checkpoint
+from wgpt.runs.loggers import check_loggers
+from wgpt.runs.pretrained import NAME
 from wgpt.runs.run import Run, facts_of
+from wgpt.training import plan as plans
 from wgpt.training.distributed import ProcessGroup
-from wgpt.training.initial_weights import InitialWeights
+from wgpt.training.initial_weights import CHANGEABLE_FIELDS, InitialWeights
 from wgpt.training.resume import with_changes
 from wgpt.training.trainer import Trainer
 
@@ -26,6 +29,9 @@ log = logging.getLogger(__name__)
 
 def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
     """Raises ConfigError or DataError where model, settings and data do not go together."""
+    check_loggers(settings.loggers)
+    if data.split("train").n_steps == 0:
+        raise DataError(f"{data.path}: the training split is empty; there is nothing to learn from")
     if data.codebook_size != model.codebook_size:
         raise ConfigError(
             f"model: codebook_size must be the data's {data.codebook_size}, "
@@ -68,21 +74,44 @@ def check_ranks(settings: TrainConfig, processes: ProcessGroup) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training that can begin: the run, its data, what it starts from, who takes part."""
+
+    run: Run
+    data: Dataset
+    warm: InitialWeights | None
+    processes: ProcessGroup
+    facts: plans.Facts
+    why: str  # of the plan: where it begins
+    step_s: float | None = None  # what a step takes here, where that was measured
+    is_changed: bool = False  # by --resume: config.json must be written
+
+    def describe(self) -> str:
+        """The plan in a few lines."""
+        return plans.describe(self.facts, self.why, self.run.model, self.run.config, self.step_s)
+
+
 def train(
     data: str | Path | None,
     out: str | Path,
     preset: str | None = None,
     *,
     resume: bool = False,
+    dry_run: bool = False,
     model: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains (or resumes) a run and returns its summary.
 
+    Without a preset and `init`, training.plan chooses what suits the data and the machine; what is
+    given here goes before it.
+
     Args:
         data: prepared data folder; on resume None for the one the run was started on.
         out: run folder; must not hold a run yet unless `resume`.
-        preset: a name of config.PRESETS; by default `hybrid`, or that of `init`.
+        preset: a name of model.presets.
+        dry_run: only say what would be done: {plan, run, preset, model, train, step_s}.
         model: ModelConfig fields to change from the preset, or from the shape of `init`.
         settings: TrainConfig fields. On resume those of the run's config.json hold but for what
             is given here, from the next step on; it is recorded there (Run.changes).
@@ -90,63 +119,155 @@ def train(
     Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
     """
     if resume:
-        run = Run.open(out)
-        dataset = run.dataset(data)
-        kept = checkpoint.list_steps(run.checkpoints)
-        step = int(kept[-1].name.removeprefix("step-")) if kept else 0
-        changed = with_changes(run, step, preset, model or {}, settings)
-        check_fit(changed.model, changed.config, dataset)
-        warm = InitialWeights(run.config.init) if run.config.init and not kept else None
-        processes = ProcessGroup.join(changed.config.device)
-        check_ranks(changed.config, processes)
-        is_changed, run = changed is not run, changed
+        job = _resumed(data, Path(out), preset, model or {}, settings)
     else:
-        if data is None:
-            raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
-        dataset = Dataset(data)
-        chosen = TrainConfig(**settings)
-        warm = InitialWeights(chosen.init) if chosen.init else None
-        if warm is None:
-            preset = preset or "hybrid"
-            shape = dataclasses.replace(preset_shape(preset), **(model or {}))
-        elif preset is None:
-            warm.check_data(dataset)
-            preset, shape = warm.preset, warm.shape(model or {})
-            if chosen.freeze_trunk and shape.latent_steps != warm.model.config.latent_steps:
-                raise ConfigError(
-                    "--latent-steps adds an input to the trunk, which --freeze-trunk would keep "
-                    "from learning it: must be that of --init, "
-                    f"{warm.model.config.latent_steps}, got {shape.latent_steps}"
-                )
-        else:
-            raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
-        if shape.latent_steps:
-            facts = dataset.manifest["codec"]
-            loaded = codec.load(facts["source"], sha256=facts["identity"]["sha256"])
-            latent_dim = loaded.codebooks().shape[2]
-            if shape.latent_dim not in (0, latent_dim):
-                raise ConfigError(
-                    f"--latent-dim must be that of the data's codec, {latent_dim}, "
-                    f"got {shape.latent_dim}"
-                )
-            shape = dataclasses.replace(shape, latent_dim=latent_dim)
-        check_fit(shape, chosen, dataset)
-        processes = ProcessGroup.join(chosen.device)
-        check_ranks(chosen, processes)
-        run, is_changed = Run(Path(out), preset, shape, chosen, facts_of(dataset)), False
-        if processes.rank == 0:
-            run = Run.create(out, preset, shape, chosen, dataset)
+        job = _begun(data, Path(out), preset, model or {}, settings)
+    run, processes = job.run, job.processes
     is_first = processes.rank == 0
     try:
+        if dry_run:
+            if job.step_s is None:
+                job = dataclasses.replace(job, step_s=_seconds_per_step(job))
+            return {
+                "plan": job.describe(),
+                "run": str(run.folder),
+                "preset": run.preset,
+                "model": to_json(run.model),
+                "train": to_json(run.config),
+                "step_s": job.step_s,
+            }
+        if is_first and not resume:
+            run.create()
         with locked(run.folder, "trained") if is_first else contextlib.nullcontext():
             if is_first:
-                dataset.verify()
-                if is_changed:
+                job.data.verify()
+                if job.is_changed:
                     run.write()
-            trainer = Trainer(run, dataset, processes)
-            if warm is not None:
-                warm.load_into(trainer.model)
-            log.info("%s: %s", run.preset, trainer.model.describe())
-            return trainer.fit(resume)
+                for line in job.describe().splitlines():
+                    log.info(line)
+                for doubt in plans.doubts(run.config, job.facts):
+                    log.warning(doubt)
+            return _trainer(job).fit(resume)
     finally:
         processes.leave()
+
+
+def _begun(
+    data: str | Path | None,
+    out: Path,
+    preset: str | None,
+    model: dict[str, Any],
+    given: dict[str, Any],
+) -> Job:
+    """A new run, planned where no preset and no start are given."""
+    if data is None:
+        raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
+    Run.refuse_existing(out)
+    dataset = Dataset(data)
+    if preset is not None or given.get("init"):
+        why = f"from {given['init']}" if given.get("init") else f"from scratch, preset {preset}"
+        return _resolved(dataset, out, preset, model, TrainConfig(**given), why)
+    facts = facts_about(dataset)
+    plan = plans.shape_for(facts, any(name not in CHANGEABLE_FIELDS for name in model))
+    model = {**plan.model, **model}
+    settings = TrainConfig(**plans.steps_for(plan, facts, given, None))
+    job = _resolved(dataset, out, plan.preset, model, settings, plan.why)
+    step_s = _seconds_per_step(job)
+    settings = TrainConfig(**plans.steps_for(plan, facts, given, step_s))
+    return dataclasses.replace(
+        job, run=dataclasses.replace(job.run, config=settings), step_s=step_s
+    )
+
+
+def _resolved(
+    dataset: Dataset,
+    out: Path,
+    preset: str | None,
+    model: dict[str, Any],
+    settings: TrainConfig,
+    why: str,
+) -> Job:
+    """The job of a preset or a start, checked against the data."""
+    warm = InitialWeights(settings.init) if settings.init else None
+    if warm is None:
+        assert preset is not None
+        shape = dataclasses.replace(preset_shape(preset), **model)
+    elif preset is None:
+        warm.check_data(dataset)
+        preset, shape = warm.preset, warm.shape(model)
+        if settings.freeze_trunk and shape.latent_steps != warm.model.config.latent_steps:
+            raise ConfigError(
+                "--latent-steps adds an input to the trunk, which --freeze-trunk would keep "
+                "from learning it: must be that of --init, "
+                f"{warm.model.config.latent_steps}, got {shape.latent_steps}"
+            )
+    else:
+        raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
+    if shape.latent_steps:
+        facts = dataset.manifest["codec"]
+        loaded = codec.load(facts["source"], sha256=facts["identity"]["sha256"])
+        latent_dim = loaded.codebooks().shape[2]
+        if model.get("latent_dim", 0) not in (0, latent_dim):
+            raise ConfigError(
+                f"--latent-dim must be that of the data's codec, {latent_dim}, "
+                f"got {shape.latent_dim}"
+            )
+        shape = dataclasses.replace(shape, latent_dim=latent_dim)
+    check_fit(shape, settings, dataset)
+    processes = ProcessGroup.join(settings.device)
+    check_ranks(settings, processes)
+    run = Run(out, preset, shape, settings, facts_of(dataset))
+    return Job(run, dataset, warm, processes, facts_about(dataset), why)
+
+
+def _resumed(
+    data: str | Path | None,
+    out: Path,
+    preset: str | None,
+    model: dict[str, Any],
+    given: dict[str, Any],
+) -> Job:
+    """A run that exists, with the settings given changed."""
+    run = Run.open(out)
+    dataset = run.dataset(data)
+    kept = checkpoint.list_steps(run.checkpoints)
+    step = int(kept[-1].name.removeprefix("step-")) if kept else 0
+    changed = with_changes(run, step, preset, model, given)
+    check_fit(changed.model, changed.config, dataset)
+    warm = InitialWeights(run.config.init) if run.config.init and not kept else None
+    processes = ProcessGroup.join(changed.config.device)
+    check_ranks(changed.config, processes)
+    why = f"from step {step} of {out}"
+    facts = facts_about(dataset)
+    return Job(changed, dataset, warm, processes, facts, why, None, changed is not run)
+
+
+def _trainer(job: Job) -> Trainer:
+    trainer = Trainer(job.run, job.data, job.processes)
+    if job.warm is not None:
+        job.warm.load_into(trainer.model)
+    return trainer
+
+
+def _seconds_per_step(job: Job) -> float:
+    """Times a few steps of a trainer of its own."""
+    return _trainer(job).seconds_per_step()
+
+
+def facts_about(data: Dataset) -> plans.Facts:
+    """What a plan needs to know of prepared data."""
+    start, source = NAME, ""
+    try:
+        packaged = InitialWeights(NAME)
+        packaged.check_data(data)
+        source = str(packaged.facts["mel_source"])
+    except ConfigError:  # another codec, or another mel
+        start = ""
+    return plans.Facts(
+        train_steps=data.split("train").n_steps,
+        valid_steps=data.split("valid").n_steps,
+        n_codebooks=data.n_codebooks,
+        mel_sources=data.mel_sources,
+        start=start,
+        start_mel_source=source,
+    )

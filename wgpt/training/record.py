@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from wgpt import audio, config
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset, Split
+from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.scores import codebook_scores
 from wgpt.files import remove_leftovers
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
+from wgpt.runs.loggers import open_loggers
 from wgpt.runs.metrics import Metrics
 from wgpt.runs.run import Run
 from wgpt.training.progress import Progress
@@ -46,7 +49,15 @@ class RunRecord:
         for folder in (run.folder, run.model_folder):
             remove_leftovers(folder)
         checkpoint.remove_leftovers(run.checkpoints)
+        split = data.split("valid")
+        self.clips = spread_clips(split, run.config.eval_audio_s)
+        self.bigram_nll_nats: float | None = None  # of the clips that validations score
+        if split.n_clips:
+            *_, bigram = baselines(data.split("train"), split, self.clips)
+            self.bigram_nll_nats = bigram.row()["nll_nats"]
         self.metrics = Metrics(run.folder / "metrics.csv", after_step)
+        shown = {**config.to_json(run.model), **config.to_json(run.config)}
+        self.loggers = open_loggers(run.config.loggers, run.folder, shown, max(after_step, 0))
         self._show_best()  # a kill may have come between a checkpoint and the model folder
 
     @property
@@ -55,8 +66,16 @@ class RunRecord:
         return self.run.config.mel_source if self.run.model.mel_dim else None
 
     def close(self) -> None:
-        """Flushes and closes metrics.csv."""
+        """Flushes and closes metrics.csv and the loggers."""
         self.metrics.close()
+        for logger in self.loggers:
+            logger.close()
+
+    def add(self, step: int, epoch: float, split: str, figures: dict[str, float]) -> None:
+        """A row of metrics.csv, and what the loggers make of it."""
+        self.metrics.add(step=step, epoch=epoch, split=split, **figures)
+        for logger in self.loggers:
+            logger.add(step, split, figures)
 
     def validate(self, step: int, epoch: float) -> bool:
         """Scores the validation split, if there is one; True if the NLL is the lowest so far."""
@@ -69,7 +88,7 @@ class RunRecord:
             split,
             context_steps=settings.context_steps,
             mel_source=self.mel_source,
-            clips=spread_clips(split, settings.eval_audio_s),
+            clips=self.clips,
             dtype=settings.dtype,
         )
         row = result.row()
@@ -77,23 +96,31 @@ class RunRecord:
         fine = [score.row()["nll_nats"] for score in finer]
         if fine:
             figures["fine_nll_nats"] = sum(fine) / len(fine)
-        self.metrics.add(
-            step=step,
-            epoch=epoch,
-            split="valid",
-            nll_nats=row["nll_nats"],
-            accuracy=row["accuracy"],
-            lr="",
-            grad_norm="",
-            fine_nll_nats=figures.get("fine_nll_nats", ""),
-        )
+        self.add(step, epoch, "valid", {n: v for n, v in figures.items() if n != "perplexity"})
         self.metrics.flush()
         improved = self.progress.add_validation(step, figures)
         log.info(
             "step %d: validation NLL %.4f, accuracy %.4f%s",
             step, row["nll_nats"], row["accuracy"], ", the best so far" if improved else "",
         )  # fmt: skip
+        if step and figures["nll_nats"] > math.log(split.codebook_size) + 0.5:
+            log.warning(
+                "step %d: the validation NLL is above %.2f, that of knowing nothing: training "
+                "diverges; begin again at a lower --lr",
+                step, math.log(split.codebook_size),
+            )  # fmt: skip
         return improved
+
+    def warn_if_behind(self) -> None:
+        """In the end: is the best model better than pairs of tokens?"""
+        best, bigram = self.progress.best.get("nll_nats"), self.bigram_nll_nats
+        if best is not None and bigram is not None and best > bigram:
+            log.warning(
+                "the best validation NLL, %.3f nats at step %d, is behind that of a bigram, %.3f: "
+                "the model has learnt less than pairs of tokens tell. More steps, more audio or a "
+                "start from a trained model (--init) would help",
+                best, self.progress.best_step, bigram,
+            )  # fmt: skip
 
     def save(self, step: int) -> None:
         """A checkpoint, and RUN/model if its weights are the best ones."""

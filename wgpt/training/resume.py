@@ -6,7 +6,8 @@ import dataclasses
 import shlex
 from typing import Any
 
-from wgpt.config import ModelConfig, TrainConfig, flag_of
+from wgpt.config import STEP_RATE_HZ, ModelConfig, TrainConfig, flag_of
+from wgpt.data.dataset import Split
 from wgpt.errors import ConfigError
 from wgpt.runs.run import Run
 from wgpt.training.initial_weights import CHANGEABLE_FIELDS
@@ -60,6 +61,32 @@ def with_changes(
             f"got {other.config.max_steps}"
         )
     return other
+
+
+def batches_begin(run: Run, split: Split) -> tuple[int, int]:
+    """Step and window (data.packing) from which on the run has its batch size and context.
+
+    Another batch size takes the next windows; other windows begin with the next epoch.
+    """
+    total = split.n_steps + split.n_clips * run.model.end_of_clip
+    size, context = run.config.batch_size, run.config.context_s
+    for change in reversed(run.changes):  # those it began with
+        size = change["changed"].get("batch_size", [size])[0]
+        context = change["changed"].get("context_s", [context])[0]
+    step = window = 0
+    for change in run.changes:
+        window += (change["from_step"] - step) * size
+        step = change["from_step"]
+        size = change["changed"].get("batch_size", [size])[-1]
+        if "context_s" in change["changed"]:
+            before, context = context, change["changed"]["context_s"][1]
+            epoch = -(-window // _n_windows(total, before))
+            window = epoch * _n_windows(total, context)
+    return step, window
+
+
+def _n_windows(n_total: int, context_s: float) -> int:
+    return -(-n_total // round(context_s * STEP_RATE_HZ))
 
 
 def _legal(name: str, value: Any) -> dict[str, Any]:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from wgpt.data.augment import MelAugment, scored_steps
+from wgpt.data.augment import MelAugment
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
 from wgpt.data.dataset import Dataset
 from wgpt.errors import Interrupted, TrainError
@@ -24,10 +20,11 @@ from wgpt.model import HybridModel
 from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
-from wgpt.training.optimizer import learning_rate, make_optimizer
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord
-from wgpt.training.resume import resume_command
+from wgpt.training.report import Report
+from wgpt.training.resume import batches_begin, resume_command
+from wgpt.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +45,24 @@ class Trainer:
         self.model.to(processes.device)
         if self.model.latent is not None:
             self.model.latent.noise = settings.latent_noise
-        if settings.freeze_trunk:
-            self.model.requires_grad_(False)
-            assert self.model.fine is not None
-            self.model.fine.requires_grad_(True)
-        self.optimizer = make_optimizer(self.model, settings)
+        split = data.split("train")
+        first_step, first_window = batches_begin(run, split)
         self.batches = TrainingBatches(
-            data.split("train"),
+            split,
             batch_size=settings.batch_size,
             context_steps=settings.context_steps,
             seed=settings.seed,
             mel_source=self.mel_source,
             codebooks=self.model.n_codebooks_read,
             n_fine=run.model.n_fine,
+            end_of_clip=run.model.end_of_clip,
             augment=self._augment(),
+            first_step=first_step,
+            first_window=first_window,
             rank=processes.rank,
             world_size=processes.size,
         )
+        self.step = TrainingStep(self.model, settings, processes, self.batches.rows)
         self.interrupted = False
         self.progress = Progress()
         self.record: RunRecord | None = None  # of the first process
@@ -80,20 +78,29 @@ class Trainer:
             drop_span_steps=settings.mel_drop_span_steps,
         )
 
-    def epoch(self, step: int) -> float:
-        """Training audio seen after `step` steps, in passes over the split (padding aside)."""
-        seen = step * self.settings.batch_size * self.settings.context_steps
-        return seen / max(self.data.split("train").n_steps, 1)
+    def seconds_per_step(self, n_steps: int = 3) -> float:
+        """What a step takes here, the fastest but for the first. It moves the weights: a trainer
+        that was timed is of no other use."""
+        times = []
+        for step in range(1, n_steps + 1):
+            batch = self.batches.batch(self.batches.first_step)
+            began = time.monotonic()
+            self._step(step, batch)
+            times.append(time.monotonic() - began)
+        slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=self.processes.device)
+        return float(self.processes.sum(slowest)) / self.processes.size
 
     def fit(self, resume: bool) -> dict[str, Any]:
         """Trains to max_steps or until validation stops improving.
 
         Returns the summary that `wgpt train --json` prints. Raises TrainError when the loss is not
-        finite, Interrupted after Ctrl-C or SIGTERM.
+        finite or memory runs out, Interrupted after Ctrl-C or SIGTERM.
         """
         start, is_new = 0, not (resume and checkpoint.list_steps(self.run.checkpoints))
         if not is_new:
-            start, saved = checkpoint.load_newest(self.run.checkpoints, self.model, self.optimizer)
+            start, saved = checkpoint.load_newest(
+                self.run.checkpoints, self.model, self.step.optimizer
+            )
             self.progress = Progress(**saved)
             if any(change["from_step"] == start for change in self.run.changes):
                 self.progress.n_worse = 0  # other settings: a new hope
@@ -103,24 +110,28 @@ class Trainer:
                 self.run,
                 self.data,
                 self.model,
-                self.optimizer,
+                self.step.optimizer,
                 self.progress,
-                -1 if is_new else start,
+                after_step=-1 if is_new else start,
             )
+        report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         began = time.monotonic()
         try:
             with self._signals():
                 if is_new and self.record:
                     self.record.validate(0, 0.0)
                     self.record.save(0)
-                end = self._loop(start)
+                end = self._loop(start, report)
+                if self.record:
+                    self.record.sample_best()
         finally:
+            report.close()
             if self.record:
                 self.record.close()
         if self.record:
+            self.record.warn_if_behind()
             plots.loss_curves(self.run.folder)
         seconds = time.monotonic() - began
-        n_tokens = (end - start) * self.settings.batch_size * self.settings.context_steps
         return {
             "run": str(self.run.folder),
             "preset": self.run.preset,
@@ -129,10 +140,11 @@ class Trainer:
             "ended": "max_steps" if end >= self.settings.max_steps else "patience",
             "context_steps": self.settings.context_steps,
             "seconds": round(seconds, 3),
-            "tokens_per_s": round(n_tokens / max(seconds, 1e-9), 1),
+            "tokens_per_s": round(report.n_tokens / max(seconds, 1e-9), 1),
             "best_step": self.progress.best_step,
             "best": self.progress.best,
             "valid": self.progress.newest,
+            "bigram_nll_nats": self.record.bigram_nll_nats if self.record else None,
         }
 
     @contextlib.contextmanager
@@ -151,37 +163,24 @@ class Trainer:
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
 
-    def _loop(self, start: int) -> int:
+    def _loop(self, start: int, report: Report) -> int:
         """Trains from step `start` on; returns the last step."""
-        settings, record = self.settings, self.record
+        settings, record, epoch = self.settings, self.record, self.batches.epoch
+        more = resume_command(self.run, patience=2 * settings.patience)
         if self._is_exhausted():
-            log.info(
-                "ended at step %d for want of improvement; to continue, more patience: %s",
-                start,
-                resume_command(self.run, patience=2 * settings.patience),
-            )
+            log.info("ended at step %d for want of improvement; more patience: %s", start, more)
             return start
-        bar = tqdm(
-            prefetch(self.batches.batch, start, settings.max_steps),
-            initial=start,
-            total=settings.max_steps,
-            unit="step",
-            disable=None if self.processes.rank == 0 else True,
-            file=sys.stderr,
-        )
-        began, step = time.monotonic(), start
-        for step, batch in enumerate(bar, start + 1):
-            values = self._step(step, batch)
+        step = start
+        for step, batch in enumerate(
+            prefetch(self.batches.batch, start, settings.max_steps), start + 1
+        ):
+            values, n_tokens = self._step(step, batch)
             if record:
-                record.metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
-            seen = (step - start) * settings.batch_size * settings.context_steps
-            speed = seen / (time.monotonic() - began)
-            bar.set_postfix_str(
-                f"nll {values['nll_nats']:.3f}, {speed:.0f} tokens/s", refresh=False
-            )
+                record.add(step, epoch(step), "train", values)
+            report.step(step, values["nll_nats"], n_tokens)
             last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
-                improved = record is not None and record.validate(step, self.epoch(step))
+                improved = record is not None and record.validate(step, epoch(step))
                 last = last or self._is_exhausted()
             stop = self.processes.any(self.interrupted)
             due = settings.save_every and step % settings.save_every == 0
@@ -192,89 +191,46 @@ class Trainer:
             if record and settings.sample_every and step % settings.sample_every == 0:
                 record.sample(step)
             if stop:
-                bar.close()
                 raise Interrupted(
                     f"stopped at step {step} of {settings.max_steps}, everything is saved; go on "
                     f"with: {resume_command(self.run)}"
                 )
-        bar.close()
-        if record:
-            record.sample_best()
-        if record and step < settings.max_steps:
+        if step < settings.max_steps:
             log.info(
-                "ended at step %d of %d: %d validations in a row brought nothing better than "
-                "step %d; to continue, more patience: %s",
-                step, settings.max_steps, self.progress.n_worse, self.progress.best_step,
-                resume_command(self.run, patience=2 * settings.patience),
+                "ended at step %d of %d: %d validations in a row brought nothing better than step "
+                "%d; more patience: %s",
+                step, settings.max_steps, self.progress.n_worse, self.progress.best_step, more,
             )  # fmt: skip
         return step
+
+    def _step(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
+        """TrainingStep, with a way on where it fails."""
+        settings = self.settings
+        try:
+            return self.step(step, batch)
+        except TrainError as error:
+            command = resume_command(self.run, lr=float(f"{settings.lr / 3:.1g}"))
+            raise TrainError(
+                f"{error}; the batch was (clip, first step) {_segments(batch)} of "
+                f"{self.data.path}. Go on from the last checkpoint at a lower rate: {command}"
+            ) from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            command = resume_command(self.run, accumulate=2 * settings.accumulate)
+            raise TrainError(
+                f"step {step}: out of memory ({str(error).splitlines()[0][:100]}). The same batch "
+                f"in smaller parts: {command}"
+            ) from error
 
     def _is_exhausted(self) -> bool:
         """Whether validation has not improved for too long, as the first process sees it."""
         return self.processes.any(self.progress.is_exhausted(self.settings.patience))
 
-    def _step(self, step: int, batch: Batch) -> dict[str, float]:
-        """One optimizer step; `step` counts from 1."""
-        settings, device = self.settings, self.processes.device
-        if self.run.model.dropout or settings.latent_noise:  # by the step: a resumed run repeats it
-            torch.manual_seed(
-                (settings.seed << 32) + step * self.processes.size + self.processes.rank
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, settings)
-        batch = batch.to(device)
-        n_scored = self.processes.sum((batch.targets >= 0).sum())
-        if settings.freeze_trunk:  # no dropout but in the head
-            for part in self.model.children():
-                part.train(part is self.model.fine)
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"),
-            torch.set_grad_enabled(not settings.freeze_trunk),
-        ):
-            hidden = self.model.hidden(batch.tokens, batch.frames)
-            losses, correct = self.model.score(hidden, batch.targets)
-        loss = losses / n_scored
-        total = loss
-        if batch.codes is not None:
-            fine_nll = self._fine_nll(step, hidden, batch.codes)
-            total = loss + settings.fine_weight * fine_nll
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self.processes.sum_gradients(parameters)
-        limit = settings.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        parts = [loss.detach(), (correct / n_scored).float()]
-        if batch.codes is not None:
-            parts.append(fine_nll.detach())
-        facts = self.processes.sum(torch.stack(parts)).tolist()
-        if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
-            rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))
-            command = resume_command(self.run, lr=float(f"{settings.lr / 3:.1g}"))
-            raise TrainError(
-                f"step {step}: loss {facts[0]}, gradient norm {norm.item()}: not finite; the batch "
-                f"was (clip, first step) {rows} of {self.data.path}. Go on from the last "
-                f"checkpoint at a lower rate: {command}"
-            )
-        self.optimizer.step()
-        rate = self.optimizer.param_groups[0]["lr"]
-        row = {"nll_nats": facts[0], "accuracy": facts[1], "lr": rate, "grad_norm": norm.item()}
-        return row if batch.codes is None else {**row, "fine_nll_nats": facts[2]}
 
-    def _fine_nll(self, step: int, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Mean NLL of the residual codebooks on some steps of each row, this process's share of it.
-
-        A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
-        the same: an eighth of them (fine_share) teaches the head for a fraction of the time.
-        """
-        settings, fine = self.settings, self.model.fine
-        assert fine is not None
-        chosen = scored_steps(
-            codes.shape[2], settings.fine_share, settings.seed, step, self.batches.rows
-        ).to(codes.device)[:, None]
-        codes = codes.gather(2, chosen.expand(-1, codes.shape[1], -1))
-        hidden = hidden.gather(1, chosen[:, 0, :, None].expand(-1, -1, hidden.shape[2]))
-        with torch.autocast(codes.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
-            nll, _ = fine.nll(hidden, codes)
-        n_scored = self.processes.sum(fine.known_targets(codes).sum())
-        return nll.sum() / n_scored.clamp(min=1)
+def _segments(batch: Batch) -> list[tuple[int, int]]:
+    """(clip, first step) of all segments of a batch."""
+    clips, steps = batch.clips, batch.steps
+    goes_on = (clips[:, 1:] == clips[:, :-1]) & (steps[:, 1:] == steps[:, :-1] + 1)
+    begins = torch.nn.functional.pad(~goes_on, (1, 0), value=True) & (clips >= 0)
+    return list(zip(clips[begins].tolist(), steps[begins].tolist(), strict=True))

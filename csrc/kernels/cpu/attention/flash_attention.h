@@ -84,7 +84,8 @@ struct BackwardWorkspace {
   int64_t has_nonfinite, dq, all;  // offsets; all: the size
 
   explicit BackwardWorkspace(const FlashAttentionShape& shape) {
-    const int64_t n_heads = shape.batch * shape.heads, n_key_splits = Backward::n_key_splits(shape);
+    const int64_t n_heads = shape.batch * shape.heads,
+                  n_key_splits = Backward::n_key_splits(shape, shape.kv_steps);
     has_nonfinite = n_heads * shape.q_steps;
     dq = round_up(has_nonfinite + n_heads, 16);
     all =
@@ -106,6 +107,27 @@ inline size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape
     }
   });
   return n_bytes;
+}
+
+// Segments that begin in as many queries are one task.
+constexpr int64_t kSegmentSpan = 256;
+
+// Whether whole segments, handed out to n_threads one by one, keep all of them busy: the longest then takes
+// less than the two GEMMs in seven that splitting it would cost.
+inline bool segments_are_balanced(const FlashAttentionBackward& args, int64_t n_threads) {
+  int64_t longest = 0, all = 0;  // squares of lengths
+  for (int64_t b = 0; b < args.shape.batch; ++b) {
+    const Mask mask(args.shape, args.first_key, b);
+    for (int64_t i = 0; i < mask.q_steps;) {
+      const Segment segment = segment_of(mask, i);
+      const int64_t n_keys = segment.keys.end - segment.keys.begin;
+      const int64_t pairs = (segment.queries.end - i) * n_keys;
+      longest = max_of(longest, pairs);
+      all += pairs * args.shape.heads;
+      i = segment.queries.end;
+    }
+  }
+  return n_threads == 1 || 5 * longest * n_threads <= 2 * all;
 }
 
 template <typename Element, int kDim>
@@ -132,15 +154,20 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
   const auto write_delta = [](auto& of_head, int64_t, int64_t begin, int64_t end) {
     return of_head.write_delta(begin, end);
   };
-  const int64_t n_key_splits = Backward::n_key_splits(shape), n_tasks = n_heads * n_key_splits;
-  const bool by_key_splits = 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
-  if (by_key_splits && n_key_splits == 1) {
-    run_tasks(executor, n_heads, [&](int64_t head) {
-      run(head, [&](auto& of_head) {
-        return of_head.write_delta(0, shape.q_steps) && of_head.run_head();
+  const bool is_packed = shape.causal && args.first_key != nullptr;
+  const int64_t n_key_splits = Backward::n_key_splits(shape, shape.kv_steps),
+                n_tasks = n_heads * n_key_splits;
+  const bool is_balanced = is_packed ? segments_are_balanced(args, n_threads)
+                                     : 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
+  if (is_balanced && (is_packed || n_key_splits == 1)) {
+    const int64_t span = is_packed ? kSegmentSpan : shape.q_steps;  // queries of a task
+    run_tasks(executor, n_heads * ceil_div(shape.q_steps, span), [&](int64_t task) {
+      const int64_t begin = task / n_heads * span;
+      run(task % n_heads, [&](auto& of_head) {
+        return of_head.run_segments(begin, min_of(begin + span, shape.q_steps));
       });
     });
-  } else if (by_key_splits) {
+  } else if (is_balanced) {
     for_chunks(write_delta);
     float* dq = static_cast<float*>(args.workspace) + workspace.dq;
     const int64_t dq_floats = Backward::dq_floats(shape.q_steps);
@@ -160,7 +187,7 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       run(task % n_heads, [&](auto& of_head) { return of_head.run_keys(begin, begin + keys); });
     });
     for_chunks([&](auto& of_head, int64_t, int64_t begin, int64_t end) {
-      return of_head.run_queries(begin, end, n_key_splits);
+      return of_head.run_queries(begin, end);
     });
   }
   if constexpr (AttentionDot<Element>::Type::kTerms > 1) {
@@ -168,7 +195,7 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       if (has_nonfinite[head] == 0.0f) return;
       VectorBackward<Element, kDim, FloatDot> fallback(args, head / shape.heads, head % shape.heads,
                                                        true);
-      fallback.run_head();
+      fallback.run_segments(0, shape.q_steps);
     });
   }
 }

@@ -1,6 +1,7 @@
 // flash_attention backward on the CPU. Formula, shapes and determinism: kernels/flash_attention.h.
 //
-//   for each key block                 k, v packed transposed, k by rows; dk, dv in L2
+//   for each segment (a packed document; without first_key there is one), for each key block
+//                                      k, v packed transposed, k by rows; dk, dv in L2
 //     for each query block             q, d_out packed by rows (and by row pairs)
 //       for each strip of keys, group of rows    p = exp(scale q k^T - lse)
 //                                                ds = p * (d_out v^T - delta)
@@ -10,11 +11,12 @@
 // The part that the vector kernel (flash_attention_backward_vector.h) and the AMX kernel
 // (flash_attention_backward_amx.h) share.
 //
-// Gradients accumulate in ascending order of queries (dk, dv) or keys (dq). A task is a key split of a
-// head: all of its keys where there are many heads; with few, each split has a dq of its own, and these
-// are added in order (five GEMMs). Where that gives too few tasks for the threads, a task is first a key
-// block (dk, dv) and then a chunk of queries (dq): seven GEMMs. Both add the same numbers in the same order,
-// and the number of splits does not depend on the threads, so the bits are the same.
+// Gradients accumulate in ascending order of queries (dk, dv) or keys (dq). A task is a head's segments, or
+// a key split of a head: all of its keys where there are many heads; with few, each split has a dq of its
+// own, and these are added in order (five GEMMs). Where that gives too few tasks for the threads, a task is
+// first a key block (dk, dv) and then a chunk of queries (dq): seven GEMMs. All add the same numbers in the
+// same order, and the number of splits does not depend on the threads, so the bits are the same. Key and
+// query blocks begin where their segment begins.
 #pragma once
 
 #include <math.h>
@@ -23,7 +25,7 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// A key split of a head, or a key block, or a chunk of queries. Derived has, for the current query block
+// A task of a head: segments, a key split, a key block, or a chunk of queries. Derived has, for the current query block
 // and key block, score<kDkDv>(), clear_scores<kDkDv>(strip, row), add_key_gradients() and
 // add_query_gradients(dq); for the key block write_key_gradients(); and pack_over_queries().
 //
@@ -45,7 +47,13 @@ class GradientTask {
 
   // With fp32_fallback, rows that are finite already are left as they are.
   GradientTask(const FlashAttentionBackward& args, int64_t b, int64_t h, bool fp32_fallback)
-      : args_(args), shape_(args.shape), b_(b), h_(h), fp32_fallback_(fp32_fallback) {
+      : args_(args),
+        shape_(args.shape),
+        mask_(args.shape, args.first_key, b),
+        b_(b),
+        h_(h),
+        fp32_fallback_(fp32_fallback),
+        segment_(segment_of(mask_, 0)) {
     const int64_t offset = (b * shape_.heads + h) * shape_.q_steps;
     lse_ = static_cast<const float*>(args.lse) + offset;
     d_lse_ = args.d_lse == nullptr ? nullptr : static_cast<const float*>(args.d_lse) + offset;
@@ -63,10 +71,10 @@ class GradientTask {
     return true;
   }
 
-  // Key splits of every head: enough for eight tasks in all.
-  static int64_t n_key_splits(const FlashAttentionShape& shape) {
+  // Key splits of a segment of n_keys in every head: enough for eight tasks in all.
+  static int64_t n_key_splits(const FlashAttentionShape& shape, int64_t n_keys) {
     const int64_t n_heads = max_of<int64_t>(1, shape.batch * shape.heads);
-    const int64_t n_blocks = ceil_div(shape.kv_steps, kGradientKeys);
+    const int64_t n_blocks = ceil_div(n_keys, kGradientKeys);
     return max_of<int64_t>(1, min_of(ceil_div(8, n_heads), n_blocks / 2));
   }
 
@@ -74,14 +82,22 @@ class GradientTask {
 
   // Each run_ and add_ returns whether all gradients that it wrote are finite, where Dot splits into terms;
   // else true.
-  bool run_head() {
-    float* dq = reserve_dq(shape_.q_steps);
-    run_key_split(0, 1, dq);
-    write_dq(0, shape_.q_steps, dq);
+  // The segments whose first query lies in [begin, end).
+  bool run_segments(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Dot::Scope scope;
+    reserve();
+    if (begin == 0) clear_unseen_keys(0, shape_.kv_steps);
+    for_segments(begin, end, [&] {
+      const Range& rows = segment_.queries;
+      if (rows.begin < begin) return;
+      write_delta(rows.begin, rows.end);
+      add_over_splits(rows, segment_.keys,
+                      [&](int64_t key_block, float* dq) { run_key_block<true>(key_block, dq); });
+    });
     return all_finite_;
   }
 
-  // The split's share of dq goes to dq_floats(q_steps) floats at dq.
+  // Where there is one segment: the split's share of dq goes to dq_floats(q_steps) floats at dq.
   bool run_key_split(int64_t key_split, int64_t n_key_splits, float* dq) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
@@ -103,35 +119,38 @@ class GradientTask {
     return all_finite_;
   }
 
+  // dk and dv of the key blocks that begin in [begin, end).
   bool run_keys(int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
-    for (int64_t key_block = begin; key_block < min_of(end, shape_.kv_steps);
-         key_block += kGradientKeys)
-      run_key_block<false>(key_block, nullptr);
+    clear_unseen_keys(begin, end);
+    const auto query_at = [&](int64_t key) {
+      return min_of(shape_.q_steps - 1, max_of<int64_t>(0, key - mask_.position(0)));
+    };
+    for_segments(query_at(begin), query_at(end - 1) + 1, [&] {
+      const Range blocks = blocks_that_begin_in(segment_.keys, kGradientKeys, begin, end);
+      for (int64_t key_block = blocks.begin; key_block < blocks.end; key_block += kGradientKeys)
+        run_key_block<false>(key_block, nullptr);
+    });
     return all_finite_;
   }
 
-  bool run_queries(int64_t begin, int64_t end, int64_t n_key_splits) {
+  // dq of the query blocks that begin in [begin, end).
+  bool run_queries(int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
-    const int64_t n_floats = dq_floats(end - begin);
-    float* dq = reserve_dq(2 * round_up(end - begin, kGradientQueries));
-    float* of_split = n_key_splits == 1 ? dq : dq + n_floats;
-    if (n_key_splits > 1) clear_floats(dq, n_floats);
-    const Range keys = rows_visibility(shape_, begin, end - begin).any;
-    for (int64_t key_split = 0; key_split < n_key_splits; ++key_split) {
-      clear_floats(of_split, n_floats);
-      for (int64_t key_block = keys.begin / kGradientKeys * kGradientKeys; key_block < keys.end;
-           key_block += kGradientKeys) {
-        if (!is_in_split(key_block, key_split, n_key_splits)) continue;
+    for_segments(begin, end, [&] {
+      const Range rows = blocks_that_begin_in(segment_.queries, kGradientQueries, begin, end);
+      if (rows.begin >= rows.end) return;
+      const Range keys =
+          rows_visibility(mask_, rows.begin, rows.end - rows.begin, rows.end - 1).any;
+      add_over_splits(rows, keys, [&](int64_t key_block, float* dq) {
         pack_key_block(key_block);
-        for (int64_t query_block = begin; query_block < end; query_block += kGradientQueries)
-          run_query_block<false, true>(query_block, of_split + (query_block - begin) * kDim);
-      }
-      if (n_key_splits > 1) add_floats(of_split, n_floats, dq);
-    }
-    write_dq(begin, end, dq);
+        for (int64_t query_block = rows.begin; query_block < rows.end;
+             query_block += kGradientQueries)
+          run_query_block<false, true>(query_block, dq + (query_block - rows.begin) * kDim);
+      });
+    });
     return all_finite_;
   }
 
@@ -172,9 +191,57 @@ class GradientTask {
     return static_cast<float*>(scratch.reserve(static_cast<size_t>(n_floats) * sizeof(float)));
   }
 
+  // Calls body() for every segment that has queries in [begin, end).
+  template <typename Body>
+  void for_segments(int64_t begin, int64_t end, Body&& body) {
+    for (int64_t i = begin; i < end; i = segment_.queries.end) {
+      segment_ = segment_of(mask_, i);
+      body();
+    }
+  }
+
+  // From the first to the end of the last of a range's blocks whose beginning lies in [begin, end).
+  static Range blocks_that_begin_in(const Range& range, int64_t step, int64_t begin, int64_t end) {
+    const auto next = [&](int64_t x) {
+      return min_of(range.end, range.begin + round_up(max_of<int64_t>(0, x - range.begin), step));
+    };
+    return {next(begin), next(end)};
+  }
+
+  // Gradients of keys in [begin, end) in front of all that is seen.
+  void clear_unseen_keys(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < min_of(end, segment_of(mask_, 0).keys.begin); ++j) {
+      for (int c = 0; c < kDim; c += kLanes) {
+        store(head_row<Element>(args_.dk, b_, h_, j) + c, splat(0.0f));
+        store(head_row<Element>(args_.dv, b_, h_, j) + c, splat(0.0f));
+      }
+    }
+  }
+
+  // dq of consecutive rows of the segment, which see `keys`: body(key_block, dq) adds the share of one key
+  // block to the rows at dq. Key splits are summed each by itself, then added in order.
+  template <typename Body>
+  void add_over_splits(const Range& rows, const Range& keys, Body&& body) {
+    const Range& all = segment_.keys;
+    const int64_t first = all.begin + (keys.begin - all.begin) / kGradientKeys * kGradientKeys;
+    const int64_t n_rows = rows.end - rows.begin, n_floats = dq_floats(n_rows);
+    const int64_t n_splits = fp32_fallback_ ? 1 : n_key_splits(shape_, all.end - all.begin);
+    float* dq = reserve_dq(n_splits == 1 ? n_rows : 2 * round_up(n_rows, kGradientQueries));
+    float* of_split = n_splits == 1 ? dq : dq + n_floats;
+    if (n_splits > 1) clear_floats(dq, n_floats);
+    for (int64_t key_split = 0; key_split < n_splits; ++key_split) {
+      clear_floats(of_split, n_floats);
+      for (int64_t key_block = first; key_block < keys.end; key_block += kGradientKeys) {
+        if (is_in_split(key_block, key_split, n_splits)) body(key_block, of_split);
+      }
+      if (n_splits > 1) add_floats(of_split, n_floats, dq);
+    }
+    write_dq(rows.begin, rows.end, dq);
+  }
+
   // Zig-zag assignment of key blocks (causal load balance): later blocks are seen by fewer queries.
-  static bool is_in_split(int64_t key_block, int64_t key_split, int64_t n_key_splits) {
-    const int64_t step = key_block / kGradientKeys % (2 * n_key_splits);
+  bool is_in_split(int64_t key_block, int64_t key_split, int64_t n_key_splits) const {
+    const int64_t step = (key_block - segment_.keys.begin) / kGradientKeys % (2 * n_key_splits);
     return key_split == (step < n_key_splits ? step : 2 * n_key_splits - 1 - step);
   }
 
@@ -184,7 +251,7 @@ class GradientTask {
 
   void pack_key_block(int64_t key_block) {
     key_block_ = key_block;
-    n_keys_ = min_of<int64_t>(kGradientKeys, shape_.kv_steps - key_block);
+    n_keys_ = min_of<int64_t>(kGradientKeys, segment_.keys.end - key_block);
     const int64_t n_packed = min_of<int64_t>(kGradientKeys, round_up(n_keys_, kStrip));
     const Rows<Element> k = head_rows<Element>(args_.k, b_, h_, key_block);
     pack_columns<Dot, kDim>(k, n_keys_, n_packed, k_columns_, kKeyFloats);
@@ -193,24 +260,24 @@ class GradientTask {
     pack_row_pairs<Dot, kDim, kPairStride>(k, n_keys_, n_packed, k_rows_, kKeyFloats);
   }
 
-  // dk and dv of a key block, and its share of dq.
+  // dk and dv of a key block, and its share of the segment's dq.
   template <bool kDq>
   void run_key_block(int64_t key_block, float* dq) {
     pack_key_block(key_block);
     clear_floats(dk_, 2 * kGradientKeys * kDim);
-    const int64_t begin = seeing_queries(shape_, key_block).begin,
-                  end = seeing_queries(shape_, key_block + n_keys_ - 1).end;
-    for (int64_t query_block = begin / kGradientQueries * kGradientQueries; query_block < end;
-         query_block += kGradientQueries) {
-      run_query_block<true, kDq>(query_block, kDq ? dq + query_block * kDim : nullptr);
-    }
+    const auto [first, last] = segment_.queries;
+    const int64_t begin = seeing_queries(mask_, key_block, first, last).begin,
+                  end = seeing_queries(mask_, key_block + n_keys_ - 1, first, last).end;
+    for (int64_t row = (begin - first) / kGradientQueries * kGradientQueries; first + row < end;
+         row += kGradientQueries)
+      run_query_block<true, kDq>(first + row, kDq ? dq + row * kDim : nullptr);
     derived()->write_key_gradients();
   }
 
   template <bool kDkDv, bool kDq>
   void run_query_block(int64_t query_block, float* dq) {
-    const int64_t end = min_of(query_block + kGradientQueries, shape_.q_steps);
-    const Range keys = rows_visibility(shape_, query_block, end - query_block).any;
+    const int64_t end = min_of(query_block + kGradientQueries, segment_.queries.end);
+    const Range keys = rows_visibility(mask_, query_block, end - query_block, end - 1).any;
     if (keys.end <= key_block_ || keys.begin >= key_block_ + n_keys_) return;
     query_block_ = query_block;
     n_rows_ = end - query_block;
@@ -233,7 +300,7 @@ class GradientTask {
     // Rows past the last have p = 0, and fill up the k loop over rows.
     n_scored_ = static_cast<int>(round_up(n_rows_, Dot::kIsAmx ? kKStep : 1));
     for (int row = 0; row < n_scored_; row += kRowGroup)
-      visible_[row / kRowGroup] = rows_visibility(shape_, query_block + row, kRowGroup);
+      visible_[row / kRowGroup] = rows_visibility(mask_, query_block + row, kRowGroup, end - 1);
     derived()->template score<kDkDv>();
     if constexpr (kDkDv) derived()->add_key_gradients();
     if constexpr (kDq) derived()->add_query_gradients(dq);
@@ -257,15 +324,18 @@ class GradientTask {
   template <int kWidth>
   WGPT_INLINE void mask(const Piece& piece, int row, Floats (&x)[kWidth]) {
     if (row < n_rows_)
-      return mask_keys(shape_, query_block_ + row, key_block_ + piece.key, splat(0.0f), x);
+      return mask_keys(mask_, query_block_ + row, key_block_ + piece.key, splat(0.0f), x);
     for (Floats& of_keys : x) of_keys = splat(0.0f);  // else a key at infinity would make it NaN
   }
 
   // Queries of the query block that see some of n keys from j on, in units (pairs if kPer is 2).
   Range seeing_units(int64_t j, int64_t n) const {
     const int64_t last = min_of<int64_t>(j + n, n_keys_) - 1;
-    const int64_t begin = seeing_queries(shape_, key_block_ + j).begin - query_block_;
-    const int64_t end = seeing_queries(shape_, key_block_ + last).end - query_block_;
+    const auto queries_of = [&](int64_t key) {
+      return seeing_queries(mask_, key_block_ + key, query_block_, query_block_ + n_rows_);
+    };
+    const int64_t begin = queries_of(j).begin - query_block_;
+    const int64_t end = queries_of(last).end - query_block_;
     return {max_of<int64_t>(0, begin) / kKStep * kKStep / kPer,
             round_up(min_of(n_rows_, end), kKStep) / kPer};
   }
@@ -293,8 +363,10 @@ class GradientTask {
 
   const FlashAttentionBackward& args_;
   const FlashAttentionShape& shape_;
+  const Mask mask_;
   const int64_t b_, h_;
   const bool fp32_fallback_;
+  Segment segment_;
   bool all_finite_ = true;
   const float *lse_, *d_lse_;
   float* delta_;

@@ -5,7 +5,8 @@
 // read once, in place, and memory bandwidth is the limit (2 Tk D elements a head against 4 Tq Tk D FLOPs).
 // Tasks are spans of kDecodeSpan keys of a head, so that one head feeds many threads; each leaves a
 // maximum, a sum and an unscaled out, which are merged in ascending order of keys. Spans start at fixed
-// keys, so the bits do not depend on the number of threads.
+// keys, counted from the first key of the item's first query: the bits do not depend on the number of
+// threads, nor on what lies before that key (left padding of a batch).
 #pragma once
 
 #include "kernels/cpu/attention/flash_attention_forward.h"
@@ -35,6 +36,7 @@ class DecodeSpan {
   DecodeSpan(const FlashAttentionForward& args, int64_t b, int64_t h, float* partial)
       : args_(args),
         shape_(args.shape),
+        mask_(args.shape, args.first_key, b),
         b_(b),
         h_(h),
         partial_(partial),
@@ -78,7 +80,7 @@ class DecodeSpan {
 
   // p = 2^(s - maximum) of row r, 0 for keys that it does not see; sum and out so far are rescaled.
   void exp_and_sum(int64_t key, int n, int r) {
-    const Range keys = visible_keys(shape_, r);
+    const Range keys = visible_keys(mask_, r);
     const int64_t end = min_of(keys.end, key + n);
     float* p = p_ + r * kDecodeKeys;
     Floats largest = splat(-INFINITY);
@@ -107,7 +109,11 @@ class DecodeSpan {
     for (int r = 0; r < n_rows_; ++r) {
       Floats sums[kVectorsOfRow];
       WGPT_UNROLL for (int v = 0; v < kVectorsOfRow; ++v) sums[v] = load(out(r) + v * kLanes);
-      for (int j = 0; j < n; ++j) {
+      // 0 times an infinite value of another document would be NaN.
+      const Range seen = mask_.first_key == nullptr ? Range{key, key + n} : visible_keys(mask_, r);
+      const int64_t begin = max_of<int64_t>(0, seen.begin - key),
+                    end = min_of<int64_t>(n, seen.end - key);
+      for (int64_t j = begin; j < end; ++j) {
         const Element* row = head_row<Element>(args_.v, b_, h_, key + j);
         const Floats p = splat(p_[r * kDecodeKeys + j]);
         WGPT_UNROLL for (int v = 0; v < kVectorsOfRow; ++v) sums[v] =
@@ -119,6 +125,7 @@ class DecodeSpan {
 
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
+  const Mask mask_;
   const int64_t b_, h_;
   float* partial_;
   const int n_rows_;
@@ -151,23 +158,46 @@ void join_spans(const FlashAttentionForward& args, int64_t head, int64_t row, in
   static_cast<float*>(args.lse)[head * shape.q_steps + row] = log_sum(maximum, sum);
 }
 
+// The keys that item b's queries see, the key at which its spans begin, and which spans hold those keys.
+struct DecodeKeys {
+  Range keys, spans;
+  int64_t origin;
+
+  DecodeKeys(const FlashAttentionForward& args, int64_t b) {
+    const Mask mask(args.shape, args.first_key, b);
+    keys = rows_visibility(mask, 0, mask.q_steps, mask.q_steps - 1).any;
+    origin = mask.first_key == nullptr ? 0 : mask.first_key[0];
+    spans = {(keys.begin - origin) / kDecodeSpan, ceil_div(keys.end - origin, kDecodeSpan)};
+  }
+};
+
 template <typename Element, int kDim>
 void decode(const FlashAttentionForward& args, const Executor& executor) {
   const FlashAttentionShape& shape = args.shape;
   const int64_t n_heads = shape.batch * shape.heads;
-  const Range keys = rows_visibility(shape, 0, shape.q_steps).any;
-  const int64_t first = keys.begin / kDecodeSpan, last = ceil_div(keys.end, kDecodeSpan);
-  run_tasks(executor, n_heads * (last - first), [&](int64_t task) {
-    const int64_t head = task / (last - first), span = first + task % (last - first);
+  Range spans = DecodeKeys(args, 0).spans;  // of all items
+  for (int64_t b = 1; b < shape.batch && args.first_key != nullptr; ++b) {
+    const Range of_item = DecodeKeys(args, b).spans;
+    spans = {min_of(spans.begin, of_item.begin), max_of(spans.end, of_item.end)};
+  }
+  const int64_t n_spans = spans.end - spans.begin;
+  run_tasks(executor, n_heads * n_spans, [&](int64_t task) {
+    const int64_t head = task / n_spans, span = spans.begin + task % n_spans;
+    const DecodeKeys of_item(args, head / shape.heads);
+    const int64_t begin = of_item.origin + span * kDecodeSpan;
+    const Range keys{max_of(of_item.keys.begin, begin),
+                     min_of(of_item.keys.end, begin + kDecodeSpan)};
+    if (keys.begin >= keys.end) return;
     float* partial = static_cast<float*>(args.workspace) + (head * decode_spans(shape) + span) *
                                                                shape.q_steps *
                                                                DecodeSpan<Element, kDim>::kPartial;
     DecodeSpan<Element, kDim>(args, head / shape.heads, head % shape.heads, partial)
-        .run(max_of(keys.begin, span * kDecodeSpan),
-             min_of<int64_t>(keys.end, (span + 1) * kDecodeSpan));
+        .run(keys.begin, keys.end);
   });
   for (int64_t row = 0; row < n_heads * shape.q_steps; ++row) {
-    join_spans<Element, kDim>(args, row / shape.q_steps, row % shape.q_steps, first, last);
+    const int64_t head = row / shape.q_steps;
+    const Range of_item = DecodeKeys(args, head / shape.heads).spans;
+    join_spans<Element, kDim>(args, head, row % shape.q_steps, of_item.begin, of_item.end);
   }
 }
 

@@ -41,7 +41,7 @@ void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t
   const Element* q = head_row<Element>(args.q, b, h, i);
   Sum scaled_q[kMaxHeadDim], out[kMaxHeadDim] = {}, p[kKeysPerBlock], sum = 0, maximum = -INFINITY;
   for (int64_t c = 0; c < d; ++c) scaled_q[c] = widen(q[c]) * static_cast<Sum>(shape.scale);
-  const Range keys = visible_keys(shape, i);
+  const Range keys = visible_keys(Mask(shape, args.first_key, b), i);
   for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kKeysPerBlock) {
     const int64_t n = min_of(kKeysPerBlock, keys.end - j0);
     Sum new_maximum = maximum;
@@ -93,6 +93,7 @@ struct BackwardRow {
   const FlashAttentionBackward& args;
   Sum* delta;  // (B, H, Tq), in the workspace
   int64_t b, h;
+  Mask mask{args.shape, args.first_key, b};
 
   Sum p(int64_t i, int64_t j) const {
     Sum q[kMaxHeadDim];
@@ -125,7 +126,7 @@ struct BackwardRow {
   void write_dq(int64_t i) const {
     Sum dq[kMaxHeadDim] = {};
     const int64_t d = args.shape.head_dim;
-    const Range keys = visible_keys(args.shape, i);
+    const Range keys = visible_keys(mask, i);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       add_scaled(ds(i, j, p(i, j)), head_row<Element>(args.k, b, h, j), d, dq);
     }
@@ -135,7 +136,7 @@ struct BackwardRow {
   void write_dk_dv(int64_t j) const {
     Sum dk[kMaxHeadDim] = {}, dv[kMaxHeadDim] = {};
     const int64_t d = args.shape.head_dim;
-    const Range queries = seeing_queries(args.shape, j);
+    const Range queries = seeing_queries(mask, j, 0, args.shape.q_steps);
     for (int64_t i = queries.begin; i < queries.end; ++i) {
       const Sum p_ij = p(i, j);
       add_scaled(p_ij, head_row<Element>(args.d_out, b, h, i), d, dv);

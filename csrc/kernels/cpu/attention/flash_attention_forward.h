@@ -11,8 +11,8 @@
 // Online softmax with conditional (thresholded) rescaling: the row maximum m is set kHeadroom above the
 // largest score only when a score exceeds it, so the row sums are rescaled a few times a row, and out and
 // p at most once a key block, before out += p v. m is a whole number: rescaling by powers of two does not
-// round. Key blocks start at fixed keys, so a row's bits depend on no other row, nor on chunks or threads.
-// Key blocks and strips that no row sees are skipped.
+// round. Key blocks start at fixed keys of a segment, so a row's bits depend on no other row, nor on chunks
+// or threads, nor on where its document is packed. Key blocks and strips that no row sees are skipped.
 #pragma once
 
 #include <math.h>
@@ -69,6 +69,7 @@ class ForwardChunk {
   explicit ForwardChunk(const FlashAttentionForward& args, bool fp32_fallback = false)
       : args_(args),
         shape_(args.shape),
+        mask_(args.shape, args.first_key, 0),
         scale_(static_cast<float>(args.shape.scale) * kLog2E),
         fp32_fallback_(fp32_fallback) {}
 
@@ -90,32 +91,13 @@ class ForwardChunk {
   // terms; else true.
   bool run(int64_t b, int64_t h, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
-    begin_ = begin;
-    n_rows_ = end - begin;
-    const int64_t n_padded = round_up(n_rows_, kChunkStep);
-    reserve(n_padded);
-    pack_rows<Dot, kDim>(head_rows<Element>(args_.q, b, h, begin), n_rows_, n_padded, q_);
-    if (scale_ <= 0.0f) negate_queries(n_padded);
-    for (int64_t i = 0; i < n_padded; ++i) limit_[i] = maximum_[i] = kLowest;
-    clear_floats(sum_, n_padded * kLanes);
-    clear_floats(out_, n_padded * kDim);
-    const Range keys = rows_visibility(shape_, begin, n_rows_).any;
-    for (key_block_ = keys.begin / kBlockKeys * kBlockKeys; key_block_ < keys.end;
-         key_block_ += kBlockKeys) {
-      const int64_t n_keys = min_of<int64_t>(kBlockKeys, keys.end - key_block_);
-      const int64_t n_packed = min_of<int64_t>(kBlockKeys, round_up(n_keys, kStrip));
-      pack_columns<Dot, kDim>(head_rows<Element>(args_.k, b, h, key_block_), n_keys, n_packed, k_,
-                              kKTerm);
-      pack_row_pairs<Dot, kDim, kPairStride>(head_rows<Element>(args_.v, b, h, key_block_), n_keys,
-                                             n_packed, v_, kVTerm);
-      const int64_t next = key_block_ + kBlockKeys;
-      const int64_t n_next = max_of<int64_t>(0, min_of<int64_t>(kBlockKeys, keys.end - next));
-      prefetch_rows<kDim>(head_rows<Element>(args_.k, b, h, next), n_next);
-      prefetch_rows<kDim>(head_rows<Element>(args_.v, b, h, next), n_next);
-      static_cast<Derived*>(this)->attend_block();
-    }
+    mask_ = Mask(shape_, args_.first_key, b);
     bool all_finite = true;
-    for (int64_t i = 0; i < n_rows_; ++i) all_finite = finish_row(b, h, i) && all_finite;
+    for (int64_t next = 0; begin < end; begin = next) {
+      const Segment segment = segment_of(mask_, begin);
+      next = min_of(end, segment.queries.end);
+      all_finite = run_rows(b, h, begin, next, segment.keys.begin) && all_finite;
+    }
     return all_finite;
   }
 
@@ -139,6 +121,37 @@ class ForwardChunk {
     int64_t key;
     float before[kPaddedRows];
   };
+
+  // Queries [begin, end) of one segment, whose keys begin at key_origin.
+  bool run_rows(int64_t b, int64_t h, int64_t begin, int64_t end, int64_t key_origin) {
+    begin_ = begin;
+    n_rows_ = end - begin;
+    const int64_t n_padded = round_up(n_rows_, kChunkStep);
+    reserve(n_padded);
+    pack_rows<Dot, kDim>(head_rows<Element>(args_.q, b, h, begin), n_rows_, n_padded, q_);
+    if (scale_ <= 0.0f) negate_queries(n_padded);
+    for (int64_t i = 0; i < n_padded; ++i) limit_[i] = maximum_[i] = kLowest;
+    clear_floats(sum_, n_padded * kLanes);
+    clear_floats(out_, n_padded * kDim);
+    const Range keys = rows_visibility(mask_, begin, n_rows_, end - 1).any;
+    for (key_block_ = key_origin + (keys.begin - key_origin) / kBlockKeys * kBlockKeys;
+         key_block_ < keys.end; key_block_ += kBlockKeys) {
+      const int64_t n_keys = min_of<int64_t>(kBlockKeys, keys.end - key_block_);
+      const int64_t n_packed = min_of<int64_t>(kBlockKeys, round_up(n_keys, kStrip));
+      pack_columns<Dot, kDim>(head_rows<Element>(args_.k, b, h, key_block_), n_keys, n_packed, k_,
+                              kKTerm);
+      pack_row_pairs<Dot, kDim, kPairStride>(head_rows<Element>(args_.v, b, h, key_block_), n_keys,
+                                             n_packed, v_, kVTerm);
+      const int64_t next = key_block_ + kBlockKeys;
+      const int64_t n_next = max_of<int64_t>(0, min_of<int64_t>(kBlockKeys, keys.end - next));
+      prefetch_rows<kDim>(head_rows<Element>(args_.k, b, h, next), n_next);
+      prefetch_rows<kDim>(head_rows<Element>(args_.v, b, h, next), n_next);
+      static_cast<Derived*>(this)->attend_block();
+    }
+    bool all_finite = true;
+    for (int64_t i = 0; i < n_rows_; ++i) all_finite = finish_row(b, h, i) && all_finite;
+    return all_finite;
+  }
 
   void reserve(int64_t n_padded) {
     const int64_t n_floats = n_padded * (Dot::kTerms * kUnits + kDim + kLanes + 2) +
@@ -170,7 +183,7 @@ class ForwardChunk {
     group.row = row;
     group.n_max_updates = 0;
     group.p = p_ + index * kRowGroup * kPRow;
-    group.visible = rows_visibility(shape_, begin_ + row, kRowGroup);
+    group.visible = rows_visibility(mask_, begin_ + row, kRowGroup, begin_ + n_rows_ - 1);
     const int64_t lo = max_of<int64_t>(0, group.visible.any.begin - key_block_);
     const int64_t hi = min_of<int64_t>(kBlockKeys, group.visible.any.end - key_block_);
     const bool is_seen = row < n_rows_ && lo < hi;
@@ -206,7 +219,8 @@ class ForwardChunk {
 
   template <int kWidth>
   WGPT_INLINE void mask_scores(const Group& group, int key, int r, Floats (&s)[kWidth]) {
-    mask_keys(shape_, begin_ + group.row + r, key_block_ + key, splat(-INFINITY), s);
+    const int64_t row = min_of(group.row + r, n_rows_ - 1);
+    mask_keys(mask_, begin_ + row, key_block_ + key, splat(-INFINITY), s);
   }
 
   // Whether update_row_max() was called for these keys.
@@ -294,6 +308,7 @@ class ForwardChunk {
 
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
+  Mask mask_;
   float scale_;  // of scores, base 2
   const bool fp32_fallback_;
   int64_t begin_ = 0, n_rows_ = 0, key_block_ = 0;

@@ -11,29 +11,77 @@ struct Range {
   int64_t begin, end;
 };
 
+// Which keys the queries of one batch item see.
+struct Mask {
+  int64_t q_steps, kv_steps, window;
+  bool is_causal;
+  const int32_t* first_key;  // (Tq), or nullptr for 0
+
+  Mask(const FlashAttentionShape& shape, const int32_t* first_key_of_batch, int64_t b)
+      : q_steps(shape.q_steps),
+        kv_steps(shape.kv_steps),
+        window(shape.window),
+        is_causal(shape.causal),
+        first_key(first_key_of_batch == nullptr ? nullptr : first_key_of_batch + b * q_steps) {}
+
+  int64_t position(int64_t i) const { return i + kv_steps - q_steps; }
+};
+
 // The keys that query i sees; both ends rise with i.
-inline Range visible_keys(const FlashAttentionShape& shape, int64_t i) {
-  const int64_t position = i + shape.kv_steps - shape.q_steps;
-  Range keys{0, shape.causal ? position + 1 : shape.kv_steps};
-  if (shape.window > 0) {
-    keys.begin = max_of<int64_t>(0, position - shape.window + 1);
-    if (!shape.causal) keys.end = min_of(shape.kv_steps, position + shape.window);
+inline Range visible_keys(const Mask& mask, int64_t i) {
+  const int64_t position = mask.position(i);
+  Range keys{0, mask.is_causal ? position + 1 : mask.kv_steps};
+  if (mask.window > 0) {
+    keys.begin = max_of<int64_t>(0, position - mask.window + 1);
+    if (!mask.is_causal) keys.end = min_of(mask.kv_steps, position + mask.window);
   }
-  keys.end = max_of(keys.begin, min_of(keys.end, shape.kv_steps));
+  if (mask.first_key != nullptr) keys.begin = max_of<int64_t>(keys.begin, mask.first_key[i]);
+  keys.end = max_of(keys.begin, min_of(keys.end, mask.kv_steps));
   return keys;
 }
 
-// The queries that see key j; both ends rise with j.
-inline Range seeing_queries(const FlashAttentionShape& shape, int64_t j) {
-  const int64_t i = j - (shape.kv_steps - shape.q_steps);  // the query at key j's position
-  Range queries{shape.causal ? i : 0, shape.q_steps};
-  if (shape.window > 0) {
-    queries.end = i + shape.window;
-    if (!shape.causal) queries.begin = i - shape.window + 1;
+// The queries among [lo, hi) that see key j, if some do; both ends rise with j.
+inline Range seeing_queries(const Mask& mask, int64_t j, int64_t lo, int64_t hi) {
+  const int64_t i = j - (mask.kv_steps - mask.q_steps);  // the query at key j's position
+  Range queries{mask.is_causal ? i : 0, hi};
+  if (mask.window > 0) {
+    queries.end = min_of(hi, i + mask.window);
+    if (!mask.is_causal) queries.begin = i - mask.window + 1;
   }
-  queries.begin = min_of(shape.q_steps, max_of<int64_t>(0, queries.begin));
-  queries.end = max_of(queries.begin, min_of(queries.end, shape.q_steps));
+  queries.begin = min_of(mask.q_steps, max_of(lo, queries.begin));
+  if (mask.first_key != nullptr && queries.begin < queries.end &&
+      mask.first_key[queries.end - 1] > j) {
+    int64_t low = queries.begin;  // the first query that does not see j lies in [low, end)
+    for (--queries.end; low < queries.end;) {
+      const int64_t middle = (low + queries.end) / 2;
+      if (mask.first_key[middle] <= j) {
+        low = middle + 1;
+      } else {
+        queries.end = middle;
+      }
+    }
+  }
+  queries.end = max_of(queries.begin, queries.end);
   return queries;
+}
+
+// Consecutive queries and keys of which no other query sees one: a packed document, or everything.
+struct Segment {
+  Range queries, keys;
+};
+
+// Whether query i sees only keys that no query before it sees.
+inline bool begins_segment(const Mask& mask, int64_t i) {
+  return i == 0 ||
+         (mask.is_causal && mask.first_key != nullptr && mask.first_key[i] == mask.position(i));
+}
+
+inline Segment segment_of(const Mask& mask, int64_t i) {
+  if (!mask.is_causal || mask.first_key == nullptr) return {{0, mask.q_steps}, {0, mask.kv_steps}};
+  Range queries{i, i + 1};
+  while (!begins_segment(mask, queries.begin)) --queries.begin;
+  while (queries.end < mask.q_steps && !begins_segment(mask, queries.end)) ++queries.end;
+  return {queries, {mask.first_key[queries.begin], mask.position(queries.end - 1) + 1}};
 }
 
 // The keys that consecutive rows see: some of them, and all of them.
@@ -41,10 +89,11 @@ struct Visibility {
   Range any, all;
 };
 
-inline Visibility rows_visibility(const FlashAttentionShape& shape, int64_t i, int64_t n) {
-  const Range first = visible_keys(shape, min_of(i, shape.q_steps - 1));
-  const Range last = visible_keys(shape, min_of(i + n - 1, shape.q_steps - 1));
-  return {{first.begin, last.end}, {last.begin, first.end}};
+// Of n rows from i on; `last` is seen in place of rows past it.
+inline Visibility rows_visibility(const Mask& mask, int64_t i, int64_t n, int64_t last) {
+  const Range first = visible_keys(mask, min_of(i, last));
+  const Range end = visible_keys(mask, min_of(i + n - 1, last));
+  return {{first.begin, end.end}, {end.begin, first.end}};
 }
 
 // The keys of a strip that some row of a group sees, in multiples of kPieceStep.
@@ -66,9 +115,9 @@ inline Piece piece_of(const Visibility& visible, int64_t key_block, int strip) {
 
 // x of keys from `first` on where query i sees them, else `otherwise`.
 template <int kWidth>
-WGPT_INLINE void mask_keys(const FlashAttentionShape& shape, int64_t i, int64_t first,
-                           Floats otherwise, Floats (&x)[kWidth]) {
-  const Range keys = visible_keys(shape, min_of(i, shape.q_steps - 1));
+WGPT_INLINE void mask_keys(const Mask& mask, int64_t i, int64_t first, Floats otherwise,
+                           Floats (&x)[kWidth]) {
+  const Range keys = visible_keys(mask, i);
   const int lo = static_cast<int>(keys.begin - first), hi = static_cast<int>(keys.end - first);
   WGPT_UNROLL for (int v = 0; v < kWidth; ++v) x[v] =
       keep_lanes(x[v], otherwise, lo - v * kLanes, hi - v * kLanes);

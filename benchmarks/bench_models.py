@@ -1,0 +1,204 @@
+"""Are models that we did not write faster on a CPU with `wgpt.ops.use_for_sdpa()`, unchanged?
+
+transformers' own classes with random weights of real configurations (no download): GPT-2, a small
+Llama, Whisper-tiny's encoder and decoder, ViT-S, MusicGen-small's decoder at two layers. Forward
+(inference) and training step (forward, backward; no optimizer), with and without the line, taken in
+turns in one process; median times and their ratio. What bounds a ratio is attention's share of a
+step; `ops.info()["sdpa"]` says how many calls ours served. The last line of stdout is JSON.
+
+    python benchmarks/bench_models.py [--models gpt2 llama ...] [--rounds 9] [--dtype float32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+
+from wgpt import ops
+
+Case = tuple[nn.Module, Callable[[], dict[str, Tensor]], Callable[[Any], Tensor], int]
+
+
+def _ids(batch: int, length: int, vocabulary: int) -> Tensor:
+    return torch.randint(vocabulary, (batch, length))
+
+
+def gpt2() -> Case:
+    """GPT-2's width at 4 of its 12 layers, 4 x 1024 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False)
+    model = GPT2LMHeadModel(config)
+    return model, lambda: {"input_ids": _ids(4, 1024, 50257)}, lambda out: out.logits, 4096
+
+
+def llama() -> Case:
+    """A Llama of 8 heads of 64, as many key as query heads, 4 layers, 4 x 1024 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=8, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    return model, lambda: {"input_ids": _ids(4, 1024, 8192)}, lambda out: out.logits, 4096
+
+
+def whisper_encoder() -> Case:
+    """Whisper-tiny's encoder, 2 clips of 30 s (1500 positions)."""
+    from transformers import WhisperConfig, WhisperModel
+
+    model = WhisperModel(WhisperConfig()).encoder  # the defaults are whisper-tiny's
+    return (
+        model,
+        lambda: {"input_features": torch.randn(2, 80, 3000)},
+        lambda out: out.last_hidden_state,
+        3000,
+    )
+
+
+def whisper_decoder() -> Case:
+    """Whisper-tiny's decoder, 4 x 448 tokens, cross-attention over 1500 positions."""
+    from transformers import WhisperConfig, WhisperModel
+
+    model = WhisperModel(WhisperConfig(use_cache=False)).decoder
+    return (
+        model,
+        lambda: {
+            "input_ids": _ids(4, 448, 51865),
+            "encoder_hidden_states": torch.randn(4, 1500, 384),
+        },
+        lambda out: out.last_hidden_state,
+        1792,
+    )
+
+
+def vit() -> Case:
+    """ViT-S/16 at 224 x 224, 8 images (197 positions each), 6 of its 12 layers."""
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+    )
+    model = ViTModel(config, add_pooling_layer=False)
+    return (
+        model,
+        lambda: {"pixel_values": torch.randn(8, 3, 224, 224)},
+        lambda out: out.last_hidden_state,
+        8 * 197,
+    )
+
+
+def musicgen() -> Case:
+    """MusicGen-small's decoder at 2 of its 24 layers, 2 x 500 steps, no text."""
+    from transformers import MusicgenDecoderConfig
+    from transformers.models.musicgen.modeling_musicgen import MusicgenModel
+
+    config = MusicgenDecoderConfig(num_hidden_layers=2, dropout=0.0, use_cache=False)
+    model = MusicgenModel(config)
+    return (
+        model,
+        lambda: {"input_ids": _ids(2 * 4, 500, 2048)},
+        lambda out: out.last_hidden_state,
+        1000,
+    )
+
+
+MODELS: dict[str, Callable[[], Case]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "whisper-encoder": whisper_encoder,
+    "whisper-decoder": whisper_decoder,
+    "vit": vit,
+    "musicgen": musicgen,
+}
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def measure(name: str, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Rows for the forward and the training step of one model."""
+    torch.manual_seed(0)
+    model, make, pick, n_tokens = MODELS[name]()
+    model = model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in make().items()}
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model.eval()(**inputs)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        pick(model.train()(**inputs)).float().square().mean().backward()
+
+    rows = []
+    for what, function in (("forward", forward), ("training step", step)):
+        plain, ours = [], []
+        before = ops.info()["sdpa"]
+        for turn in range(rounds + 1):
+            plain_s = _seconds(function)
+            with ops.use_for_sdpa():
+                ours_s = _seconds(function)
+            if turn:  # the first warms up
+                plain.append(plain_s)
+                ours.append(ours_s)
+        after = ops.info()["sdpa"]
+        ratios = sorted(a / b for a, b in zip(plain, ours, strict=True))
+        rows.append(
+            {
+                "model": name,
+                "what": what,
+                "dtype": str(dtype).removeprefix("torch."),
+                "torch_tokens_per_s": round(n_tokens / statistics.median(plain), 1),
+                "wgpt_tokens_per_s": round(n_tokens / statistics.median(ours), 1),
+                "speedup": round(statistics.median(ratios), 3),
+                "speedup_quartiles": [
+                    round(ratios[len(ratios) // 4], 3),
+                    round(ratios[-1 - len(ratios) // 4], 3),
+                ],
+                "calls_ours": after["ours"] - before["ours"],
+                "calls_torch": after["torch"] - before["torch"],
+            }
+        )
+        row = rows[-1]
+        sys.stderr.write(
+            f"{name:16} {what:14} {row['dtype']:9} {row['speedup']:.2f}x "
+            f"({row['calls_ours']} calls ours, {row['calls_torch']} torch's)\n"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    rows = [
+        row
+        for name in args.models
+        for row in measure(name, args.rounds, getattr(torch, args.dtype))
+    ]
+    result = {
+        "question": __doc__.splitlines()[0],
+        "machine": harness.machine_facts("cpu"),
+        "rows": rows,
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

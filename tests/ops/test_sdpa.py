@@ -1,0 +1,110 @@
+"""use_for_sdpa against torch's own kernel and against float64."""
+
+import pytest
+import torch
+from numerics import assert_as_accurate_as_torch, nudge
+from torch.nn.functional import scaled_dot_product_attention
+
+from wgpt.ops.sdpa import sdpa_calls, use_for_sdpa
+
+SHAPE = (2, 4, 300, 64)  # enough work for ours
+
+
+def inputs(dtype=torch.float32, q_shape=SHAPE, k_shape=SHAPE):
+    torch.manual_seed(0)
+    shapes = (q_shape, k_shape, k_shape, q_shape)
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def attend(q, k, v, d_out, **options):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, **options)
+    out.backward(d_out)
+    return out.detach(), q.grad, k.grad, v.grad
+
+
+def served(function):
+    """The function's result under the override, and how many calls ours and torch's served."""
+    before = sdpa_calls()
+    with use_for_sdpa():
+        result = function()
+    after = sdpa_calls()
+    return result, after["ours"] - before["ours"], after["torch"] - before["torch"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {}, {"is_causal": True, "scale": 0.3}])
+def test_ours_is_as_accurate_as_torch_s(dtype, options):
+    arguments = inputs(dtype)
+    exact = attend(*(x.double() for x in arguments), **options)
+    own = attend(*arguments, **options)
+    ours, n_ours, n_torch = served(lambda: attend(*arguments, **options))
+    assert (n_ours, n_torch) == (1, 0)
+    nudged = attend(*(nudge(x.double(), dtype) for x in arguments), **options)
+    names = ("out", "dq", "dk", "dv")
+    for name, *values in zip(names, ours, own, exact, nudged, strict=True):
+        assert_as_accurate_as_torch(name, *values)
+        assert values[0].stride() == values[1].stride(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "k_shape"),
+    [
+        ({"attn_mask": torch.ones(300, 300, dtype=torch.bool).tril()}, SHAPE),
+        ({"attn_mask": torch.randn(300, 300)}, SHAPE),
+        ({"is_causal": True}, (2, 4, 400, 64)),  # aligned to the first key in torch
+    ],
+)
+def test_what_ours_does_not_serve_has_torch_s_bits(options, k_shape):
+    arguments = inputs(k_shape=k_shape)
+    own = attend(*arguments, **options)
+    through, n_ours, n_torch = served(lambda: attend(*arguments, **options))
+    assert (n_ours, n_torch) == (0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(own, through, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (2, 4, 300, 40)])
+def test_small_calls_and_other_head_sizes_are_torch_s(shape):
+    arguments = inputs(q_shape=shape, k_shape=shape)
+    own = attend(*arguments, is_causal=True)
+    through, n_ours, _ = served(lambda: attend(*arguments, is_causal=True))
+    assert n_ours == 0
+    assert all(torch.equal(a, b) for a, b in zip(own, through, strict=True))
+
+
+def test_cross_attention_runs_ours():
+    arguments = inputs(k_shape=(2, 4, 500, 64))
+    own = attend(*arguments)
+    ours, n_ours, _ = served(lambda: attend(*arguments))
+    assert n_ours == 1
+    for a, b in zip(own, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_leaving_gives_torch_its_kernel_back():
+    arguments = inputs()
+    before = attend(*arguments, is_causal=True)
+    with use_for_sdpa() as outer:
+        with use_for_sdpa():
+            pass
+        assert sdpa_calls()["active"], "an inner block must not end the outer one"
+        outer.close()
+        assert not sdpa_calls()["active"]
+    calls = sdpa_calls()
+    after = attend(*arguments, is_causal=True)
+    assert sdpa_calls() == calls
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_compiled_models_run_ours():
+    q, k, v, _ = inputs()
+
+    def block(q, k, v):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2).flatten(2)
+
+    expected = block(q, k, v)
+    torch.compiler.reset()
+    got, n_ours, _ = served(lambda: torch.compile(block, backend="aot_eager")(q, k, v))
+    assert n_ours == 1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,165 @@
+"""One optimizer step: bf16, clipping, decay, betas, parts of a batch. Each fails where ignored."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from wgpt.config import ModelConfig, TrainConfig
+from wgpt.data.batches import Batch, TrainingBatches
+from wgpt.data.dataset import Split
+from wgpt.errors import TrainError
+from wgpt.model import HybridModel
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.step import TrainingStep
+
+SHAPE = ModelConfig(
+    token_dim=32, mel_dim=32, n_layers=1, n_mel_layers=1, head_dim=32, ffn_dim=64, mel_ffn_dim=64,
+    codebook_size=50, n_mels=8, end_of_clip=True, n_fine=2, fine_dim=32, fine_ffn_dim=32,
+)  # fmt: skip
+SETTINGS = TrainConfig(
+    batch_size=6, context_s=0.4, lr=0.01, warmup_steps=1, fine_share=0.5, device="cpu"
+)
+
+
+def batches(settings: TrainConfig = SETTINGS) -> TrainingBatches:
+    """Packed windows over random clips of 3 to 40 steps."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, 20)
+    n = int(lengths.sum())
+    split = Split(
+        name="train", tokens=rng.integers(0, 50, (n, 3)).astype(np.uint16),
+        offsets=np.cumsum([0, *lengths]), mel={"wave": rng.normal(size=(n, 8)).astype(np.float16)},
+        groups=["."] * 20, frames_per_step=1, codebook_size=50, silence=-11.5,
+    )  # fmt: skip
+    return TrainingBatches(
+        split, batch_size=settings.batch_size, context_steps=settings.context_steps, seed=0,
+        mel_source="wave", n_fine=2, end_of_clip=True,
+    )  # fmt: skip
+
+
+def step_with(shape: ModelConfig = SHAPE, **changes) -> TrainingStep:
+    torch.manual_seed(0)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return TrainingStep(HybridModel(shape), settings, ProcessGroup(), range(settings.batch_size))
+
+
+def run(step: TrainingStep, n_steps: int = 1) -> list[dict[str, float]]:
+    drawn_from = batches(step.settings)
+    return [step(i, drawn_from.batch(i))[0] for i in range(1, n_steps + 1)]
+
+
+def parameters(step: TrainingStep) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in step.model.named_parameters()}
+
+
+def test_bf16_runs_the_model_in_bf16_over_float32_parameters():
+    seen = {}
+    for dtype in ("fp32", "bf16"):
+        step = step_with(dtype=dtype)
+        kinds = seen.setdefault(dtype, set())
+        score = step.model.score
+        step.model.score = lambda hidden, targets, k=kinds, s=score: (
+            k.add(hidden.dtype), s(hidden, targets),
+        )[1]  # fmt: skip
+        rows = run(step, 3)
+        seen[dtype + " rows"] = [row["nll_nats"] for row in rows]
+        assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+        moments = step.optimizer.state[step.model.head.weight]
+        assert moments["exp_avg"].dtype == torch.float32
+    assert seen["fp32"] == {torch.float32} and seen["bf16"] == {torch.bfloat16}
+    exact, rounded = np.array(seen["fp32 rows"]), np.array(seen["bf16 rows"])
+    assert (exact != rounded).all()
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+
+
+def test_bf16_reaches_the_finer_codebooks():
+    step, seen = step_with(dtype="bf16"), []
+    forward = step.model.fine.forward
+
+    def watching(hidden, codes):
+        logits = forward(hidden, codes)
+        seen.append(logits.dtype)
+        return logits
+
+    step.model.fine.forward = watching
+    run(step)
+    assert seen == [torch.bfloat16]
+
+
+def applied_norm(step: TrainingStep) -> float:
+    gradients = [p.grad for p in step.model.parameters() if p.grad is not None]
+    return float(torch.stack([g.norm() for g in gradients]).norm())
+
+
+def test_grad_clip_bounds_the_global_norm_and_zero_does_not():
+    (free,) = run(step := step_with(grad_clip=0.0))
+    assert applied_norm(step) == pytest.approx(free["grad_norm"], rel=1e-4)
+    limit = free["grad_norm"] / 7
+    (row,) = run(step := step_with(grad_clip=limit))
+    assert row["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-5)  # before clipping
+    assert applied_norm(step) == pytest.approx(limit, rel=1e-3)
+    run(step := step_with(grad_clip=10 * free["grad_norm"]))  # nothing to clip
+    assert applied_norm(step) == pytest.approx(free["grad_norm"], rel=1e-4)
+
+
+def test_weight_decay_shrinks_matrices_alone():
+    """AdamW decays by lr * decay, whatever the gradient: the difference of two runs shows it."""
+    plain, decayed = step_with(weight_decay=0.0), step_with(weight_decay=0.5)
+    before = parameters(plain)
+    run(plain), run(decayed)
+    without, after = parameters(plain), parameters(decayed)
+    for name, value in before.items():
+        lost = without[name] - after[name]
+        expected = SETTINGS.lr * 0.5 * value if value.dim() >= 2 else torch.zeros_like(value)
+        torch.testing.assert_close(lost, expected, rtol=1e-3, atol=2e-7, msg=name)
+    assert any(value.dim() < 2 for value in before.values())
+
+
+def test_adam_moments_follow_the_betas():
+    """By hand, over two steps: m = b1 m + (1 - b1) g and v = b2 v + (1 - b2) g^2."""
+    step = step_with(beta1=0.6, beta2=0.8, grad_clip=0.0)
+    weight, drawn_from = step.model.head.weight, batches()
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for i in (1, 2):
+        step(i, drawn_from.batch(i))
+        m = 0.6 * m + 0.4 * weight.grad
+        v = 0.8 * v + 0.2 * weight.grad**2
+    state = step.optimizer.state[weight]
+    torch.testing.assert_close(state["exp_avg"], m, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(state["exp_avg_sq"], v, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4, 6, 50])
+def test_a_batch_in_parts_is_the_batch(accumulate):
+    """The same figures and gradients to rounding, also where parts differ in size (4 of 6)."""
+    whole, parts = step_with(), step_with(accumulate=accumulate)
+    sizes = []
+    hidden = parts.model.hidden
+    parts.model.hidden = lambda *a, **k: (sizes.append(len(a[0])), hidden(*a, **k))[1]
+    assert run(whole)[0] == pytest.approx(run(parts)[0], rel=1e-5)
+    assert max(sizes) == -(-6 // accumulate) and sum(sizes) == 6
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        error = (a.grad - b.grad).abs().max()
+        assert error <= 1e-5 * a.grad.abs().max() + 1e-12, name
+
+
+def test_tokens_are_counted_without_padding():
+    drawn_from = batches()
+    step = step_with()
+    for i in range(drawn_from.windows.n_windows // 6 + 1):
+        batch = drawn_from.batch(i)
+        assert step(i + 1, batch)[1] == int((batch.clips >= 0).sum())
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
+    step = step_with()
+    batch = batches().batch(0)
+    assert isinstance(batch, Batch) and batch.frames is not None
+    batch.frames[0, 0, 0] = torch.nan
+    before = parameters(step)
+    with pytest.raises(TrainError, match="step 1: loss nan"):
+        step(1, batch)
+    assert all(torch.equal(value, before[n]) for n, value in parameters(step).items())

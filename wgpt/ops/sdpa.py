@@ -1,0 +1,204 @@
+"""use_for_sdpa: torch's scaled_dot_product_attention on the CPU by our flash_attention.
+
+torch decides inside `scaled_dot_product_attention` that a CPU call is one for its fused kernel, and
+calls `aten::_scaled_dot_product_flash_attention_for_cpu`. That operator and its backward are
+replaced here; a call that ours does not serve, or is not faster at, goes to torch's own kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from wgpt.errors import OpError
+
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+_BACKWARD = f"{_FORWARD}_backward"
+_HEAD_DIMS = (32, 64, 128)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below this many multiply-adds of q k^T the call into Python costs more than our kernel gains
+# (benchmarks/bench_sdpa.py: about 40 us, both kernels near 100 GFLOP/s).
+_LEAST_WORK = 1 << 24
+
+
+class SdpaCalls(TypedDict):
+    """Whether `use_for_sdpa` is in force, and the forward calls each kernel served under it."""
+
+    active: bool
+    ours: int
+    torch: int
+
+
+_calls = {"ours": 0, "torch": 0}
+_installed: _Kernels | None = None  # while a handle is open
+_open: set[SdpaHandle] = set()
+
+
+class SdpaHandle:
+    """What `use_for_sdpa` returns. `close()`, or leaving a `with` block, ends it."""
+
+    def close(self) -> None:
+        """torch gets its own kernels back when no handle is open; a second call does nothing."""
+        global _installed
+        _open.discard(self)
+        if not _open and _installed is not None:
+            _installed.remove()
+            _installed = None
+
+    def __enter__(self) -> SdpaHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Kernels:
+    """Our kernels in the place of torch's, which are kept."""
+
+    def __init__(self) -> None:
+        self._torch = {
+            name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (_FORWARD, _BACKWARD)
+        }
+        self._library: Any = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            # torch warns that a kernel is overridden, which is what was asked for.
+            warnings.filterwarnings(
+                "ignore", ".*other operators may also be overridden", UserWarning
+            )
+            for name, function in ((_FORWARD, self._forward), (_BACKWARD, self._backward)):
+                self._library.impl(name, function, "CPU", with_keyset=True, allow_override=True)
+
+    def remove(self) -> None:
+        self._library._destroy()
+
+    def _forward(
+        self,
+        keys: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not _serves(query, key, value, dropout_p, is_causal, attn_mask):
+            _calls["torch"] += 1
+            own: tuple[Tensor, Tensor] = self._torch[_FORWARD].call_boxed(
+                keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )
+            return own
+        _calls["ours"] += 1
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out, lse = torch.ops.wgpt.flash_attention(q, k, v, _scale(query, scale), is_causal, 0)
+        # The layouts that torch's own kernel gives, which torch.compile counts on.
+        return _like(query, out.transpose(1, 2)), lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def _backward(
+        self,
+        keys: Any,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        dropout_p: float,
+        is_causal: bool,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not _serves(query, key, value, dropout_p, is_causal, attn_mask):
+            own: tuple[Tensor, Tensor, Tensor] = self._torch[_BACKWARD].call_boxed(
+                keys, grad_out, query, key, value, out, logsumexp, dropout_p, is_causal,
+                attn_mask=attn_mask, scale=scale,
+            )  # fmt: skip
+            return own
+        d_out, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        gradients = torch.ops.wgpt.flash_attention_backward(
+            d_out, None, q, k, v, o, logsumexp.contiguous(), _scale(query, scale), is_causal, 0
+        )
+        d_q, d_k, d_v = (gradient.transpose(1, 2) for gradient in gradients)
+        return d_q, d_k, d_v
+
+
+def _like(pattern: Tensor, value: Tensor) -> Tensor:
+    """value, in the memory layout of torch.empty_like(pattern)."""
+    wanted = torch.empty_like(pattern)
+    return value if value.stride() == wanted.stride() else wanted.copy_(value)
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _serves(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+) -> bool:
+    """Whether our kernel computes this call and is expected to be faster; (B, H, T, D) tensors.
+
+    The same answer in forward and backward: it depends on what both are given alone.
+    """
+    batch, heads, q_steps, head_dim = query.shape
+    k_steps = key.shape[2]
+    return (
+        attn_mask is None
+        and dropout_p == 0.0
+        and head_dim in _HEAD_DIMS
+        and query.dtype in _DTYPES
+        and key.dtype == value.dtype == query.dtype
+        # torch aligns a causal mask to the first key, ours to the last.
+        and (q_steps == k_steps or not is_causal)
+        and key.shape == value.shape == (batch, heads, k_steps, head_dim)
+        and batch * heads * q_steps * k_steps * head_dim >= _LEAST_WORK
+    )
+
+
+def use_for_sdpa() -> SdpaHandle:
+    """Lets `torch.nn.functional.scaled_dot_product_attention` on the CPU run our kernels.
+
+        wgpt.ops.use_for_sdpa()                 # from here on
+        with wgpt.ops.use_for_sdpa(): ...       # in here
+
+    Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 128}, no mask
+    but a square causal one, no dropout, as many key as query heads, and enough work; any other call
+    runs torch's own kernel, to the same bits as without this. `ops.info()["sdpa"]` counts both.
+
+    The override holds for the whole process, threads included, until every handle is closed.
+
+    Raises:
+        OpError: this torch has no `torch.library.get_kernel`, by which torch's own kernel is
+            kept for the calls that need it.
+    """
+    global _installed
+    if not hasattr(torch.library, "get_kernel"):
+        raise OpError(
+            "use_for_sdpa: needs torch.library.get_kernel, which torch "
+            f"{torch.__version__} lacks; upgrade torch, or call wgpt.ops.flash_attention"
+        )
+    if _installed is None:
+        _installed = _Kernels()
+    handle = SdpaHandle()
+    _open.add(handle)
+    return handle
+
+
+def sdpa_calls() -> SdpaCalls:
+    """The counts so far, of all threads."""
+    return {"active": _installed is not None, "ours": _calls["ours"], "torch": _calls["torch"]}

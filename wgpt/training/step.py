@@ -1,0 +1,122 @@
+"""One optimizer step: losses of a batch, in parts if it is large, their gradients, AdamW."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from wgpt.config import TrainConfig
+from wgpt.data.augment import scored_steps
+from wgpt.data.batches import Batch
+from wgpt.errors import TrainError
+from wgpt.model import HybridModel
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.optimizer import learning_rate, make_optimizer
+
+
+class TrainingStep:
+    """Moves a model by one batch after another, in concert with the other processes."""
+
+    def __init__(
+        self, model: HybridModel, settings: TrainConfig, processes: ProcessGroup, rows: range
+    ) -> None:
+        """rows: those of the whole batch that this process has."""
+        self.model, self.settings, self.processes, self.rows = model, settings, processes, rows
+        if settings.freeze_trunk:
+            model.requires_grad_(False)
+            assert model.fine is not None
+            model.fine.requires_grad_(True)
+        self.optimizer = make_optimizer(model, settings)
+
+    def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
+        """Figures of the batch before the step (a row of metrics.csv), and the tokens it scored.
+
+        step: counts from 1. Raises TrainError when loss or gradient are not finite; the weights
+        are then as they were.
+        """
+        settings, processes, model = self.settings, self.processes, self.model
+        if model.config.dropout or settings.latent_noise:  # by the step: a resumed run repeats it
+            torch.manual_seed((settings.seed << 32) + step * processes.size + processes.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, settings)
+        if settings.freeze_trunk:  # no dropout but in the head
+            for module in model.children():
+                module.train(module is model.fine)
+        batch = batch.to(processes.device)
+        n_scored = processes.sum((batch.targets >= 0).sum())
+        chosen, n_fine = self._chosen_steps(step, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(
+            3, device=processes.device
+        )  # NLL, share correct, NLL of residual codebooks
+        for part, of_part in _parts(batch, chosen, settings.accumulate):
+            sums += self._backward(part, of_part, n_scored, n_fine)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        processes.sum_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
+        nll, correct, fine_nll = processes.sum(sums).tolist()
+        if not (math.isfinite(nll) and math.isfinite(norm)):
+            raise TrainError(f"step {step}: loss {nll}, gradient norm {norm}: not finite")
+        self.optimizer.step()
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
+        return row | ({} if chosen is None else {"fine_nll_nats": fine_nll}), int(n_scored)
+
+    def _chosen_steps(self, step: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """Steps (B, n) whose residual codebooks are scored, and codes to score in all processes.
+
+        A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
+        the same: an eighth of them (fine_share) teaches the head for a fraction of the time.
+        """
+        if batch.codes is None or self.model.fine is None:
+            return None, torch.ones(())
+        settings, n_steps = self.settings, batch.codes.shape[2]
+        chosen = scored_steps(n_steps, settings.fine_share, settings.seed, step, self.rows)
+        chosen = chosen.to(batch.codes.device)
+        known = self.model.fine.known_targets(_codes_at(batch.codes, chosen))
+        return chosen, self.processes.sum(known.sum()).clamp(min=1)
+
+    def _backward(
+        self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
+    ) -> Tensor:
+        """Adds the gradients of some rows; returns their share of the three sums."""
+        settings, model = self.settings, self.model
+        autocast = torch.autocast(
+            batch.tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"
+        )
+        with autocast, torch.set_grad_enabled(not settings.freeze_trunk):
+            hidden = model.hidden(batch.tokens, batch.frames, first_key=batch.first_key)
+            losses, correct = model.score(hidden, batch.targets)
+        loss = total = losses / n_scored
+        fine_nll = torch.zeros_like(loss)
+        if chosen is not None and batch.codes is not None and model.fine is not None:
+            state = hidden.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
+            with autocast:
+                nll, _ = model.fine.nll(state, _codes_at(batch.codes, chosen))
+            fine_nll = nll.sum() / n_fine
+            total = loss + settings.fine_weight * fine_nll
+        total.backward()
+        return torch.stack([loss.detach(), correct / n_scored, fine_nll.detach()]).float()
+
+
+def _codes_at(codes: Tensor, chosen: Tensor) -> Tensor:
+    """(B, K, T) at steps (B, n) of each row: (B, K, n)."""
+    return codes.gather(2, chosen[:, None].expand(-1, codes.shape[1], -1))
+
+
+def _parts(
+    batch: Batch, chosen: Tensor | None, n_parts: int
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """The rows of a batch, and of `chosen`, in n_parts of equal size (the last may be smaller)."""
+    n_rows = -(-len(batch.tokens) // n_parts)
+    for start in range(0, len(batch.tokens), n_rows):
+        rows = slice(start, start + n_rows)
+        part = {name: value[rows] for name, value in vars(batch).items() if value is not None}
+        yield (
+            dataclasses.replace(batch, **part),
+            None if chosen is None else chosen[rows],
+        )
