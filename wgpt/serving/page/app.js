@@ -1,0 +1,426 @@
+// The page of `wgpt serve`. The server keeps nothing: the prompt's file is sent with each request.
+
+import { Picture } from "/picture.js";
+import { Player, Sound } from "/player.js";
+import { Recorder } from "/recorder.js";
+
+const $ = (place, root = document) => root.querySelector(place);
+const from = (id) => $(`#${id}`).content.firstElementChild.cloneNode(true);
+const facts = await (await fetch("/facts")).json();
+const seconds = (n) => n / facts.rate_hz;
+const clock = (n) => `${seconds(n).toFixed(1)} s`;
+
+let prompt = null; // {file, name, views, samples, mel, topDb}; null: the model starts from silence
+let request = null; // AbortController of what the server is making
+let recorder = null;
+const takes = [];
+const views = new Set();
+const player = new Player(showPlayer);
+
+// -- asking the server ----------------------------------------------------------------------------
+
+async function ask(path, parameters, file, signal) {
+  const query = new URLSearchParams(parameters);
+  const options = file === undefined ? {} : { method: "POST", body: file || "" };
+  const answer = await fetch(`${path}?${query}`, { ...options, signal }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is wgpt serve still running?");
+  });
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer;
+}
+
+async function* linesOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) yield JSON.parse(line);
+  }
+}
+
+function bytesOf(base64) {
+  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
+}
+
+function fail(error) {
+  if (error?.name === "AbortError") return;
+  $("#error").textContent = error?.message || error || "";
+  $("#error").hidden = !error;
+}
+
+// -- one sound: picture, play button, playhead ----------------------------------------------------
+
+class View {
+  constructor(place, title, sound, picture, start = () => 0) {
+    Object.assign(this, { sound, start, root: from("sound-template") });
+    $(".title", this.root).textContent = title;
+    place.append(this.root);
+    this.picture = new Picture($("canvas", this.root), { ...picture, sound });
+    $("canvas", this.root).setAttribute("aria-label", `${title}: waveform and log-mel`);
+    $("canvas", this.root).onclick = (event) => this.seek(event.offsetX);
+    $(".play", this.root).onclick = () =>
+      player.sound === sound ? player.stop() : player.play(sound, this.start());
+    views.add(this);
+    this.refresh();
+  }
+
+  push(pcm, mel, pace) {
+    this.sound.push(new Int16Array(bytesOf(pcm)), pace);
+    this.picture.push(new Int8Array(bytesOf(mel)));
+  }
+
+  seek(x) {
+    const sample = this.picture.sampleAt(x);
+    if (sample >= 0 && sample < this.sound.length) player.play(this.sound, sample);
+  }
+
+  refresh() {
+    const mine = player.sound === this.sound;
+    const button = $(".play", this.root);
+    button.classList.toggle("on", mine && player.state === "playing");
+    button.classList.toggle("waiting", mine && player.state === "waiting");
+    button.ariaLabel = mine ? "Stop" : "Play";
+    button.disabled = !mine && !this.sound.length;
+    const head = $(".playhead", this.root);
+    head.hidden = !mine;
+    if (mine) head.style.left = `${this.picture.xOf(player.position)}px`;
+    const base = this.picture.nPrompt * facts.step_samples;
+    const made = clock(this.sound.length - base);
+    $(".clock", this.root).textContent = mine ? `${clock(player.position - base)} / ${made}` : made;
+  }
+
+  remove() {
+    if (player.sound === this.sound) player.stop();
+    views.delete(this);
+    this.root.remove();
+  }
+}
+
+function showPlayer() {
+  for (const view of views) view.refresh();
+  for (const button of document.querySelectorAll(".ab button")) {
+    const take = takeOf(button.value);
+    button.ariaPressed = String(Boolean(take) && player.sound === take.view.sound);
+  }
+  if (player.state !== "idle") requestAnimationFrame(showPlayer);
+}
+
+// -- the prompt -----------------------------------------------------------------------------------
+
+async function choosePrompt(file, name) {
+  request?.abort();
+  const mine = (request = new AbortController());
+  fail(null);
+  dropPrompt();
+  busy("Listening to the prompt …");
+  try {
+    if (file.size > 1e6 * facts.limits.max_upload_mb) {
+      throw new Error(`The prompt may hold at most ${facts.limits.max_upload_mb} MB, ` +
+        `got ${(file.size / 1e6).toFixed(1)} MB.`);
+    }
+    const model = $("#model").value;
+    const answer = await (await ask("/prompt", { model }, file, mine.signal)).json();
+    if (request === mine) showPrompt(file, name, model, answer);
+  } catch (error) {
+    fail(error);
+  } finally {
+    idle(mine);
+  }
+}
+
+function showPrompt(file, name, model, answer) {
+  const mel = new Int8Array(bytesOf(answer.recording.mel));
+  const topDb = mel.reduce((a, b) => Math.max(a, b));
+  const edgesHz = facts.models[model].mel_edges_hz;
+  const show = (title, { pcm, mel }) => {
+    const sound = new Sound(facts.rate_hz, bytesOf(pcm).byteLength / 2);
+    const picture = { stepSamples: facts.step_samples, edgesHz, topDb };
+    const view = new View($("#prompt .pair"), title, sound, picture);
+    view.push(pcm, mel);
+    sound.finish();
+    view.picture.draw();
+    view.refresh();
+    return view;
+  };
+  $("#prompt").hidden = false;
+  $("#empty").hidden = true;
+  $("#prompt-name").textContent = name;
+  const n = facts.models[model].n_codebooks;
+  const codec = `Through the codec, ${n === 1 ? "one codebook" : `${n} codebooks`}: the ceiling`;
+  const shown = [show("As recorded", answer.recording), show(codec, answer.codec)];
+  prompt = { file, name, views: shown, samples: shown[0].sound.samples, mel, topDb };
+}
+
+function dropPrompt() {
+  for (const view of prompt?.views || []) view.remove();
+  prompt = null;
+  $("#prompt").hidden = true;
+  for (const chip of document.querySelectorAll("#examples button")) chip.ariaPressed = "false";
+}
+
+async function chooseExample(index, chip) {
+  try {
+    const file = await (await ask(`/examples/${index}`, {})).blob();
+    const chosen = choosePrompt(file, chip.textContent);
+    chip.ariaPressed = "true";
+    await chosen;
+  } catch (error) {
+    fail(error);
+  }
+}
+
+async function record() {
+  const button = $("#record");
+  const { max_prompt_s: most } = facts.limits;
+  if (recorder) {
+    const finished = recorder;
+    recorder = null;
+    button.classList.remove("recording");
+    button.textContent = "Record";
+    const file = await finished.stop();
+    await choosePrompt(file, "recorded");
+    return;
+  }
+  fail(null);
+  player.stop();
+  try {
+    const started = new Recorder();
+    await started.start((length, peak) => {
+      if (recorder !== started) return;
+      button.textContent = `Stop ${length.toFixed(1)} s`;
+      $("#status").textContent = peak < 0.001 ? "The microphone is silent." : "Recording …";
+      if (length >= most - 0.2) record();
+    });
+    recorder = started;
+    button.classList.add("recording");
+    button.textContent = "Stop";
+  } catch (error) {
+    fail(`The microphone cannot be used: ${error.message}`);
+  }
+}
+
+// -- takes ----------------------------------------------------------------------------------------
+
+function settings() {
+  const chosen = { model: $("#model").value, seconds: $("#seconds").value, seed: $("#seed").value };
+  for (const input of document.querySelectorAll("#sampling input")) chosen[input.name] = input.value;
+  return chosen;
+}
+
+async function makeTake(chosen, given) {
+  request?.abort();
+  const mine = (request = new AbortController());
+  fail(null);
+  const take = addTake(chosen, given);
+  const { sound } = take.view;
+  busy("Listening to the prompt …");
+  player.play(sound, take.start());
+  try {
+    const answer = await ask("/continue", chosen, given?.file ?? null, mine.signal);
+    for await (const line of linesOf(answer)) {
+      if (line.error) throw new Error(line.error);
+      if (line.ahead) busy(`Waiting: ${line.ahead} ahead …`);
+      else receive(take, line);
+    }
+    if (take.made < take.nWanted) throw new Error("The server stopped before the end.");
+  } catch (error) {
+    fail(error);
+  } finally {
+    sound.finish();
+    if (player.sound === sound) player.pump();
+    finishTake(take);
+    idle(mine);
+  }
+}
+
+function addTake(chosen, given) {
+  const n = 1 + (takes[0]?.n || 0);
+  const root = from("take-template");
+  const { mel_edges_hz: edgesHz, codebook_size: size } = facts.models[chosen.model];
+  const nWanted = Math.round(chosen.seconds * seconds(1 / seconds(1)) * facts.rate_hz / facts.step_samples);
+  const nSamples = nWanted * facts.step_samples + (given ? given.samples.length : 0);
+  const sound = new Sound(facts.rate_hz, nSamples);
+  const nPrompt = given ? given.samples.length / facts.step_samples : 0;
+  const take = { n, root, chosen, given, nWanted, made: 0, tokens: [], entropy: 0, size };
+  take.start = () => ($("#with-prompt").checked ? 0 : nPrompt * facts.step_samples);
+  $("#takes").prepend(root);
+  const picture = { stepSamples: facts.step_samples, edgesHz, nPrompt, topDb: given?.topDb ?? 20 };
+  take.view = new View($(".sound", root), "Continuation", sound, picture, take.start);
+  if (given) {
+    sound.push(given.samples);
+    take.view.picture.push(given.mel);
+  }
+  take.view.picture.draw();
+  take.label = `Take ${n} · seed ${chosen.seed}`;
+  $("h2", root).innerHTML = "<span></span> <small></small>";
+  $("h2 span", root).textContent = take.label;
+  $("h2 small", root).textContent = `after ${given ? given.name : "silence"}` +
+    (Object.keys(facts.models).length > 1 ? ` · ${chosen.model}` : "");
+  $(".retry", root).onclick = () => {
+    $("#seed").value = 1 + Math.max(...takes.map((other) => Number(other.chosen.seed)));
+    makeTake({ ...chosen, seed: $("#seed").value }, given);
+  };
+  $(".remove", root).onclick = () => removeTake(take);
+  takes.unshift(take);
+  $("#empty").hidden = true;
+  return take;
+}
+
+function receive(take, line) {
+  take.view.push(line.pcm, line.mel, line.pace);
+  if (player.sound === take.view.sound) player.pump();
+  take.view.picture.draw();
+  take.view.refresh();
+  take.made += line.tokens.length;
+  take.tokens.push(...line.tokens);
+  take.entropy += line.entropy_nats.reduce((a, b) => a + b, 0);
+  take.first ??= line.elapsed_s;
+  take.pace = line.pace;
+  take.root.dataset.made = take.made;
+  const samples = take.made * facts.step_samples;
+  busy(`Making ${clock(samples)} of ${clock(take.nWanted * facts.step_samples)} …`);
+  if (line.warning) {
+    $(".warning", take.root).textContent =
+      `This take is stuck: ${line.warning}. Try another seed, a higher temperature or another prompt.`;
+    $(".warning", take.root).hidden = false;
+  }
+}
+
+function finishTake(take) {
+  if (!take.made) {
+    removeTake(take);
+    return;
+  }
+  const { root } = take;
+  root.dataset.state = "done";
+  const codebooks = take.tokens[0].map((_, k) => take.tokens.map((step) => step[k]).join(" "));
+  $(".tokens", root).textContent = codebooks.join("\n");
+  $(".facts", root).textContent =
+    `First sound after ${take.first.toFixed(2)} s, then ${take.pace.toFixed(1)} times real time. ` +
+    `Entropy ${(take.entropy / take.made).toFixed(1)} of ${Math.log(take.size).toFixed(1)} nats.`;
+  saveLink(take);
+  take.view.picture.draw();
+  take.view.refresh();
+  $(".remove", root).disabled = false;
+  listTakes();
+}
+
+function saveLink(take) {
+  const link = $(".save", take.root);
+  if (link.href) URL.revokeObjectURL(link.href);
+  link.href = URL.createObjectURL(take.view.sound.wav(take.start()));
+  link.download = `wgpt-take-${take.n}-seed-${take.chosen.seed}.wav`;
+  link.hidden = false;
+}
+
+function removeTake(take) {
+  take.view.remove();
+  take.root.remove();
+  takes.splice(takes.indexOf(take), 1);
+  listTakes();
+}
+
+const takeOf = (side) => takes.find(({ n }) => n === Number($(`#${side}`).value));
+
+function listTakes() {
+  const done = takes.filter(({ root }) => root.dataset.state === "done");
+  $("#compare").hidden = done.length < 2;
+  for (const [side, other] of [["a", 1], ["b", 0]]) {
+    const select = $(`#${side}`);
+    select.replaceChildren(...done.map(({ n, label }) => new Option(label, n)));
+    if (done.length > 1) select.value = done[other].n; // the newest is B
+  }
+}
+
+function playSide(side) {
+  const take = takeOf(side);
+  const playing = takes.find(({ view }) => view.sound === player.sound);
+  const base = ({ view }) => view.picture.nPrompt * facts.step_samples;
+  const at = playing ? player.position - base(playing) + base(take) : take.start();
+  player.play(take.view.sound, Math.round(at));
+}
+
+// -- controls -------------------------------------------------------------------------------------
+
+function busy(text) {
+  $("#status").textContent = text;
+  $("#continue").disabled = true;
+  $("#stop").disabled = false;
+  for (const button of document.querySelectorAll(".retry")) button.disabled = true;
+}
+
+function idle(mine) {
+  if (request !== mine) return; // another request took over
+  request = null;
+  $("#status").textContent = "";
+  $("#continue").disabled = false;
+  $("#stop").disabled = true;
+  for (const button of document.querySelectorAll(".retry")) button.disabled = false;
+}
+
+function showModel() {
+  const { n_codebooks: n } = facts.models[$("#model").value];
+  for (const field of document.querySelectorAll(".fine")) field.hidden = n === 1;
+}
+
+$("#model").replaceChildren(...Object.keys(facts.models).map((name) => new Option(name)));
+$("#prompt-limits").textContent =
+  `At most ${facts.limits.max_prompt_s} s and ${facts.limits.max_upload_mb} MB.`;
+$("#seconds").max = facts.limits.max_seconds;
+$("#seconds").value = Math.min(8, facts.limits.max_seconds);
+for (const input of document.querySelectorAll("#sampling input")) {
+  input.value = facts.sampling[input.name];
+}
+facts.examples.forEach((name, index) => {
+  const chip = Object.assign(document.createElement("button"), { type: "button", textContent: name });
+  chip.onclick = () => chooseExample(index, chip);
+  $("#examples").append(chip);
+});
+$("#examples-box").hidden = !facts.examples.length;
+
+const showSeconds = () => ($("#seconds-text").value = `${Number($("#seconds").value).toFixed(1)} s`);
+$("#seconds").oninput = showSeconds;
+$("#model").onchange = () => {
+  showModel();
+  if (prompt) choosePrompt(prompt.file, prompt.name);
+};
+$("#file").onchange = ({ target }) => {
+  if (target.files[0]) choosePrompt(target.files[0], target.files[0].name);
+  target.value = "";
+};
+$("#record").onclick = record;
+$("#nothing").onclick = dropPrompt;
+$("#with-prompt").onchange = () => {
+  for (const take of takes) if (take.root.dataset.state === "done") saveLink(take);
+};
+$("#controls").onsubmit = (event) => {
+  event.preventDefault();
+  makeTake(settings(), prompt);
+};
+$("#stop").onclick = () => {
+  request?.abort();
+  player.stop();
+};
+for (const button of document.querySelectorAll(".ab button")) {
+  button.onclick = () => playSide(button.value);
+}
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  const [file] = event.dataTransfer.files;
+  if (file) choosePrompt(file, file.name);
+});
+
+showSeconds();
+showModel();
+idle(request);
+document.body.dataset.ready = "yes";
