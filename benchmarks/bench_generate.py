@@ -29,11 +29,11 @@ import torch
 from harness import Results, add_common_arguments, machine_facts, print_table, say
 
 from wgpt import codec
+from wgpt.audio.mel import MelFrontend
 from wgpt.config import HOP_SAMPLES, PRESETS, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
-from wgpt.mel import MelFrontend
+from wgpt.generation.generator import PREFILL_STEPS, AudioGenerator, GenerationState
+from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
-from wgpt.sampling import Sampling
-from wgpt.speaker import HEAR_STEPS, Continuation, Speaker
 
 PROMPT_STEPS = 231  # 3.08 s: 28 blocks of 8 and 7, the most that can be left at the end
 CHUNK_S = 0.08
@@ -67,31 +67,33 @@ def random_encodec(folder: Path) -> str:
     return str(folder)
 
 
-def speaker_of(preset: str, loaded: codec.Codec, n_fine: int) -> Speaker:
+def speaker_of(preset: str, loaded: codec.Codec, n_fine: int) -> AudioGenerator:
     torch.manual_seed(0)
     shape = dataclasses.replace(PRESETS[preset][0], n_fine=n_fine)
-    return Speaker(HybridModel(shape).eval(), loaded, MelFrontend(MelConfig()), "wave")
+    return AudioGenerator(HybridModel(shape).eval(), loaded, MelFrontend(MelConfig()), "wave")
 
 
-def first_chunk_ms(speaker: Speaker, prompt: np.ndarray, streamed: bool) -> float:
-    heard = speaker.listen()
+def first_chunk_ms(generator: AudioGenerator, prompt: np.ndarray, streamed: bool) -> float:
+    heard = generator.new_state()
     if streamed:
         n = round(CHUNK_S * SAMPLE_RATE_HZ)
         pieces = [prompt[i : i + n] for i in range(0, len(prompt), n)]
         for piece in pieces[:-1]:
-            heard.hear(piece)
+            heard.feed(piece)
         prompt = pieces[-1]
     start = time.perf_counter()
-    heard.hear(prompt)
+    heard.feed(prompt)
     for _ in heard.steps(round(CHUNK_S * STEP_RATE_HZ), SAMPLING):
         pass
     return (time.perf_counter() - start) * 1e3
 
 
-def step_times(speaker: Speaker, prompt: np.ndarray, n_steps: int) -> dict[str, list[float]]:
+def step_times(
+    generator: AudioGenerator, prompt: np.ndarray, n_steps: int
+) -> dict[str, list[float]]:
     """Seconds of each step after the prompt, in all and inside the codec and the mel slice."""
-    heard: Continuation = speaker.listen()
-    heard.hear(prompt)
+    heard: GenerationState = generator.new_state()
+    heard.feed(prompt)
     clocks = {"codec": Clock(), "mel": Clock()}
     clocks["codec"].wrap(heard._decoder, "push")
     clocks["mel"].wrap(heard._mel, "push")
@@ -110,13 +112,13 @@ def step_times(speaker: Speaker, prompt: np.ndarray, n_steps: int) -> dict[str, 
     return times
 
 
-def measure(speaker: Speaker, rounds: int, n_steps: int) -> dict[str, Any]:
+def measure(generator: AudioGenerator, rounds: int, n_steps: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     prompt = (0.1 * rng.standard_normal(PROMPT_STEPS * HOP_SAMPLES)).astype(np.float32)
-    first_chunk_ms(speaker, prompt[:SAMPLE_RATE_HZ], True)
-    firsts = {streamed: [first_chunk_ms(speaker, prompt, streamed) for _ in range(rounds)]
+    first_chunk_ms(generator, prompt[:SAMPLE_RATE_HZ], True)
+    firsts = {streamed: [first_chunk_ms(generator, prompt, streamed) for _ in range(rounds)]
               for streamed in (True, False)}  # fmt: skip
-    times = step_times(speaker, prompt, n_steps)
+    times = step_times(generator, prompt, n_steps)
     step_s = statistics.median(times["all"])
     total, in_codec, in_mel = (sum(times[name]) for name in ("all", "codec", "mel"))
     return {
@@ -153,7 +155,7 @@ def main() -> None:
                         continue
                     say(key)
                     row = measure(speaker_of(preset, loaded, n_fine), rounds, n_steps)
-                    results.add(key | row | {"hear_steps": HEAR_STEPS})
+                    results.add(key | row | {"hear_steps": PREFILL_STEPS})
     if not args.json:
         print_table(results.rows, ["preset", "codec", "n_fine", "speed_over_realtime", "step_ms",
                                    "first_chunk_ms", "whole_prompt_first_chunk_ms", "model_share",

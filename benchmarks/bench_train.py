@@ -25,11 +25,10 @@ from harness import say
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wgpt import config
 from wgpt.config import TrainConfig
-from wgpt.model import HybridModel
-from wgpt.optimizer import make_optimizer
-from wgpt.world import keep_freed_memory
+from wgpt.model import HybridModel, presets
+from wgpt.training.distributed import keep_freed_memory
+from wgpt.training.optimizer import make_optimizer
 
 COLUMNS = [
     "preset", "dtype", "device", "batch", "steps", "contestant", "step_ms", "tokens_per_s",
@@ -71,7 +70,7 @@ class Step:
     """One contestant: a call makes one whole optimizer step and keeps its loss."""
 
     def __init__(self, name: str, preset: str, dtype: str, device: str, batch: int, steps: int):
-        shape = config.preset(preset)
+        shape = presets.preset(preset)
         torch.manual_seed(0)
         self.ours = HybridModel(shape).to(device)
         tokens = torch.randint(shape.codebook_size, (batch, steps + 1), device=device)

@@ -26,11 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import harness
 import torch
 
-from wgpt import evaluate
 from wgpt.config import HOP_SAMPLES
-from wgpt.data.prepare import prepare
-from wgpt.data.shards import Dataset
+from wgpt.data.dataset import Dataset
+from wgpt.data.pipeline import prepare
 from wgpt.demo import SETTINGS, gather_audio
+from wgpt.evaluation import evaluate
 from wgpt.train import train
 
 SOURCES = ("wave", "decoded-1", "decoded-8")
@@ -60,7 +60,7 @@ def measure(name: str, data: Path, runs: Path, args: argparse.Namespace) -> dict
     began = time.monotonic()
     summary = train(data, folder, preset, model=shape, **settings)
     trained_s = time.monotonic() - began
-    found = evaluate.evaluate(folder, rollout_s=args.rollout_s, rollout_clips=args.rollout_clips)
+    found = evaluate(folder, rollout_s=args.rollout_s, rollout_clips=args.rollout_clips)
     scores: dict[str, dict[str, float]] = {}  # what is read -> group -> NLL
     for row in found["rows"]:
         model = row["model"]

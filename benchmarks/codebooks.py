@@ -2,7 +2,7 @@
 
 Prompts of 3 s: speech of the voices that nothing is trained on (synth.HELD_OUT_VOICES) and music
 rendered anew, --prompts of each, one seed a prompt. A continuation of 5 s is compared with real
-sound by wgpt/likeness.py: two distances of log-mel statistics to 24 other recordings of the kind,
+sound by wgpt/frechet.py: two distances of log-mel statistics to 24 other recordings of the kind,
 and periodicity. A model with all codebooks is also heard through its own codebook 0 alone. The
 codec's round trip of the true rest is the ceiling.
 
@@ -25,11 +25,12 @@ import harness
 import numpy as np
 import torch
 
-from wgpt import plots, synth
+from wgpt import synth
 from wgpt.config import SAMPLE_RATE_HZ
-from wgpt.likeness import distances
-from wgpt.sampling import Sampling
-from wgpt.speaker import Speaker
+from wgpt.evaluation.frechet import distances
+from wgpt.generation import AudioGenerator
+from wgpt.generation.sampling import Sampling
+from wgpt.runs import plots
 
 PROMPT_S, CONTINUATION_S = 3.0, 5.0
 N_REFERENCE = 24
@@ -52,14 +53,16 @@ def sounds(group: str, n: int, seed: int) -> list[np.ndarray]:
     return waves
 
 
-def measure(run: str, speaker: Speaker, group: str, how: str, n: int) -> list[dict[str, Any]]:
+def measure(
+    run: str, generator: AudioGenerator, group: str, how: str, n: int
+) -> list[dict[str, Any]]:
     """Rows of one run, one kind of sound and one setting; the first are those of no model."""
     temperature, fine_temperature = map(float, how.split("/"))
     seed = MUSIC_SEED if group == "music" else SPEECH_SEED
     others = sounds(group, N_REFERENCE, REFERENCE_SEED)
-    reference = [speaker.frontend(torch.from_numpy(wave)).numpy() for wave in others]
+    reference = [generator.frontend(torch.from_numpy(wave)).numpy() for wave in others]
     sampling = Sampling(temperature, top_k=100, fine_temperature=fine_temperature)
-    found = distances(sounds(group, n, seed), PROMPT_S, {run: speaker}, reference, sampling)
+    found = distances(sounds(group, n, seed), PROMPT_S, {run: generator}, reference, sampling)
     return [
         {
             "run": run,
@@ -97,19 +100,19 @@ def as_markdown(rows: list[dict[str, Any]], codec: str, machine: dict[str, Any])
     return "\n".join(lines)
 
 
-def draw(speakers: dict[str, Speaker], how: str, folder: Path, n: int) -> None:
+def draw(generators: dict[str, AudioGenerator], how: str, folder: Path, n: int) -> None:
     """Spectrograms of the first n prompts of each kind, FOLDER/music-0.png and so on."""
     temperature, fine_temperature = map(float, how.split("/"))
     sampling = Sampling(temperature, top_k=100, fine_temperature=fine_temperature)
     n_prompt = round(PROMPT_S * SAMPLE_RATE_HZ)
     for group, seed in (("music", MUSIC_SEED), ("speech", SPEECH_SEED)):
         for i, wave in enumerate(sounds(group, n, seed)):
-            first = next(iter(speakers.values()))
+            first = next(iter(generators.values()))
             codes = first.codec.encode(torch.from_numpy(wave))
             shown = [("real sound", wave)]
             shown += [("codec, all codebooks", first.codec.decode(codes).numpy())]
-            for run, speaker in speakers.items():
-                new = speaker.continue_wave(wave[:n_prompt], CONTINUATION_S, sampling, seed=i)
+            for run, generator in generators.items():
+                new = generator.generate(wave[:n_prompt], CONTINUATION_S, sampling, seed=i)
                 shown.append((f"{run}, from 3 s on", np.concatenate([wave[:n_prompt], new])))
             mels = [(title, first.frontend(torch.from_numpy(w)).numpy()) for title, w in shown]
             plots.spectrograms(mels, folder / f"{group}-{i}.png")
@@ -132,25 +135,25 @@ def main() -> None:
     results = harness.Results(args.out, harness.machine_facts("cpu"), ("run", "sampling", "group"))
     if args.resume:
         results.resume()
-    speakers = {Path(run).name: Speaker.open(run) for run in args.runs}
+    generators = {Path(run).name: AudioGenerator.load(run) for run in args.runs}
     began = time.monotonic()
-    for run, speaker in speakers.items():
-        for how in args.sampling if speaker.n_codebooks > 1 else args.sampling[:1]:
+    for run, generator in generators.items():
+        for how in args.sampling if generator.n_codebooks > 1 else args.sampling[:1]:
             for group in ("speech", "music"):
                 if results.has(run=run, sampling=how, group=group):
                     continue
                 if time.monotonic() - began > args.time_limit:
                     continue
                 harness.say(f"-- {run}, {how}, {group}")
-                for row in measure(run, speaker, group, how, args.prompts):
+                for row in measure(run, generator, group, how, args.prompts):
                     results.add(row)
-    codec = next(iter(speakers.values())).codec.identity
+    codec = next(iter(generators.values())).codec.identity
     name = f"{codec['name']} {codec['sha256'][:12]}"
     table = as_markdown(results.rows, name, results.facts)
     if args.doc:
         harness.write_into(args.doc, Path(__file__).name, table)
     if args.pictures:
-        draw(speakers, args.sampling[0], args.pictures, 2)
+        draw(generators, args.sampling[0], args.pictures, 2)
     if not args.json:
         print(table)
     results.print_json()

@@ -89,7 +89,7 @@ def recordings(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prepared(recordings, tmp_path_factory):
     """The recordings prepared with the mini codec, with the mel of codebook 0 as well."""
-    from wgpt.data.prepare import prepare
+    from wgpt.data.pipeline import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "data"
     prepare(recordings, out, mel_sources=("wave", "decoded-1"), valid_fraction=0.3, progress=False)

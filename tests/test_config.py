@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from wgpt import config
-from wgpt.config import ConfigError, MelConfig, ModelConfig, TrainConfig
-from wgpt.model import HybridModel
+from wgpt.config import MelConfig, ModelConfig, TrainConfig
+from wgpt.errors import ConfigError
+from wgpt.model import HybridModel, presets
 
 
 @pytest.mark.parametrize(
@@ -14,13 +15,13 @@ from wgpt.model import HybridModel
     [("gpt-s", 3.7), ("gpt-l", 40.0), ("hybrid", 4.0), ("hybrid-xs", 1.1), ("gpt-xs", 1.05)],
 )
 def test_preset_has_the_parameters_it_promises(name, millions):
-    assert HybridModel(config.preset(name)).n_parameters() == pytest.approx(
+    assert HybridModel(presets.preset(name)).n_parameters() == pytest.approx(
         millions * 1e6, rel=0.02
     )
 
 
 def test_preset_twins_are_as_large_as_the_hybrids():
-    count = {name: HybridModel(config.preset(name)).n_parameters() for name in config.PRESETS}
+    count = {name: HybridModel(presets.preset(name)).n_parameters() for name in presets.PRESETS}
     assert count["gpt-s-matched"] == pytest.approx(count["hybrid"], rel=0.02)
     assert count["gpt-xs"] == pytest.approx(count["hybrid-xs"], rel=0.04)
 
@@ -84,4 +85,4 @@ def test_config_every_field_is_documented():
 
 def test_preset_unknown_lists_the_known():
     with pytest.raises(ConfigError, match="hybrid-xs"):
-        config.preset("hybrid-xl")
+        presets.preset("hybrid-xl")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from waking import awake
 
-from wgpt import codec, config, synth
+from wgpt import codec, synth
+from wgpt.audio.mel import MelFrontend
 from wgpt.config import HOP_SAMPLES, MelConfig
-from wgpt.mel import MelFrontend
-from wgpt.model import HybridModel
+from wgpt.model import HybridModel, presets
 
 N_STEPS = 60
 
@@ -32,7 +32,7 @@ def mini() -> codec.Codec:
 def models() -> dict[int, HybridModel]:
     """A hybrid for each r, with a convolutional slice embedding (c = 2 r)."""
     torch.manual_seed(0)
-    shape = config.preset("hybrid-xs")
+    shape = presets.preset("hybrid-xs")
     return {
         r: awake(
             HybridModel(dataclasses.replace(shape, frames_per_step=r, mel_context_frames=2 * r))

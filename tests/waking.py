@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from wgpt.model import HybridModel
-from wgpt.model.block import Block
+from wgpt.model.transformer import Block
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ import logging
 import sys
 
 from wgpt import __version__
+from wgpt.errors import WgptError
 
 COMMANDS = {
-    "prepare": ("wgpt.data.prepare", "turn a folder of recordings into tokens and mel slices"),
+    "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
     "train": ("wgpt.train", "train a model on prepared data"),
     "eval": ("wgpt.evaluate", "NLL, accuracy and perplexity of a run beside baselines"),
     "generate": ("wgpt.generate", "continue a recording, or start from silence"),
@@ -47,8 +48,9 @@ def parser_for(command: str | None = None) -> argparse.ArgumentParser:
 def _print_presets(as_json: bool) -> int:
     import torch
 
-    from wgpt.config import PRESETS, to_json
+    from wgpt.config import to_json
     from wgpt.model import HybridModel
+    from wgpt.model.presets import PRESETS
 
     rows = []
     for name, (shape, summary) in PRESETS.items():
@@ -87,23 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader left; Python would complain again at exit
         return 1
-    except Exception as error:
-        if not is_users(error):
-            raise
+    except WgptError as error:
         sys.stderr.write(f"wgpt {args.command}: {error}\n")
-        return 2 if isinstance(error, usage_errors()) else 1
-
-
-def usage_errors() -> tuple[type[Exception], ...]:
-    """Errors that a different command line would have avoided."""
-    from wgpt.config import ConfigError
-
-    return (ConfigError,)
-
-
-def is_users(error: Exception) -> bool:
-    """Whether an error speaks to the user (ours, or of the file system) rather than being a bug."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("wgpt.")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"wgpt {args.command}: {error}\n")
+        return 1
 
 
 if __name__ == "__main__":

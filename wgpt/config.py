@@ -1,4 +1,4 @@
-"""Frozen dataclasses for every setting, the model presets, and the rates derived from them."""
+"""Frozen dataclasses for every setting, and the rates derived from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import Field, dataclass, field
 from typing import Any, TypeVar
+
+from wgpt.errors import ConfigError
 
 SAMPLE_RATE_HZ = 24_000
 HOP_SAMPLES = 320  # one step: the stride of the EnCodec encoder, 2 * 4 * 5 * 8
@@ -17,10 +19,6 @@ assert STEP_RATE_HZ == 75.0
 HEAD_DIMS = (32, 64, 128)
 
 Config = TypeVar("Config")
-
-
-class ConfigError(ValueError):
-    """A setting breaks a rule; the message names the field, the rule, and what came."""
 
 
 def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
@@ -178,38 +176,9 @@ class ModelConfig:
         return self.codebook_size
 
 
-PRESETS: dict[str, tuple[ModelConfig, str]] = {
-    "hybrid": (ModelConfig(), "mel slices and tokens, 4.0 M parameters (the paper's hybrid)"),
-    "gpt-s": (ModelConfig(token_dim=256, mel_dim=0), "tokens only, 3.7 M (the paper's small one)"),
-    "gpt-s-matched": (
-        ModelConfig(token_dim=256, mel_dim=0, ffn_dim=1160),
-        "tokens only, as many parameters as hybrid",
-    ),
-    "gpt-l": (
-        ModelConfig(token_dim=640, mel_dim=0, n_layers=8, ffn_dim=2560),
-        "tokens only, 40 M (the paper's large one)",
-    ),
-    "hybrid-xs": (
-        ModelConfig(token_dim=64, mel_dim=64, head_dim=32, ffn_dim=512, mel_ffn_dim=256),
-        "mel slices and tokens, 1.1 M: a demo in minutes",
-    ),
-    "gpt-xs": (
-        ModelConfig(token_dim=128, mel_dim=0, head_dim=32, ffn_dim=512),
-        "tokens only, 1.1 M: the twin of hybrid-xs",
-    ),
-}
-
-
 def mel_source_name(text: str) -> str:
     """The name of a mel source: `decoded:8` is another spelling of `decoded-8`."""
     return text.replace(":", "-")
-
-
-def preset(name: str) -> ModelConfig:
-    """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
-    if name not in PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name][0]
 
 
 DTYPES = ("fp32", "bf16")

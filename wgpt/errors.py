@@ -23,7 +23,7 @@ class AudioError(WgptError, ValueError):
     """A file cannot be used as audio; the message names the file, the rule, and what came."""
 
 
-class CodecError(WgptError, RuntimeError):
+class CodecError(WgptError, ValueError):
     """Codec weights are missing, damaged or unfit, or a codec was given what it cannot take."""
 
 

@@ -1,10 +1,4 @@
-"""Generation: `wgpt.generate(...)` in Python, `wgpt generate` on the command line.
-
-    for chunk in wgpt.generate("RUN", "prompt.wav", seconds=10):   # float32 (n,) at 24 kHz
-        play(chunk)
-
-This module can be called: `wgpt.generate(...)` is `wgpt.generate.generate(...)`.
-"""
+"""`wgpt generate`: continue a recording, or start from silence."""
 
 from __future__ import annotations
 
@@ -13,112 +7,21 @@ import json
 import logging
 import os
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from wgpt import audio
-from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
-from wgpt.data.shards import Dataset
-from wgpt.mel import MelFrontend
-from wgpt.model import HybridModel
-from wgpt.runs import Run
-from wgpt.sampling import FINE_TEMPERATURE, Sampling, Stuck
-from wgpt.speaker import Continuation, Speaker, Step, n_steps_of
-from wgpt.threads import one_thread
-
-__all__ = ["Continuation", "Sampling", "Speaker", "Step", "Stuck", "generate", "sample_into"]
+from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
+from wgpt.errors import ConfigError
+from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator, Step
+from wgpt.generation.prompt import n_steps_of
+from wgpt.generation.sampling import FINE_TEMPERATURE, Sampling
+from wgpt.generation.stopping import StuckDetector
+from wgpt.ops.runtime import one_thread
 
 log = logging.getLogger(__name__)
-
-_SAMPLE_PROMPT_S = 3.0
-ENDLESS_STUCK_S = 5.0  # an endless stream that is stuck this long ends, unless told otherwise
-
-
-def generate(
-    run: str | Path | Speaker,
-    prompt: np.ndarray | str | Path | None = None,
-    *,
-    seconds: float | None = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    chunk_s: float = 0.08,
-    end_when_stuck_s: float | None = None,
-    device: str = "cpu",
-) -> Iterator[np.ndarray]:
-    """Yields the continuation of a prompt as it is made, in chunks of float32 PCM at 24 kHz.
-
-    run: a run folder, its model folder, `starter`, or a Speaker that is open already.
-    prompt: float (L,) at 24 kHz or a recording's path; None starts from nothing.
-    seconds: length of the continuation in whole steps of 1/75 s; None: it does not end.
-    chunk_s: length of a chunk, seconds, in whole steps; it has no influence on the samples.
-    end_when_stuck_s: end, with a line in the log, once the stream gave nothing but silence or a
-        short loop of tokens for so long (see `Stuck`); 0: never. None: 5 s if it would not end
-        otherwise, never if `seconds` is given.
-    device: where a run folder is opened.
-
-    The same arguments give the same samples on one machine, and those of Speaker.continue_wave.
-    The arguments are checked at the call; ConfigError and CodecError name the one at fault.
-    """
-    n_steps = None if seconds is None else n_steps_of(seconds)
-    n_chunk = n_steps_of(chunk_s, "chunk_s")
-    if end_when_stuck_s is None:
-        end_when_stuck_s = 0.0 if n_steps else ENDLESS_STUCK_S
-    stuck = Stuck(end_when_stuck_s) if end_when_stuck_s else None
-    speaker = run if isinstance(run, Speaker) else Speaker.open(run, device)
-    if isinstance(prompt, str | Path):
-        prompt = audio.read(prompt)
-    return _chunks(speaker.stream(prompt, n_steps, sampling, seed), n_chunk, stuck)
-
-
-def _chunks(steps: Iterator[Step], n_chunk: int, stuck: Stuck | None) -> Iterator[np.ndarray]:
-    """The waves of n_chunk steps at a time, the last chunk shorter if need be."""
-    waves: list[np.ndarray] = []
-    for n_done, step in enumerate(steps, 1):
-        waves.append(step.wave)
-        reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
-        if reason or len(waves) == n_chunk:
-            yield np.concatenate(waves)
-            waves = []
-        if reason:
-            log.warning("ended after %.2f s: %s", n_done / STEP_RATE_HZ, reason)
-            return
-    if waves:
-        yield np.concatenate(waves)
-
-
-class _CallableModule(types.ModuleType):
-    """`wgpt.generate(...)` works whether or not someone imported this module by its name."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[np.ndarray]:
-        return generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
-
-
-def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
-    """Writes RUN/samples/step-N.wav: decoded validation prompt, then the model's continuation."""
-    loaded = run.codec(str(next(model.parameters()).device))
-    prompt = loaded.decode(
-        data.split("valid").clip(0)[0][:, : round(_SAMPLE_PROMPT_S * STEP_RATE_HZ)]
-    )
-    source = run.config.mel_source if model.config.mel_dim else None
-    was_training = model.training
-    speaker = Speaker(model.eval(), loaded, MelFrontend(data.mel_config), source)
-    new = speaker.continue_wave(prompt, run.config.sample_s, Sampling(top_k=100), seed=step)
-    model.train(was_training)
-    path = run.folder / "samples" / f"step-{step:08d}.wav"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    audio.write(path, np.concatenate([prompt.cpu().numpy(), new]))
-    return path
-
-
-# -- the command ----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -187,23 +90,18 @@ def run(args: argparse.Namespace) -> int:
         args.temperature, args.top_k, args.top_p, args.fine_temperature, args.fine_top_k
     )
     with one_thread():
-        speaker = Speaker.open(args.run, args.device)
+        generator = AudioGenerator.load(args.run, args.device)
         prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
         work = _stream if args.stream else _write
-        return work(args, speaker, prompt, sampling)
+        return work(args, generator, prompt, sampling)
 
 
 def _stream(
-    args: argparse.Namespace, speaker: Speaker, prompt: np.ndarray, sampling: Sampling
+    args: argparse.Namespace, generator: AudioGenerator, prompt: np.ndarray, sampling: Sampling
 ) -> int:
     """Raw PCM to stdout until the end, or until nobody reads."""
-    chunks = generate(
-        speaker,
-        prompt,
-        seconds=args.seconds,
-        sampling=sampling,
-        seed=args.seed,
-        end_when_stuck_s=args.end_when_stuck,
+    chunks = generator.stream(
+        prompt, args.seconds, sampling, args.seed, end_when_stuck_s=args.end_when_stuck
     )
     out = sys.stdout.buffer
     bar = tqdm(total=args.seconds, desc="generate", unit="s", unit_scale=True, disable=None)
@@ -229,17 +127,17 @@ def _pcm(wave: np.ndarray, kind: str) -> bytes:
 
 
 def _write(
-    args: argparse.Namespace, speaker: Speaker, prompt: np.ndarray, sampling: Sampling
+    args: argparse.Namespace, generator: AudioGenerator, prompt: np.ndarray, sampling: Sampling
 ) -> int:
     """--n continuations, each in a file of its own."""
     seeds = [args.seed + i for i in range(args.n)]
-    ends: list[Stuck | None] = [
-        Stuck(args.end_when_stuck) if args.end_when_stuck else None for _ in seeds
+    ends: list[StuckDetector | None] = [
+        StuckDetector(args.end_when_stuck) if args.end_when_stuck else None for _ in seeds
     ]
     items: list[list[Step]] = [[] for _ in seeds]
     ended = [False] * len(seeds)
     n_steps = n_steps_of(args.seconds)
-    batches = speaker.stream_batch([prompt], n_steps, sampling, seeds)
+    batches = generator.steps_batch([prompt], n_steps, sampling, seeds)
     for batch in tqdm(batches, "generate", n_steps, unit="step", disable=None):
         for i, step in enumerate(batch):
             if ended[i]:

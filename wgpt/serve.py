@@ -8,12 +8,10 @@ import json
 import logging
 import signal
 import sys
-from pathlib import Path
 
 from wgpt.errors import ServeError
-from wgpt.serving.session import GenerationSession, Limits
-from wgpt.speaker import Speaker
-from wgpt.threads import one_thread
+from wgpt.ops.runtime import one_thread
+from wgpt.serving.session import GenerationSession, Limits, load_models
 
 log = logging.getLogger(__name__)
 
@@ -42,19 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
-def open_models(runs: list[str], device: str) -> dict[str, Speaker]:
-    """Models by a short name: the folder's, with a number where two are alike."""
-    models: dict[str, Speaker] = {}
-    for folder in runs:
-        name = base = Path(folder).resolve().name
-        count = 1
-        while name in models:
-            count += 1
-            name = f"{base} ({count})"
-        models[name] = Speaker.open(folder, device)
-    return models
-
-
 def run(args: argparse.Namespace) -> int:
     """`wgpt serve`: until Ctrl-C or SIGTERM, which are a success."""
     try:
@@ -68,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         stack.callback(signal.signal, signal.SIGTERM, before)
         listening = stack.enter_context(server.listen(args.port))
-        session = GenerationSession(open_models(args.runs, args.device), limits)
+        session = GenerationSession(load_models(args.runs, args.device), limits)
         url = "http://{}:{}".format(*listening.getsockname())
         facts = json.dumps({"url": url, "runs": list(session.models)})
         sys.stdout.write((facts if args.json else url) + "\n")

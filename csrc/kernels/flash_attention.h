@@ -14,7 +14,8 @@
 //
 // Element types: float32, bfloat16, float16 with float32 accumulation (lse float32); float64 on CPU only (lse float64).
 // Deterministic: same inputs, same bits, for any number of threads. Memory O(T).
-// FLOPs over visible pairs: 4 D forward, 10 D backward (five products), 14 D when dK/dV and dQ are separate passes.
+// FLOPs per visible pair: 4 D forward (two GEMMs), 10 D backward (five GEMMs), 14 D when dK/dV and dQ are separate
+// passes (seven).
 #pragma once
 
 #include "kernels/common.h"

@@ -39,7 +39,7 @@ bool multiply_by_target(const Tensor& out, const Tensor& a_in, const Tensor& b_i
               : packed->has_value() ? Packing::kKept
                                     : Packing::kKeep,
               nullptr};
-  if (!kernels.makes_matmul(call)) return false;
+  if (!kernels.prefers_own_gemm(call)) return false;
   const Tensor scratch = call.b_packing == Packing::kKept
                              ? **packed
                              : workspace(out, kernels.matmul_workspace_bytes(call));

@@ -311,7 +311,7 @@ void matmuls(const Kernels& kernels) {
     g_random = 1;
     Matmul large{dtype};
     large.m = large.n = large.k = 4096;
-    if (!kernels.makes_matmul(large) && &kernels != &cpu::generic::kKernels) {
+    if (!kernels.prefers_own_gemm(large) && &kernels != &cpu::generic::kKernels) {
       constexpr size_t kOutputs = 6 * 4 * 2;  // sizes, layouts, packings
       g_n_outputs += kOutputs;
       continue;

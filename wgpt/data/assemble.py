@@ -11,8 +11,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from wgpt.data.encode import read_partial, sync_folder, write_atomically
-from wgpt.data.shards import FORMAT, FORMAT_VERSION, SPLITS, DataError, sha256_of
+from wgpt.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
+from wgpt.data.encode import read_partial
+from wgpt.errors import DataError
+from wgpt.files import sha256_of, sync_folder, write_atomically
 
 # A bin that hardly varies (a band above the material's bandwidth) must not be blown up into noise.
 STD_FLOOR = 0.1

@@ -1,6 +1,6 @@
 """Random choices of a training step beyond its windows: mel noise, mel drops, steps to score.
 
-Like the windows (loader.py) they are pure functions of (seed, step): each row of a batch has a
+Like the windows (batches.py) they are pure functions of (seed, step): each row of a batch has a
 stream of numpy's Philox of its own, keyed by (seed, step), its counter set to (row, purpose), so
 any process can make any row, resuming needs only the step, and one choice does not move another.
 """

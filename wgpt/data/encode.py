@@ -25,16 +25,18 @@ import torch
 from torch import Tensor
 
 from wgpt import audio
-from wgpt.config import ConfigError, MelConfig
-from wgpt.data.shards import DataError, sha256_of
-from wgpt.mel import MelFrontend
+from wgpt.audio.mel import MelFrontend
+from wgpt.audio.recording import logger as audio_logger
+from wgpt.config import MelConfig
+from wgpt.errors import AudioError, ConfigError, DataError
+from wgpt.files import sha256_of, write_atomically
 
 # Longer files are cut into clips of this many seconds, each encoded as if it began in silence:
 # the codec's memory grows with the clip (5 minutes took 2.2 GB with an 8-filter codec).
 PIECE_SECONDS = 300
 
 
-class Codec(Protocol):
+class CodecProtocol(Protocol):
     """What `wgpt.codec.load` returns, as far as preparing data needs it."""
 
     identity: dict[str, Any]
@@ -61,7 +63,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Done:
+class Outcome:
     """How a file ended: `reason` is empty if it is finished under .partial."""
 
     sha256: str
@@ -94,7 +96,7 @@ class Encoder:
 
     def __init__(
         self,
-        codec: Codec,
+        codec: CodecProtocol,
         mel: MelConfig,
         mel_sources: tuple[str, ...],
         max_seconds: float,
@@ -117,7 +119,7 @@ class Encoder:
                     f"codebooks, got {codebooks}"
                 )
 
-    def encode_file(self, job: Job) -> Done:
+    def encode_file(self, job: Job) -> Outcome:
         """Encode a file into job.partial. A bad file is an answer (`reason`), not an exception.
 
         Raises:
@@ -130,15 +132,15 @@ class Encoder:
                 # The name of the result is the hash of the content, so it must be that content.
                 now = os.stat(path)
                 if (now.st_mtime_ns, now.st_size) != (job.changed_ns, job.size_bytes):
-                    raise audio.AudioError(f"{path}: must not change while it is read")
+                    raise AudioError(f"{path}: must not change while it is read")
                 arrays, n_steps = self.encode_wave(torch.from_numpy(wave))
         except (ValueError, RuntimeError, MemoryError, ArithmeticError, OSError) as error:
             reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
-            return Done(job.sha256, reason=" ".join(reason.split()))
+            return Outcome(job.sha256, reason=" ".join(reason.split()))
         facts = {"seconds": wave.size / self.mel.sample_rate_hz, "steps": n_steps, "notes": notes}
         blob = safetensors.numpy.save(arrays, {"facts": json.dumps(facts)})
         write_atomically(Path(job.partial), blob)
-        return Done(job.sha256)
+        return Outcome(job.sha256)
 
     def encode_wave(self, wave: Tensor) -> tuple[dict[str, np.ndarray], list[int]]:
         """A wave float32 (L,) to stacked arrays and the steps of each of its clips.
@@ -151,9 +153,7 @@ class Encoder:
         piece_steps = PIECE_SECONDS * self.mel.sample_rate_hz // hop
         n_steps = wave.shape[0] // hop
         if n_steps == 0:
-            raise audio.AudioError(
-                f"must last at least one step of {hop} samples, got {wave.shape[0]}"
-            )
+            raise AudioError(f"must last at least one step of {hop} samples, got {wave.shape[0]}")
         lengths, parts = [], []
         for start in range(0, n_steps, piece_steps):
             stop = min(start + piece_steps, n_steps)
@@ -208,31 +208,6 @@ def hash_file(path: Path) -> tuple[str, os.stat_result]:
     return sha256_of(path), status
 
 
-def write_atomically(path: Path, blob: bytes) -> None:
-    """Write bytes under a temporary name, flush to disk, rename: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable (a no-op where folders cannot be opened)."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _notes(path: str) -> Iterator[list[str]]:
     """Collect what reading logs about a file, for the manifest, without the path."""
@@ -244,8 +219,8 @@ def _notes(path: str) -> Iterator[list[str]]:
                 notes.append(record.getMessage().removeprefix(f"{path}: "))
 
     handler = Collect(level=logging.WARNING)
-    audio.logger.addHandler(handler)
+    audio_logger.addHandler(handler)
     try:
         yield notes
     finally:
-        audio.logger.removeHandler(handler)
+        audio_logger.removeHandler(handler)

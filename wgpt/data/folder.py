@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from wgpt.data.assemble import BUILDING
-from wgpt.data.encode import write_atomically
+from wgpt.data.dataset import FORMAT_VERSION, read_manifest
 from wgpt.data.scan import Found
-from wgpt.data.shards import FORMAT_VERSION, DataError, read_manifest
+from wgpt.errors import DataError
+from wgpt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

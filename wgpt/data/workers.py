@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from wgpt.config import MelConfig
-from wgpt.data.encode import Codec, Done, Encoder, Job
-from wgpt.threads import one_thread
+from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome
+from wgpt.ops.runtime import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class EncoderSpec:
     """All that a process needs to build its encoder; `codec` is a name, a path, or an object."""
 
-    codec: str | Path | Codec
+    codec: str | Path | CodecProtocol
     mel: MelConfig
     mel_sources: tuple[str, ...]
     max_seconds: float
@@ -43,17 +43,19 @@ class EncoderSpec:
         )
 
 
-def load_codec(codec: str | Path | Codec, download: bool) -> Codec:
+def load_codec(codec: str | Path | CodecProtocol, download: bool) -> CodecProtocol:
     """A codec by name or path; an object is returned as it is."""
     if not isinstance(codec, (str, Path)):
         return codec
     import wgpt.codec  # loading it costs seconds that `--help` should not pay
 
-    loaded: Codec = wgpt.codec.load(str(codec), download=download)
+    loaded: CodecProtocol = wgpt.codec.load(str(codec), download=download)
     return loaded
 
 
-def encode_here(encoder: Encoder, jobs: list[Job], finished: Callable[[Job, Done], None]) -> None:
+def encode_here(
+    encoder: Encoder, jobs: list[Job], finished: Callable[[Job, Outcome], None]
+) -> None:
     """Encode one after another in this process, calling `finished` for each."""
     with one_thread():
         for job in jobs:
@@ -61,7 +63,7 @@ def encode_here(encoder: Encoder, jobs: list[Job], finished: Callable[[Job, Done
 
 
 def encode_in_processes(
-    spec: EncoderSpec, jobs: list[Job], n_workers: int, finished: Callable[[Job, Done], None]
+    spec: EncoderSpec, jobs: list[Job], n_workers: int, finished: Callable[[Job, Outcome], None]
 ) -> None:
     """Encode in `n_workers` processes, calling `finished` here for each in order of completion.
 
@@ -81,7 +83,7 @@ def encode_in_processes(
         while suspects:
             for job in _run_pool(spec, suspects, 1, 1, finished):
                 reason = "its worker process died twice (killed, out of memory, or a crash)"
-                finished(job, Done(job.sha256, reason=reason))
+                finished(job, Outcome(job.sha256, reason=reason))
 
 
 def _run_pool(
@@ -89,14 +91,14 @@ def _run_pool(
     waiting: list[Job],
     n_workers: int,
     n_ahead: int,
-    finished: Callable[[Job, Done], None],
+    finished: Callable[[Job, Outcome], None],
 ) -> list[Job]:
     """Empty `waiting` from its end; returns early with the jobs in flight if a worker dies."""
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
         min(n_workers, len(waiting)), context, initializer=_start_worker, initargs=(spec,)
     )
-    flying: dict[concurrent.futures.Future[Done], Job] = {}
+    flying: dict[concurrent.futures.Future[Outcome], Job] = {}
     lost: list[Job] = []
     try:
         while (waiting or flying) and not lost:
@@ -142,7 +144,7 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _encode(job: Job) -> Done:
+def _encode(job: Job) -> Outcome:
     if isinstance(_built, Encoder):
         return _built.encode_file(job)
     raise _built if _built is not None else RuntimeError("worker: no encoder was built")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from wgpt.config import STEP_RATE_HZ, ConfigError, ModelConfig, from_json, to_json
-from wgpt.model.block import Block, add_norm, fused, rotary_angles
+from wgpt.config import STEP_RATE_HZ, ModelConfig, from_json, to_json
+from wgpt.errors import ConfigError
+from wgpt.files import write_atomically
 from wgpt.model.cache import Cache
-from wgpt.model.embed import Fusion
-from wgpt.model.fine import FineHead
+from wgpt.model.depth import DepthTransformer
+from wgpt.model.fusion import Fusion
 from wgpt.model.latent import LatentHistory, centred
+from wgpt.model.transformer import Block, add_norm, op_for, rotary_angles
 
 _FORMAT = "wgpt-model-1"
 
@@ -61,11 +62,11 @@ class HybridModel(nn.Module):
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
-        self.fine: FineHead | None = None
+        self.fine: DepthTransformer | None = None
         self.latent: LatentHistory | None = None
         self.reset_parameters()
         if config.n_fine:  # after the trunk: the same seed draws the same trunk with and without
-            self.fine = FineHead(config)
+            self.fine = DepthTransformer(config)
         if config.latent_steps:
             self.latent = LatentHistory(config)
 
@@ -159,7 +160,7 @@ class HybridModel(nn.Module):
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed NLL in nats over the targets (B, T) int64 that are not -1, and how many of them
         the model puts first, from the hidden state (B, T, C)."""
-        return fused("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
+        return op_for("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
         """Mean NLL in nats over the targets (B, T) int64 that are not -1."""
@@ -248,9 +249,7 @@ class HybridModel(nn.Module):
             "README.md": (card or self.describe() + "\n").encode(),
         }
         for name, content in files.items():
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            write_atomically(folder / name, content)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:

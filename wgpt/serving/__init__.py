@@ -1,6 +1,6 @@
 """The page of `wgpt serve`: a recording goes in, the model continues it while you listen.
 
-    bytes of a file ─audio.read─▶ prompt ─AudioGenerator.stream─▶ JSON lines ─▶ player and pictures
+    bytes of a file ─audio.read─▶ prompt ─AudioGenerator.steps─▶ JSON lines ─▶ player and pictures
                                      └─codec.encode, decode─▶ the ceiling: what the codec keeps
 
     session.py      what a page may ask for, and the answers; knows nothing of HTTP

@@ -6,7 +6,7 @@ import base64
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import numpy as np
 import torch
 
 from wgpt import audio
-from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, ConfigError
-from wgpt.errors import AudioError
-from wgpt.mel import MelStream, band_edges_hz
-from wgpt.sampling import Sampling, Stuck
-from wgpt.speaker import Speaker, Step, n_steps_of
+from wgpt.audio.mel import band_edges_hz
+from wgpt.audio.mel_stream import MelStream
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ
+from wgpt.errors import AudioError, ConfigError
+from wgpt.generation.generator import AudioGenerator, Step
+from wgpt.generation.prompt import n_steps_of
+from wgpt.generation.sampling import Sampling
+from wgpt.generation.stopping import StuckDetector
 
 FIRST_STEPS, NEXT_STEPS = 6, 15  # steps in a piece of sound: 80 ms, then 200 ms
 WARN_AFTER_S = 2.0  # of silence or of a loop; half the continuation where that is shorter
@@ -63,7 +66,7 @@ class GenerationSession:
     models: by the names that the page shows.
     """
 
-    def __init__(self, models: Mapping[str, Speaker], limits: Limits) -> None:
+    def __init__(self, models: Mapping[str, AudioGenerator], limits: Limits) -> None:
         self.models = dict(models)
         self.limits = limits
         clips = sorted(path for path in EXAMPLES.glob("*") if path.suffix in audio.SUFFIXES)
@@ -76,9 +79,7 @@ class GenerationSession:
                 name: {
                     "n_codebooks": model.n_codebooks,
                     "codebook_size": model.model.config.codebook_size,
-                    "mel_hz": [
-                        round(hz, 1) for hz in band_edges_hz(model.frontend.config).tolist()
-                    ],
+                    "mel_edges_hz": band_edges_hz(model.frontend.config).tolist(),
                 }
                 for name, model in self.models.items()
             },
@@ -110,7 +111,7 @@ class GenerationSession:
                 message = str(error).replace(f"{path}:", "the prompt")
                 raise AudioError(message.partition("; split it")[0]) from error
 
-    def model(self, query: Mapping[str, str]) -> Speaker:
+    def model(self, query: Mapping[str, str]) -> AudioGenerator:
         """The model that a query names. Raises ConfigError."""
         name = query.get("model", "")
         if name not in self.models:
@@ -154,17 +155,17 @@ class GenerationSession:
     def continue_prompt(self, request: Request, prompt: np.ndarray) -> Iterator[dict[str, Any]]:
         """Yields the continuation piece by piece, as it is made: 80 ms, then 200 ms each.
 
-        The samples are those of AudioGenerator.stream, rounded to 16 bits.
+        The samples are those of AudioGenerator.steps, rounded to 16 bits.
         """
         model = self.models[request.model]
         prompt = whole_steps(prompt)
-        stuck = Stuck(min(WARN_AFTER_S, request.n_steps / STEP_RATE_HZ / 2))
+        stuck = StuckDetector(min(WARN_AFTER_S, request.n_steps / STEP_RATE_HZ / 2))
         picture = MelPicture(model)
         began, first = time.monotonic(), 0.0
         steps: list[Step] = []
         warning: str | None = None
         n_due = FIRST_STEPS
-        stream = model.stream(prompt, request.n_steps, request.sampling, request.seed)
+        stream = model.steps(prompt, request.n_steps, request.sampling, request.seed)
         for n_done, step in enumerate(stream, 1):
             if n_done == 1:
                 first = time.monotonic()
@@ -189,10 +190,23 @@ class GenerationSession:
             steps, n_due = [], n_done + NEXT_STEPS
 
 
+def load_models(runs: Sequence[str], device: str) -> dict[str, AudioGenerator]:
+    """Generators by a short name: the folder's, with a number where two are alike."""
+    models: dict[str, AudioGenerator] = {}
+    for folder in runs:
+        name = base = Path(folder).resolve().name
+        count = 1
+        while name in models:
+            count += 1
+            name = f"{base} ({count})"
+        models[name] = AudioGenerator.load(folder, device)
+    return models
+
+
 class MelPicture:
     """Log-mel of a wave that arrives in whole steps, as the model hears it, one column a step."""
 
-    def __init__(self, model: Speaker) -> None:
+    def __init__(self, model: AudioGenerator) -> None:
         self._stream = MelStream(model.frontend)
         self._frames_per_step = model.frontend.config.frames_per_step
 

@@ -1,5 +1,5 @@
-// flash_attention on the CPU: which code runs for a type and head size, and how its work is cut
-// into tasks.
+// flash_attention on the CPU: which code runs for a dtype and head_dim, and how the work is split into
+// tasks.
 #pragma once
 
 #include "kernels/cpu/attention/flash_attention_backward_amx.h"
@@ -28,8 +28,8 @@ inline size_t flash_attention_forward_workspace_bytes(const FlashAttentionShape&
   return is_decoding(shape) ? decode_workspace_bytes(shape) : 0;
 }
 
-// On vectors or on tiles.
-template <typename Element, int kDim, typename Dot, bool kOnTiles = Dot::kIsMatrix>
+// Vector kernels, or AMX kernels where Dot is one of AMX.
+template <typename Element, int kDim, typename Dot, bool kOnAmx = Dot::kIsAmx>
 struct Attention {
   using Forward = VectorForward<Element, kDim, Dot>;
   using Backward = VectorBackward<Element, kDim, Dot>;
@@ -37,8 +37,8 @@ struct Attention {
 #if defined(__AMX_BF16__)
 template <typename Element, int kDim, typename Dot>
 struct Attention<Element, kDim, Dot, true> {
-  using Forward = TileForward<Element, kDim, Dot>;
-  using Backward = TileBackward<Element, kDim, Dot>;
+  using Forward = AmxForward<Element, kDim, Dot>;
+  using Backward = AmxBackward<Element, kDim, Dot>;
 };
 #endif
 template <typename Element, int kDim>
@@ -66,7 +66,7 @@ inline void flash_attention_forward(const FlashAttentionForward& args, const Exe
   with_element(args.shape.dtype, [&](auto element) {
     using Element = decltype(element);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      attend_by_rows<Element>(args, executor);
+      attend_float64<Element>(args, executor);
     } else {
       with_head_dim(args.shape.head_dim, [&](auto dim) {
         if (is_decoding(args.shape)) return decode<Element, dim.value>(args, executor);
@@ -76,18 +76,19 @@ inline void flash_attention_forward(const FlashAttentionForward& args, const Exe
   });
 }
 
-// Workspace of the backward: delta of every query, whether a head must be made again, and dq of every part
-// where there are several.
+// Workspace of the backward, in floats: delta of every query, a flag per head whose gradients are not
+// all finite, and a dq per key split where there are several.
 template <typename Element, int kDim>
 struct BackwardWorkspace {
   using Backward = typename AttentionOf<Element, kDim>::Backward;
-  int64_t spoiled, dq, all;  // where they begin, in floats
+  int64_t has_nonfinite, dq, all;  // offsets; all: the size
 
   explicit BackwardWorkspace(const FlashAttentionShape& shape) {
-    const int64_t n_heads = shape.batch * shape.heads, n_parts = Backward::n_parts(shape);
-    spoiled = n_heads * shape.q_steps;
-    dq = round_up(spoiled + n_heads, 16);
-    all = dq + (n_parts == 1 ? 0 : n_heads * n_parts * Backward::dq_floats(shape.q_steps));
+    const int64_t n_heads = shape.batch * shape.heads, n_key_splits = Backward::n_key_splits(shape);
+    has_nonfinite = n_heads * shape.q_steps;
+    dq = round_up(has_nonfinite + n_heads, 16);
+    all =
+        dq + (n_key_splits == 1 ? 0 : n_heads * n_key_splits * Backward::dq_floats(shape.q_steps));
   }
 };
 
@@ -113,43 +114,43 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
   const FlashAttentionShape& shape = args.shape;
   const int64_t n_heads = shape.batch * shape.heads, n_threads = max_of(1, executor.n_threads);
   const BackwardWorkspace<Element, kDim> workspace(shape);
-  float* const spoiled = static_cast<float*>(args.workspace) + workspace.spoiled;
-  clear_floats(spoiled, n_heads);
-  const auto run = [&](int64_t head, auto&& make) {
+  float* const has_nonfinite = static_cast<float*>(args.workspace) + workspace.has_nonfinite;
+  clear_floats(has_nonfinite, n_heads);
+  const auto run = [&](int64_t head, auto&& body) {
     Backward backward(args, head / shape.heads, head % shape.heads, false);
     const float one = 1.0f;
-    if (!make(backward)) __atomic_store(spoiled + head, &one, __ATOMIC_RELAXED);
+    if (!body(backward)) __atomic_store(has_nonfinite + head, &one, __ATOMIC_RELAXED);
   };
   const int64_t rows = 4 * Backward::kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
-  const auto for_chunks = [&](auto&& make) {  // the last queries, which see most keys, first
+  const auto for_chunks = [&](auto&& body) {  // the last queries, which see most keys, first
     run_tasks(executor, n_heads * n_chunks, [&](int64_t task) {
       const int64_t head = task % n_heads, begin = (n_chunks - 1 - task / n_heads) * rows;
       const int64_t end = min_of(begin + rows, shape.q_steps);
-      run(head, [&](auto& of_head) { return make(of_head, head, begin, end); });
+      run(head, [&](auto& of_head) { return body(of_head, head, begin, end); });
     });
   };
   const auto write_delta = [](auto& of_head, int64_t, int64_t begin, int64_t end) {
     return of_head.write_delta(begin, end);
   };
-  const int64_t n_parts = Backward::n_parts(shape), n_tasks = n_heads * n_parts;
-  const bool by_parts = 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
-  if (by_parts && n_parts == 1) {
+  const int64_t n_key_splits = Backward::n_key_splits(shape), n_tasks = n_heads * n_key_splits;
+  const bool by_key_splits = 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
+  if (by_key_splits && n_key_splits == 1) {
     run_tasks(executor, n_heads, [&](int64_t head) {
       run(head, [&](auto& of_head) {
         return of_head.write_delta(0, shape.q_steps) && of_head.run_head();
       });
     });
-  } else if (by_parts) {
+  } else if (by_key_splits) {
     for_chunks(write_delta);
     float* dq = static_cast<float*>(args.workspace) + workspace.dq;
     const int64_t dq_floats = Backward::dq_floats(shape.q_steps);
     run_tasks(executor, n_tasks, [&](int64_t task) {
-      run(task / n_parts, [&](auto& of_head) {
-        return of_head.run_part(task % n_parts, n_parts, dq + task * dq_floats);
+      run(task / n_key_splits, [&](auto& of_head) {
+        return of_head.run_key_split(task % n_key_splits, n_key_splits, dq + task * dq_floats);
       });
     });
     for_chunks([&](auto& of_head, int64_t head, int64_t begin, int64_t end) {
-      return of_head.add_parts(begin, end, n_parts, dq + head * n_parts * dq_floats);
+      return of_head.add_key_splits(begin, end, n_key_splits, dq + head * n_key_splits * dq_floats);
     });
   } else {
     for_chunks(write_delta);
@@ -159,15 +160,15 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       run(task % n_heads, [&](auto& of_head) { return of_head.run_keys(begin, begin + keys); });
     });
     for_chunks([&](auto& of_head, int64_t, int64_t begin, int64_t end) {
-      return of_head.run_queries(begin, end, n_parts);
+      return of_head.run_queries(begin, end, n_key_splits);
     });
   }
-  if constexpr (AttentionDot<Element>::Type::kPlanes > 1) {
+  if constexpr (AttentionDot<Element>::Type::kTerms > 1) {
     run_tasks(executor, n_heads, [&](int64_t head) {
-      if (spoiled[head] == 0.0f) return;
-      VectorBackward<Element, kDim, FloatDot> repair(args, head / shape.heads, head % shape.heads,
-                                                     true);
-      repair.run_head();
+      if (has_nonfinite[head] == 0.0f) return;
+      VectorBackward<Element, kDim, FloatDot> fallback(args, head / shape.heads, head % shape.heads,
+                                                       true);
+      fallback.run_head();
     });
   }
 }
@@ -176,7 +177,7 @@ inline void flash_attention_backward(const FlashAttentionBackward& args, const E
   with_element(args.shape.dtype, [&](auto element) {
     using Element = decltype(element);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      attend_backward_by_rows<Element>(args, executor);
+      attend_backward_float64<Element>(args, executor);
     } else {
       with_head_dim(args.shape.head_dim, [&](auto dim) {
         attend_backward_by_blocks<Element, dim.value>(args, executor);

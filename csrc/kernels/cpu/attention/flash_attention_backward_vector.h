@@ -1,15 +1,15 @@
-// flash_attention backward by vector multiply-adds. The way through a head: flash_attention_backward.h.
+// flash_attention backward with vector FMAs. The loops over a head: flash_attention_backward.h.
 //
-// Every product is summed by itself, in registers, and then added: half the rounding error of one
-// long sum.
+// Every block GEMM accumulates in a zeroed register block that is then added to the gradient: half the
+// rounding error of one long sum.
 #pragma once
 
 #include "kernels/cpu/attention/flash_attention_backward.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// Measured on one Zen 5 thread, D 32 to 128, both types: blocks of 96 keys cost 8 to 13 % (dq is read
-// and written twice as often), tiles of 96 queries change nothing (2 %).
+// Measured on one Zen 5 thread, D 32 to 128, both types: key blocks of 96 cost 8 to 13 % (dq is read and
+// written twice as often), query blocks of 96 change nothing (2 %).
 template <typename Element, int kDim, typename Dot>
 class VectorBackward
     : public GradientTask<VectorBackward<Element, kDim, Dot>, Element, kDim, Dot, 192, 48> {
@@ -18,26 +18,26 @@ class VectorBackward
   using Task::kRowGroup, Task::kUnits, Task::kPer, Task::kOutVectors;
   static constexpr int kKeys = Task::kGradientKeys, kScoreRow = kKeys / kPer;
   static constexpr int kOutRows = kRowGroup * (kVectors / kOutVectors);
-  static constexpr int kSlab = 96;  // keys of a dq product: its rows of k stay in L1
+  static constexpr int kSlab = 96;  // keys of a dq GEMM: its rows of k stay in L1
 
  public:
   using Task::Task;
 
  private:
-  void pack_across(Rows<Element> rows, float* out) {
+  void pack_over_queries(Rows<Element> rows, float* out) {
     pack_row_pairs<Dot, kDim>(rows, this->n_rows_, Task::kGradientQueries, out);
   }
 
-  // Where keys from `key` on of a row lie in p_across_ and ds_across_, and in ds_.
-  static int64_t across(int64_t key, int64_t row) { return row / kPer * kKeys + key; }
-  static int64_t along(int64_t key, int64_t row) { return row * kScoreRow + key / kPer; }
+  // Offsets of keys from `key` on of a row in p_over_queries_ and ds_over_queries_, and in ds_.
+  static int64_t at_over_queries(int64_t key, int64_t row) { return row / kPer * kKeys + key; }
+  static int64_t at_over_keys(int64_t key, int64_t row) { return row * kScoreRow + key / kPer; }
 
   template <bool kDkDv>
   void clear_scores(int strip, int row) {
     for (int r = row; r < row + kRowGroup; ++r) {
-      if constexpr (kDkDv) clear_floats(this->p_across_ + across(strip, r), kStrip);
-      clear_floats(this->ds_across_ + across(strip, r), kStrip);
-      if constexpr (kPer > 1) clear_floats(this->ds_ + along(strip, r), kStrip / kPer);
+      if constexpr (kDkDv) clear_floats(this->p_over_queries_ + at_over_queries(strip, r), kStrip);
+      clear_floats(this->ds_over_queries_ + at_over_queries(strip, r), kStrip);
+      if constexpr (kPer > 1) clear_floats(this->ds_ + at_over_keys(strip, r), kStrip / kPer);
     }
   }
 
@@ -54,45 +54,46 @@ class VectorBackward
   // them.
   template <int kWidth, bool kMasked, bool kDkDv>
   __attribute__((noinline)) void score_keys(const Piece& piece, int row) {
-    Tile<kRowGroup, kWidth> p, dp;
+    RegisterBlock<kRowGroup, kWidth> p, dp;
     alignas(64) float saved[kRowGroup * kWidth * kLanes];
     const int key = piece.key;
     const int64_t columns = key / kStrip * (kStrip * kUnits) + key % kStrip;
-    multiply_fresh_tile<Dot>(this->q_ + row * kUnits, kUnits, 1, this->k_columns_ + columns, kStrip,
-                             kUnits, p);
+    gemm_fresh_block<Dot>(this->q_ + row * kUnits, kUnits, 1, this->k_columns_ + columns, kStrip,
+                          kUnits, p);
     const Floats scale = splat(static_cast<float>(this->shape_.scale));
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-      const Floats lse = splat(-this->tile_lse_[row + r]);
+      const Floats lse = splat(-this->block_lse_[row + r]);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[r][v] =
           exp2_of<Dot::kExact>(fma_unrounded(p[r][v], scale, lse) * splat(kLog2E));
       if constexpr (kMasked) this->mask(piece, row + r, p[r]);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v)
           store(saved + (r * kWidth + v) * kLanes, p[r][v]);
     }
-    if constexpr (kDkDv) store_rows_across<Dot>(this->p_across_ + across(key, row), kKeys, p);
+    if constexpr (kDkDv)
+      store_over_rows<Dot>(this->p_over_queries_ + at_over_queries(key, row), kKeys, p);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) dp[r][v] = splat(-this->tile_delta_[row + r]);
+      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) dp[r][v] = splat(-this->block_delta_[row + r]);
     }
-    multiply_tile<Dot>(this->d_out_ + row * kUnits, kUnits, 1, this->v_columns_ + columns, kStrip,
-                       kUnits, dp);
+    gemm_block<Dot>(this->d_out_ + row * kUnits, kUnits, 1, this->v_columns_ + columns, kStrip,
+                    kUnits, dp);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v) dp[r][v] =
           dp[r][v] * load(saved + (r * kWidth + v) * kLanes);
       if constexpr (kMasked) this->mask(piece, row + r, dp[r]);
     }
-    store_rows_across<Dot>(this->ds_across_ + across(key, row), kKeys, dp);
+    store_over_rows<Dot>(this->ds_over_queries_ + at_over_queries(key, row), kKeys, dp);
     if constexpr (kPer == 1) return;
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r)
-        store_row<Dot>(this->ds_ + along(key, row + r), dp[r]);
+        store_row<Dot>(this->ds_ + at_over_keys(key, row + r), dp[r]);
   }
 
   // out[r, :] += sum over n units of a[r, k] b[k, :], kOutRows rows, all channels.
-  WGPT_INLINE static void add_product(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                      int64_t n, float* out) {
+  WGPT_INLINE static void add_gemm(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                   int64_t n, float* out) {
     for (int column = 0; column < kDim; column += kOutVectors * kLanes) {
-      Tile<kOutRows, kOutVectors> sums;
-      multiply_fresh_tile<Dot>(a, a_row, a_step, b + column, kDim, n, sums);
-      add_tile(sums, out + column, kDim);
+      RegisterBlock<kOutRows, kOutVectors> sums;
+      gemm_fresh_block<Dot>(a, a_row, a_step, b + column, kDim, n, sums);
+      add_block(sums, out + column, kDim);
     }
   }
 
@@ -102,8 +103,10 @@ class VectorBackward
       if (units.begin >= units.end) continue;
       const int64_t a = units.begin * kKeys + j, b = units.begin * kDim;
       const int64_t n = units.end - units.begin;
-      add_product(this->p_across_ + a, 1, kKeys, this->d_out_across_ + b, n, this->dv_ + j * kDim);
-      add_product(this->ds_across_ + a, 1, kKeys, this->q_across_ + b, n, this->dk_ + j * kDim);
+      add_gemm(this->p_over_queries_ + a, 1, kKeys, this->d_out_over_queries_ + b, n,
+               this->dv_ + j * kDim);
+      add_gemm(this->ds_over_queries_ + a, 1, kKeys, this->q_over_queries_ + b, n,
+               this->dk_ + j * kDim);
     }
   }
 
@@ -113,8 +116,8 @@ class VectorBackward
       for (int row = 0; row < n_rows; row += kOutRows) {
         const Range units = this->seen_units(row, min_of(row + kOutRows, n_rows) - 1, slab, kSlab);
         if (units.begin >= units.end) continue;
-        add_product(this->ds_ + row * kScoreRow + units.begin, kScoreRow, 1,
-                    this->k_rows_ + units.begin * kDim, units.end - units.begin, dq + row * kDim);
+        add_gemm(this->ds_ + row * kScoreRow + units.begin, kScoreRow, 1,
+                 this->k_rows_ + units.begin * kDim, units.end - units.begin, dq + row * kDim);
       }
     }
   }
@@ -122,7 +125,7 @@ class VectorBackward
   void write_key_gradients() {
     const float scale = static_cast<float>(this->shape_.scale);
     for (int64_t j = 0; j < this->n_keys_; ++j) {
-      const int64_t key = this->block_ + j;
+      const int64_t key = this->key_block_ + j;
       this->write_row(this->dk_ + j * kDim, scale,
                       head_row<Element>(this->args_.dk, this->b_, this->h_, key));
       this->write_row(this->dv_ + j * kDim, 1.0f,

@@ -1,11 +1,11 @@
 // flash_attention forward for a few queries against a long key/value cache. Formula and shapes:
 // kernels/flash_attention.h.
 //
-// Nothing is reused but by the few rows, so nothing is packed: keys and values are read once, in
-// place, and their bytes are the limit (2 Tk D elements a head against 4 Tq Tk D FLOPs). Tasks are
-// spans of kDecodeSpan keys of a head, so that one head fills many threads; each leaves a maximum,
-// a sum and an unscaled out, which are then joined in ascending order of keys. Spans start at fixed
-// keys: the bits do not depend on the threads.
+// Split-K (flash decoding). Only the few queries reuse a key, so nothing is packed: keys and values are
+// read once, in place, and memory bandwidth is the limit (2 Tk D elements a head against 4 Tq Tk D FLOPs).
+// Tasks are spans of kDecodeSpan keys of a head, so that one head feeds many threads; each leaves a
+// maximum, a sum and an unscaled out, which are merged in ascending order of keys. Spans start at fixed
+// keys, so the bits do not depend on the number of threads.
 #pragma once
 
 #include "kernels/cpu/attention/flash_attention_forward.h"
@@ -51,7 +51,7 @@ class DecodeSpan {
     for (int64_t key = begin; key < end; key += kDecodeKeys) {
       const int n = static_cast<int>(min_of<int64_t>(kDecodeKeys, end - key));
       score(key, n);
-      for (int r = 0; r < n_rows_; ++r) soften(key, n, r);
+      for (int r = 0; r < n_rows_; ++r) exp_and_sum(key, n, r);
       add_values(key, n);
     }
   }
@@ -76,9 +76,8 @@ class DecodeSpan {
     }
   }
 
-  // p = 2^(s - maximum) of row r, 0 for keys that it does not see; what was summed before is
-  // rescaled.
-  void soften(int64_t key, int n, int r) {
+  // p = 2^(s - maximum) of row r, 0 for keys that it does not see; sum and out so far are rescaled.
+  void exp_and_sum(int64_t key, int n, int r) {
     const Range keys = visible_keys(shape_, r);
     const int64_t end = min_of(keys.end, key + n);
     float* p = p_ + r * kDecodeKeys;
@@ -127,7 +126,7 @@ class DecodeSpan {
   alignas(64) float p_[kDecodeRows * kDecodeKeys] = {};
 };
 
-// Joins the spans [first, last) of a row in ascending order.
+// Merges the spans [first, last) of a row in ascending order.
 template <typename Element, int kDim>
 void join_spans(const FlashAttentionForward& args, int64_t head, int64_t row, int64_t first,
                 int64_t last) {

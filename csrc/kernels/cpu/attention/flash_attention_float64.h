@@ -1,8 +1,8 @@
-// flash_attention in double, row by row: for gradient checks, not for speed. Formula and shapes:
+// flash_attention in float64, row by row: for gradient checks, not for speed. Formula and shapes:
 // kernels/flash_attention.h.
 //
-// A row of out is an online softmax over blocks of keys; a row of dq walks its keys, a row of dk
-// and dv its queries, each in ascending order: seven products, no scratch but a few rows.
+// A row of out is an online softmax over blocks of keys; a row of dq loops over its keys, a row of dk
+// and dv over its queries, each in ascending order. 14 D FLOPs per pair, no scratch but a few rows.
 #pragma once
 
 #include <math.h>
@@ -82,7 +82,7 @@ void for_each_row(const FlashAttentionShape& shape, int64_t n_rows, const Execut
 }
 
 template <typename Element>
-void attend_by_rows(const FlashAttentionForward& args, const Executor& executor) {
+void attend_float64(const FlashAttentionForward& args, const Executor& executor) {
   for_each_row(args.shape, args.shape.q_steps, executor,
                [&](int64_t b, int64_t h, int64_t i) { attend_row<Element>(args, b, h, i); });
 }
@@ -151,7 +151,7 @@ struct BackwardRow {
 };
 
 template <typename Element>
-void attend_backward_by_rows(const FlashAttentionBackward& args, const Executor& executor) {
+void attend_backward_float64(const FlashAttentionBackward& args, const Executor& executor) {
   using Row = BackwardRow<Element>;
   auto* delta = static_cast<typename Row::Sum*>(args.workspace);
   const auto row_of = [&](int64_t b, int64_t h) { return Row{args, delta, b, h}; };

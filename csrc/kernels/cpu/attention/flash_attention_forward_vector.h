@@ -1,6 +1,6 @@
-// flash_attention forward by vector multiply-adds. The way through a chunk: flash_attention_forward.h.
+// flash_attention forward with vector FMAs. The loops over a chunk: flash_attention_forward.h.
 //
-// By tiles of four groups of six queries; the softmax never leaves the registers that hold the scores.
+// Query blocks of four groups of six; the softmax never leaves the register block that holds the scores.
 // On the diagonal single vectors of keys are skipped.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// Measured on one Zen 5 thread, D 32 to 128, both types: blocks of 128 to 256 keys and tiles of 24 or
-// 48 queries differ by no more than the noise (3 %).
+// Measured on one Zen 5 thread, D 32 to 128, both types: key blocks of 128 to 256 and query blocks of 24
+// or 48 differ by no more than the noise (3 %).
 template <typename Element, int kDim, typename Dot>
 class VectorForward
     : public ForwardChunk<VectorForward<Element, kDim, Dot>, Element, kDim, Dot, 192, 4> {
@@ -18,7 +18,8 @@ class VectorForward
   using Chunk::kRowGroup, Chunk::kUnits, Chunk::kPRow, Chunk::kOutVectors;
   using typename Chunk::Group;
   static constexpr int kGroups = 4, kKeys = 192;
-  static constexpr int kJoined = kVectors / kOutVectors;  // that fill the registers of p v
+  static constexpr int kJoined =
+      kVectors / kOutVectors;  // groups that fill the register block of p v
 
  public:
   using Chunk::Chunk;
@@ -30,7 +31,8 @@ class VectorForward
       for (int strip = 0; strip < kKeys; strip += kStrip) {
         for (Group& group : this->groups_) {
           if (group.keys.begin < strip + kStrip && strip < group.keys.end)
-            attend_piece(group, piece_of<Chunk::kStep>(group.visible, this->block_, strip));
+            attend_piece(group,
+                         piece_of<Chunk::kPieceStep>(group.visible, this->key_block_, strip));
         }
       }
       for (const Group& group : this->groups_) this->rescale(group);
@@ -49,8 +51,8 @@ class VectorForward
   // p = 2^(scale s - m) for kWidth vectors of keys; masked where some rows do not see all of them.
   template <int kWidth, bool kMasked>
   __attribute__((noinline)) void attend_keys(Group& group, int key) {
-    Tile<kRowGroup, kWidth> s;
-    multiply_fresh_tile<Dot>(this->q_of(group), kUnits, 1, this->k_of(key), kStrip, kUnits, s);
+    RegisterBlock<kRowGroup, kWidth> s;
+    gemm_fresh_block<Dot>(this->q_of(group), kUnits, 1, this->k_of(key), kStrip, kUnits, s);
     if constexpr (kMasked) {
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->mask_scores(group, key, r, s[r]);
     }
@@ -62,13 +64,13 @@ class VectorForward
     if (__builtin_expect(any_above(worst, splat(0.0f)), 0)) {
       Floats largest[kRowGroup];
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) largest[r] = Chunk::largest_of(s[r]);
-      this->raise_maxima(group, key, largest);
+      this->update_row_max(group, key, largest);
     }
     const Floats scale = splat(this->scale_);
-    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->soften(group, key, r, scale, s[r]);
+    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->exp_and_sum(group, key, r, scale, s[r]);
   }
 
-  // kJoined groups from g on, together where they see the same keys.
+  // kJoined groups from g on, in one register block where they see the same keys.
   WGPT_INLINE void add_values_of(int g, int column) {
     const Group* group = this->groups_ + g;
     bool is_same = true;
@@ -88,12 +90,12 @@ class VectorForward
   // out += p v for n groups and one strip of channels.
   template <int n>
   WGPT_INLINE void add_values(const Group& group, int column) {
-    Tile<n * kRowGroup, kOutVectors> sums;
+    RegisterBlock<n * kRowGroup, kOutVectors> sums;
     const int64_t first = group.keys.begin / Dot::kPerUnit;
-    multiply_fresh_tile<Dot>(this->p_of(group, 0, group.keys.begin), kPRow, 1,
-                             this->v_ + first * kDim + column, kDim,
-                             group.keys.end / Dot::kPerUnit - first, sums);
-    add_tile(sums, this->out_ + group.row * kDim + column, kDim);
+    gemm_fresh_block<Dot>(this->p_of(group, 0, group.keys.begin), kPRow, 1,
+                          this->v_ + first * kDim + column, kDim,
+                          group.keys.end / Dot::kPerUnit - first, sums);
+    add_block(sums, this->out_ + group.row * kDim + column, kDim);
   }
 };
 

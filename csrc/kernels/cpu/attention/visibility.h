@@ -47,30 +47,29 @@ inline Visibility rows_visibility(const FlashAttentionShape& shape, int64_t i, i
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
-// Some keys of a strip: those that some row of a group sees, by kStep.
+// The keys of a strip that some row of a group sees, in multiples of kPieceStep.
 struct Piece {
-  int key, n_vectors;  // the first in the block; n_vectors <= 0 if no row sees any
+  int key, n_vectors;  // the first, counted from the key block; n_vectors <= 0 if no row sees any
   bool is_masked;      // whether some row does not see all of them
 };
 
-template <int kStep>
-inline Piece piece_of(const Visibility& visible, int64_t block, int strip) {
-  const int64_t first_key = block + strip;
-  if (visible.all.begin <= first_key && visible.all.end >= first_key + kStrip)
+template <int kPieceStep>
+inline Piece piece_of(const Visibility& visible, int64_t key_block, int strip) {
+  const int64_t first = key_block + strip;
+  if (visible.all.begin <= first && visible.all.end >= first + kStrip)
     return {strip, kVectors, false};
-  const int begin = static_cast<int>(max_of<int64_t>(0, visible.any.begin - first_key)) / kStep;
+  const int begin = static_cast<int>(max_of<int64_t>(0, visible.any.begin - first)) / kPieceStep;
   const int end =
-      static_cast<int>(ceil_div(min_of<int64_t>(kStrip, visible.any.end - first_key), kStep));
-  return {strip + begin * kStep, (end - begin) * (kStep / kLanes), true};
+      static_cast<int>(ceil_div(min_of<int64_t>(kStrip, visible.any.end - first), kPieceStep));
+  return {strip + begin * kPieceStep, (end - begin) * (kPieceStep / kLanes), true};
 }
 
-// x of keys from first_key on, where query i sees them, else `otherwise`.
+// x of keys from `first` on where query i sees them, else `otherwise`.
 template <int kWidth>
-WGPT_INLINE void mask_keys(const FlashAttentionShape& shape, int64_t i, int64_t first_key,
+WGPT_INLINE void mask_keys(const FlashAttentionShape& shape, int64_t i, int64_t first,
                            Floats otherwise, Floats (&x)[kWidth]) {
   const Range keys = visible_keys(shape, min_of(i, shape.q_steps - 1));
-  const int lo = static_cast<int>(keys.begin - first_key),
-            hi = static_cast<int>(keys.end - first_key);
+  const int lo = static_cast<int>(keys.begin - first), hi = static_cast<int>(keys.end - first);
   WGPT_UNROLL for (int v = 0; v < kWidth; ++v) x[v] =
       keep_lanes(x[v], otherwise, lo - v * kLanes, hi - v * kLanes);
 }
@@ -86,7 +85,8 @@ inline Rows<Element> head_rows(const HeadsView& view, int64_t b, int64_t h, int6
   return {head_row<Element>(view, b, h, t), view.step_stride};
 }
 
-// How attention multiplies elements of a type; on tiles, of float32 and float16 in three parts.
+// The GEMM micro-kernel that attention uses for a type; on AMX float32 and float16 are three bfloat16
+// terms each (bf16x3).
 template <typename Element>
 struct AttentionDot {
   using Type = typename DotOf<Element>::Type;
@@ -94,15 +94,15 @@ struct AttentionDot {
 #if defined(__AMX_BF16__)
 template <>
 struct AttentionDot<float> {
-  using Type = TileDot<3>;
+  using Type = Amx32x32Dot<3>;
 };
 template <>
 struct AttentionDot<Float16> {
-  using Type = TileDot<3>;
+  using Type = Amx32x32Dot<3>;
 };
 template <>
 struct AttentionDot<BFloat16> {
-  using Type = TileDot<1>;
+  using Type = Amx32x32Dot<1>;
 };
 #endif
 
@@ -114,8 +114,8 @@ inline bool are_finite(const Element* x, int n) {
   return reduce_add(check) == 0.0f;
 }
 
-// Asks for n rows of a head, which lie far apart, before they are packed: they come from the third cache
-// while the products of what is packed already are made.
+// Prefetches n rows of a head, which lie far apart, from L3 to L2: overlapped with the GEMMs of the block
+// packed before.
 template <int kDim, typename Element>
 inline void prefetch_rows(Rows<Element> rows, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {

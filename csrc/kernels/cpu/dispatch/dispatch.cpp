@@ -130,11 +130,11 @@ void throw_out_of_memory(size_t n_bytes) {
 }
 
 double peak_flops(DType dtype) {
-  constexpr int64_t kTiles = 40000;  // 0.1 to 0.5 ms, so that some runs are not interrupted
+  constexpr int64_t kBlocks = 40000;  // 0.1 to 0.5 ms, so that some runs are not interrupted
   double best = 0;
   for (int i = 0; i < 60; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    const double flops = active().multiply_adds(dtype, kTiles);
+    const double flops = active().multiply_adds(dtype, kBlocks);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, flops / seconds.count());
   }

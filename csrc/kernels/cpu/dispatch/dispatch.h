@@ -36,7 +36,7 @@ struct Kernels {
   void (*gelu_backward)(const GeluBackward&, const Executor&);
   void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
   // Whether matmul is as fast as torch's own product, or faster; pointers are not looked at.
-  bool (*makes_matmul)(const Matmul&);
+  bool (*prefers_own_gemm)(const Matmul&);
   bool (*matmul)(const Matmul&, const Executor&);
   size_t (*matmul_workspace_bytes)(const Matmul&);
   void (*packed_addmm)(const PackedAddmm&, const Executor&);

@@ -7,15 +7,15 @@
 namespace wgpt::cpu::WGPT_TARGET {
 
 template <typename Dot>
-double multiply_add_tiles(int64_t n) {
+double multiply_add_blocks(int64_t n) {
   constexpr int kRowGroup = Dot::kRows;
   // Read anew for every register: equal numbers that the compiler must not merge.
   volatile float zero = 0.0f;
-  alignas(64) Tile<kRowGroup, kVectors> sums;
+  alignas(64) RegisterBlock<kRowGroup, kVectors> sums;
   WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(zero);
   }
-  if constexpr (Dot::kIsMatrix) {  // operands come from L1, under cover of the products
+  if constexpr (Dot::kIsAmx) {  // operands come from L1, under cover of the products
 #if defined(__AMX_BF16__)
     // Numbers that differ in every bit, as those of models do: products of zeros need less power, and a
     // Sapphire Rapids makes a tenth (bfloat16) to a third (float32) more of them.
@@ -30,7 +30,7 @@ double multiply_add_tiles(int64_t n) {
     const typename Dot::Scope scope;
     n = round_up(n, kSpan);
     for (int64_t i = 0; i < n; i += kSpan) {
-      multiply_tiles<Dot, kVectors, true>(operand, kLanes, 0, operand, kLanes, 0, kSpan,
+      amx_gemm_32x32<Dot, kVectors, true>(operand, kLanes, 0, operand, kLanes, 0, kSpan,
                                           reinterpret_cast<float*>(&sums), kStrip, [] {});
     }
 #endif
@@ -50,8 +50,8 @@ double multiply_add_tiles(int64_t n) {
 
 // Does n tiles of the products that attention makes for a dtype; gives their FLOPs.
 inline double multiply_adds(DType dtype, int64_t n) {
-  if (dtype == DType::kBFloat16) return multiply_add_tiles<AttentionDot<BFloat16>::Type>(n);
-  return multiply_add_tiles<AttentionDot<float>::Type>(n);
+  if (dtype == DType::kBFloat16) return multiply_add_blocks<AttentionDot<BFloat16>::Type>(n);
+  return multiply_add_blocks<AttentionDot<float>::Type>(n);
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

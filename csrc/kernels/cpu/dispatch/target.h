@@ -40,7 +40,7 @@ const Kernels kKernels{
     gelu_forward,
     gelu_backward,
     cross_entropy_rows,
-    makes_matmul,
+    prefers_own_gemm,
     matmul,
     matmul_workspace_bytes,
     packed_addmm,

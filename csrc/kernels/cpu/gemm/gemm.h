@@ -58,7 +58,7 @@ class MatmulBy {
       if (args_.b_packing != Packing::kKept) pack_shared(piece);
       run_tasks(executor_, n_chunks_ * n_groups_, [&](int64_t task) { multiply(task, piece); });
     }
-    return is_right_;
+    return all_finite_;
   }
 
  private:
@@ -142,7 +142,7 @@ class MatmulBy {
                                             here);
       }
     }
-    if (!product.finish()) __atomic_store_n(&is_right_, false, __ATOMIC_RELAXED);
+    if (!product.finish()) __atomic_store_n(&all_finite_, false, __ATOMIC_RELAXED);
   }
 
   const Matmul& args_;
@@ -151,7 +151,7 @@ class MatmulBy {
   const int64_t n_own_, n_shared_;
   float* const shared_packed_;
   int64_t n_chunks_, n_groups_;
-  bool is_right_ = true;
+  bool all_finite_ = true;
 };
 
 // Whether products for which torch has instructions are better made here.
@@ -170,16 +170,16 @@ inline bool is_large(const Matmul& args) {
 
 // For bfloat16 and float16 also small ones where torch has no instructions for them: it then takes tens of
 // times as long as for float32. Where it has a matrix unit, torch's are. Empty ones are torch's too.
-inline bool makes_matmul(const Matmul& args) {
+inline bool prefers_own_gemm(const Matmul& args) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return false;
   switch (args.dtype) {
     case DType::kFloat32:
       return kLanes >= 8 && is_large(args);
     case DType::kBFloat16:
-      if (DotOf<BFloat16>::Type::kIsMatrix) return false;
+      if (DotOf<BFloat16>::Type::kIsAmx) return false;
       return kLanes >= 8 && (DotOf<BFloat16>::Type::kPerUnit == 1 || is_large(args));
     case DType::kFloat16:
-      return kLanes >= 8 && !DotOf<BFloat16>::Type::kIsMatrix;
+      return kLanes >= 8 && !DotOf<BFloat16>::Type::kIsAmx;
     case DType::kFloat64:
       return false;
   }

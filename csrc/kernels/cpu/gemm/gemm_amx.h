@@ -19,7 +19,7 @@ namespace wgpt::cpu::WGPT_TARGET {
 constexpr int kTile = 16, kTileDepth = 32;  // rows or columns, and elements of k, of a tile
 constexpr int kPanel = 2 * kTile;           // rows or columns of a panel
 constexpr int kTileFloats = kTile * kTile;  // 1 KiB
-constexpr int64_t kStepFloats = int64_t{2} * kSplits * kTileFloats;  // of a panel, 32 of k
+constexpr int64_t kStepFloats = int64_t{2} * kBf16x3Terms * kTileFloats;  // of a panel, 32 of k
 // Of k, in steps, that one sum in tile registers runs over. Measured on one Sapphire Rapids core: 450
 // GFLOP/s with 4, 375 with 8, whose two panels of 48 KiB no longer share L1; vector multiply-adds
 // reach 180 in MKL.
@@ -62,10 +62,10 @@ WGPT_INLINE void pack_tile(const Operand<float>& x, int64_t i, int64_t k, float*
   const int64_t second = kByOuter ? kTile : stride, next = kByOuter ? stride : 2 * stride;
   const __m512i pairs = _mm512_load_si512(kPairOrder);
   for (int r = 0; r < kTile; ++r, from += next) {
-    __m512i parts[kSplits];
-    split_values(load(from), load(from + second), parts);
-    WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-      const __m512i units = kByOuter ? parts[s] : _mm512_permutexvar_epi16(pairs, parts[s]);
+    __m512i terms[kBf16x3Terms];
+    split_bf16x3(load(from), load(from + second), terms);
+    WGPT_UNROLL for (int s = 0; s < kBf16x3Terms; ++s) {
+      const __m512i units = kByOuter ? terms[s] : _mm512_permutexvar_epi16(pairs, terms[s]);
       _mm512_store_si512(out + s * 2 * kTileFloats + r * kTile, units);
     }
   }
@@ -139,7 +139,7 @@ inline Floats multiply_panels(const float* a, const float* b, int64_t n_steps, f
 #define WGPT_LOAD_B(split)                           \
   _tile_loadd(6, b + (split) * 2 * kTileFloats, 64); \
   _tile_loadd(7, b + ((split) * 2 + 1) * kTileFloats, 64)
-#define WGPT_PRODUCTS      \
+#define WGPT_DPBF16        \
   _tile_dpbf16ps(0, 4, 6); \
   _tile_dpbf16ps(1, 4, 7); \
   _tile_dpbf16ps(2, 5, 6); \
@@ -147,22 +147,22 @@ inline Floats multiply_panels(const float* a, const float* b, int64_t n_steps, f
   for (int64_t step = 0; step < n_steps; ++step) {
     WGPT_LOAD_B(0);
     WGPT_LOAD_A(2);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     check = check + add_sums(before, step * n_rows, (step + 1) * n_rows);
     WGPT_LOAD_A(1);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     WGPT_LOAD_A(0);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     WGPT_LOAD_B(2);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     WGPT_LOAD_B(1);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     WGPT_LOAD_A(1);
-    WGPT_PRODUCTS;
+    WGPT_DPBF16;
     a += kStepFloats;
     b += kStepFloats;
   }
-#undef WGPT_PRODUCTS
+#undef WGPT_DPBF16
 #undef WGPT_LOAD_B
 #undef WGPT_LOAD_A
   _tile_stored(0, out, kRowBytes);
@@ -236,7 +236,7 @@ class TileProduct {
             from_zero};
   }
 
-  const MatrixDot::Scope scope_;
+  const Amx16x64Dot::Scope scope_;
   const Matmul& args_;
   alignas(64) float sums_[WGPT_TARGET::kPanel *
                           WGPT_TARGET::kPanel];  // added before the next are stored

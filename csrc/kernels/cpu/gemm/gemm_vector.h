@@ -199,13 +199,13 @@ class VectorProduct {
       __builtin_prefetch(c + r * args_.c_row, 1);
       __builtin_prefetch(c + r * args_.c_row + n_columns - 1, 1);
     }
-    Tile<kRows, kColumnVectors> sums;
-    fill_tile(sums, 0.0f);
+    RegisterBlock<kRows, kColumnVectors> sums;
+    fill_block(sums, 0.0f);
     const int64_t n_units = ceil_div(block.n_depth, kPerUnit);
     const int64_t a_step = kDenseRows ? 1 : kRows;
     // Unrolled: 2 to 4 % faster; in attention that gains nothing and takes half as long again to compile.
     _Pragma("GCC unroll 4") for (int64_t k = 0; k < n_units; ++k)
-        multiply_unit<Dot>(a + k * a_step, a_row, b + k * kColumns, sums);
+        gemm_unit<Dot>(a + k * a_step, a_row, b + k * kColumns, sums);
     const int64_t sums_at = row * sums_row_ + column - first_sum_;
     const bool is_stored = !kIsRounded || block.is_last;
     const bool adds_sums = kIsRounded && !block.is_first;
@@ -225,7 +225,7 @@ class VectorProduct {
       return;
     }
     alignas(64) float edge[kRows * kColumns];
-    store_tile(sums, edge, kColumns);
+    store_block(sums, edge, kColumns);
     for (int64_t r = 0; r < n_rows; ++r) {
       for (int64_t j = 0; j < n_columns; ++j) {
         Element& out = c[r * args_.c_row + j];

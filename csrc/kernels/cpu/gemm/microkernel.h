@@ -1,11 +1,9 @@
-// The product at the heart of attention: a tile of sums in registers, c[r, n] += sum_k a[r, k] b[k,
-// n].
+// GEMM micro-kernel: an MR x NR register block of accumulators, c[r, n] += sum_k a[r, k] b[k, n].
 //
-// Everything is seen in 32-bit units: a float, or a pair of bfloat16 that vdpbf16ps multiplies and
-// adds at once. a is read one unit at a time and broadcast, b by whole vectors from a packed panel;
-// six rows by four vectors fill 24 of 32 registers (six by two: 12 of 16) and take 10 loads for 24
-// multiplications. Where there are tile registers (AMX), sixteen rows by four vectors are one product,
-// whose sums lie in memory.
+// Everything is counted in 32-bit units: a float, or a pair of bfloat16 that one vdpbf16ps lane multiplies
+// and adds. a is read one unit at a time and broadcast, b by whole vectors from a packed panel; six rows by
+// four vectors fill 24 of 32 registers (six by two: 12 of 16) and take 10 loads for 24 FMAs. With AMX the
+// block is sixteen rows by four vectors, kept in memory between calls.
 #pragma once
 
 #include "kernels/cpu/simd/vec.h"
@@ -15,24 +13,24 @@ namespace wgpt::cpu::WGPT_TARGET {
 #define WGPT_INLINE inline __attribute__((always_inline))
 #define WGPT_UNROLL _Pragma("GCC unroll 32")
 
-// Products in float32, whatever the elements were.
+// float32 FMAs, whatever the elements were.
 struct FloatDot {
-  static constexpr int kPerUnit = 1;        // elements in a unit
-  static constexpr int kPlanes = 1;         // panels that together hold an operand
-  static constexpr int kRows = 6;           // rows of a tile
-  static constexpr bool kIsMatrix = false;  // whether products come by whole tiles of AMX
+  static constexpr int kPerUnit = 1;     // elements in a unit
+  static constexpr int kTerms = 1;       // bfloat16 terms that an element is split into
+  static constexpr int kRows = 6;        // rows of a register block
+  static constexpr bool kIsAmx = false;  // whether the k loop runs over whole AMX tiles
   static constexpr bool kExact = true;
-  struct Scope {};  // holds a thread's state while it multiplies
+  struct Scope {};  // a thread's register state during a GEMM (AMX tile configuration)
   static WGPT_INLINE Floats fma(Floats a, Floats b, Floats c) { return WGPT_TARGET::fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
-// Products of bfloat16 pairs, summed in float32.
+// vdpbf16ps: pairs of bfloat16, accumulated in float32.
 struct BFloat16Dot {
   static constexpr int kPerUnit = 2;
-  static constexpr int kPlanes = 1;
+  static constexpr int kTerms = 1;
   static constexpr int kRows = 6;
-  static constexpr bool kIsMatrix = false;
+  static constexpr bool kIsAmx = false;
   static constexpr bool kExact = false;
   struct Scope {};
   static WGPT_INLINE Floats fma(Floats a, Floats b, Floats c) {
@@ -42,15 +40,15 @@ struct BFloat16Dot {
 #endif
 
 #if defined(__AMX_BF16__)
-// The same by tiles: 16 rows of 16 units times 16 units of 16 columns. Sums run over whole tiles of
-// kDepth units, so both operands are zero where a product ends within one; a is contiguous along
-// its units. The tile registers belong to one Scope of a thread at a time.
-struct MatrixDot {
+// The same with AMX: a block of 16 rows by 64 columns. An AMX tile is 16 rows of 16 units; the k loop runs
+// over whole tiles of kDepth units, so operands are zero-padded to that; a is contiguous along its units.
+// The tile registers belong to one Scope of a thread at a time.
+struct Amx16x64Dot {
   static constexpr int kPerUnit = 2;
-  static constexpr int kPlanes = 1;
+  static constexpr int kTerms = 1;
   static constexpr int kRows = 16;
   static constexpr int kDepth = 16;
-  static constexpr bool kIsMatrix = true;
+  static constexpr bool kIsAmx = true;
   static constexpr bool kExact = false;
   class Scope {
    public:
@@ -68,7 +66,7 @@ struct MatrixDot {
 };
 #endif
 
-// How products over elements of a type are made on this target.
+// The micro-kernel for elements of a type on this target.
 template <typename Element>
 struct DotOf {
   using Type = FloatDot;
@@ -76,7 +74,7 @@ struct DotOf {
 #if defined(__AMX_BF16__)
 template <>
 struct DotOf<BFloat16> {
-  using Type = MatrixDot;
+  using Type = Amx16x64Dot;
 };
 #elif defined(__AVX512BF16__)
 template <>
@@ -85,11 +83,11 @@ struct DotOf<BFloat16> {
 };
 #endif
 
-constexpr int kVectors = kRegisters == 32 ? 4 : 2;  // vectors of a full-width tile
-constexpr int kStrip = kVectors * kLanes;           // columns of one
+constexpr int kVectors = kRegisters == 32 ? 4 : 2;  // vectors of a full-width register block
+constexpr int kStrip = kVectors * kLanes;           // columns of one (NR)
 
 template <int kRows, int kColumns>
-using Tile = Floats[kRows][kColumns];
+using RegisterBlock = Floats[kRows][kColumns];
 
 // Calls body(Constant<kWidth>{}) for width in [1, kVectors].
 template <int kValue>
@@ -108,19 +106,19 @@ WGPT_INLINE void with_width(int width, Body&& body) {
 }
 
 template <int kRows, int kColumns>
-WGPT_INLINE void fill_tile(Tile<kRows, kColumns>& c, float x) {
+WGPT_INLINE void fill_block(RegisterBlock<kRows, kColumns>& c, float x) {
   WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
     WGPT_UNROLL for (int v = 0; v < kColumns; ++v) c[r][v] = splat(x);
   }
 }
 
-// One product of MatrixDot: c[r, :] = or += sum over n units, a multiple of kDepth, of a[r, k] b[k, :].
-// c[r, :] lies at c + r * c_row; with kFromZero what lies there is not read.
+// AMX block of 16 rows by kColumns vectors: c[r, :] (+)= sum over n units, a multiple of kDepth, of
+// a[r, k] b[k, :]. c[r, :] is at c + r * c_row; with kFromZero c is overwritten.
 template <int kColumns, bool kFromZero>
-WGPT_INLINE void multiply_matrix([[maybe_unused]] const float* a, [[maybe_unused]] int64_t a_row,
-                                 [[maybe_unused]] const float* b, [[maybe_unused]] int64_t b_step,
-                                 [[maybe_unused]] int64_t n, [[maybe_unused]] float* c,
-                                 [[maybe_unused]] int64_t c_row) {
+WGPT_INLINE void amx_gemm_16x64([[maybe_unused]] const float* a, [[maybe_unused]] int64_t a_row,
+                                [[maybe_unused]] const float* b, [[maybe_unused]] int64_t b_step,
+                                [[maybe_unused]] int64_t n, [[maybe_unused]] float* c,
+                                [[maybe_unused]] int64_t c_row) {
 #if defined(__AMX_BF16__)
   const int64_t a_bytes = a_row * 4, b_bytes = b_step * 4, c_bytes = c_row * 4;
   asm volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
@@ -135,7 +133,7 @@ WGPT_INLINE void multiply_matrix([[maybe_unused]] const float* a, [[maybe_unused
     if constexpr (kColumns > 2) _tile_loadd(2, c + 2 * kLanes, c_bytes);
     if constexpr (kColumns > 3) _tile_loadd(3, c + 3 * kLanes, c_bytes);
   }
-  for (int64_t k = 0; k < n; k += MatrixDot::kDepth) {
+  for (int64_t k = 0; k < n; k += Amx16x64Dot::kDepth) {
     const float* row = b + k * b_step;
     _tile_loadd(4, a + k, a_bytes);
     _tile_loadd(5, row, b_bytes);
@@ -160,10 +158,10 @@ WGPT_INLINE void multiply_matrix([[maybe_unused]] const float* a, [[maybe_unused
 #endif
 }
 
-// One unit of a product by vectors: c[r, :] += a[r * a_row] b.
+// One step of the k loop with vectors: c[r, :] += a[r * a_row] b.
 template <typename Dot, int kRows, int kColumns>
-WGPT_INLINE void multiply_unit(const float* a, int64_t a_row, const float* b,
-                               Tile<kRows, kColumns>& c) {
+WGPT_INLINE void gemm_unit(const float* a, int64_t a_row, const float* b,
+                           RegisterBlock<kRows, kColumns>& c) {
   Floats row[kColumns];
   WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + v * kLanes);
   WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -172,52 +170,52 @@ WGPT_INLINE void multiply_unit(const float* a, int64_t a_row, const float* b,
   }
 }
 
-// c += a b: a[r, k] lies at a[r * a_row + k * a_step], b[k, :] at b + k * b_step; n units are summed.
+// c += a b over n units: a[r, k] is a[r * a_row + k * a_step], b[k, :] is at b + k * b_step.
 template <typename Dot, int kRows, int kColumns>
-WGPT_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                               int64_t b_step, int64_t n, Tile<kRows, kColumns>& c) {
-  if constexpr (Dot::kIsMatrix) {
-    multiply_matrix<kColumns, false>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
-                                     kColumns * kLanes);
+WGPT_INLINE void gemm_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                            int64_t b_step, int64_t n, RegisterBlock<kRows, kColumns>& c) {
+  if constexpr (Dot::kIsAmx) {
+    amx_gemm_16x64<kColumns, false>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
+                                    kColumns * kLanes);
   } else {
-    for (int64_t k = 0; k < n; ++k) multiply_unit<Dot>(a + k * a_step, a_row, b + k * b_step, c);
+    for (int64_t k = 0; k < n; ++k) gemm_unit<Dot>(a + k * a_step, a_row, b + k * b_step, c);
   }
 }
 
 // c = a b.
 template <typename Dot, int kRows, int kColumns>
-WGPT_INLINE void multiply_fresh_tile(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                     int64_t b_step, int64_t n, Tile<kRows, kColumns>& c) {
-  if constexpr (Dot::kIsMatrix) {
-    multiply_matrix<kColumns, true>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
-                                    kColumns * kLanes);
+WGPT_INLINE void gemm_fresh_block(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                  int64_t b_step, int64_t n, RegisterBlock<kRows, kColumns>& c) {
+  if constexpr (Dot::kIsAmx) {
+    amx_gemm_16x64<kColumns, true>(a, a_row, b, b_step, n, reinterpret_cast<float*>(&c),
+                                   kColumns * kLanes);
   } else {
-    fill_tile(c, 0.0f);
-    multiply_tile<Dot>(a, a_row, a_step, b, b_step, n, c);
+    fill_block(c, 0.0f);
+    gemm_block<Dot>(a, a_row, a_step, b, b_step, n, c);
   }
 }
 
-// c += tile, for the rows of c in memory.
+// c += block, for the rows of c in memory.
 template <int kRows, int kColumns>
-WGPT_INLINE void add_tile(const Tile<kRows, kColumns>& tile, float* c, int64_t c_row) {
+WGPT_INLINE void add_block(const RegisterBlock<kRows, kColumns>& block, float* c, int64_t c_row) {
   WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
     WGPT_UNROLL for (int v = 0; v < kColumns; ++v) {
       float* out = c + r * c_row + v * kLanes;
-      store(out, load(out) + tile[r][v]);
+      store(out, load(out) + block[r][v]);
     }
   }
 }
 
-// c = tile.
+// c = block.
 template <int kRows, int kColumns>
-WGPT_INLINE void store_tile(const Tile<kRows, kColumns>& tile, float* c, int64_t c_row) {
+WGPT_INLINE void store_block(const RegisterBlock<kRows, kColumns>& block, float* c, int64_t c_row) {
   WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
-    WGPT_UNROLL for (int v = 0; v < kColumns; ++v) store(c + r * c_row + v * kLanes, tile[r][v]);
+    WGPT_UNROLL for (int v = 0; v < kColumns; ++v) store(c + r * c_row + v * kLanes, block[r][v]);
   }
 }
 
 #if defined(__AVX512BF16__)
-// Takes 16 numbers of 16 bits and 16 more to pairs of the first with the second.
+// vpermw index that interleaves the lower and the upper 16 values of 16 bits.
 alignas(64) constexpr uint16_t kPairOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                  21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                  11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -229,23 +227,24 @@ WGPT_INLINE Floats narrow_pairs(Floats a, Floats b) {
 }
 #endif
 
-// Rows of results as the a operand of a product over the rows: [row / pair][column].
+// A block of results as the a operand of a GEMM whose k loop runs over the rows: [row / pair][column].
 template <typename Dot, int kRows, int kColumns>
-WGPT_INLINE void store_rows_across(float* out, int64_t out_row, const Tile<kRows, kColumns>& tile) {
+WGPT_INLINE void store_over_rows(float* out, int64_t out_row,
+                                 const RegisterBlock<kRows, kColumns>& block) {
   if constexpr (Dot::kPerUnit == 1) {
-    store_tile(tile, out, out_row);
+    store_block(block, out, out_row);
   } else {
 #if defined(__AVX512BF16__)
     WGPT_UNROLL for (int r = 0; r < kRows; r += 2) {
       WGPT_UNROLL for (int v = 0; v < kColumns; ++v) {
-        store(out + r / 2 * out_row + v * kLanes, narrow_pairs(tile[r][v], tile[r + 1][v]));
+        store(out + r / 2 * out_row + v * kLanes, narrow_pairs(block[r][v], block[r + 1][v]));
       }
     }
 #endif
   }
 }
 
-// A row of results as the a operand of a product along that row.
+// A row of results as the a operand of a GEMM whose k loop runs along that row.
 template <typename Dot, int kColumns>
 WGPT_INLINE void store_row(float* out, const Floats (&row)[kColumns]) {
   if constexpr (Dot::kPerUnit == 1) {

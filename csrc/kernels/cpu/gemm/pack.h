@@ -1,13 +1,13 @@
 // Packing: strided rows of any element type into the panels of 32-bit units that the micro-kernel
 // reads.
 //
-//   pack_rows       [row][unit]         a operand: units run along the channels
-//   pack_columns    [strip][unit][row]  b operand of a product over channels: strips, transposed
-//   pack_row_pairs  [row / pair][channel]  b operand of a product over rows
+//   pack_rows       [row][unit]            a operand, k loop over channels
+//   pack_columns    [strip][unit][row]     b operand, k loop over channels: strips, transposed
+//   pack_row_pairs  [row / pair][channel]  b operand, k loop over rows
 //
 // With FloatDot a unit is one float; with BFloat16Dot it is a pair: two channels, or the same
-// channel of two rows. With TileDot<3> there are three such panels, a plane each: the parts of every
-// number. Planes of a b operand lie `plane` apart; those of an a operand are side by side in each row.
+// channel of two rows. With Amx32x32Dot<3> there are three such panels, one per term of the bf16x3 split.
+// The terms of a b operand are `term_stride` apart; those of an a operand lie side by side in each row.
 // Rows past the last are zero.
 #pragma once
 
@@ -32,26 +32,27 @@ inline void pack_row(const Element* row, float* out) {
 }
 
 #if defined(__AMX_BF16__)
-// The same in three parts.
+// The same in three terms.
 template <int kDim, typename Element>
-inline void pack_row_parts(const Element* row, float* out, int64_t plane) {
+inline void pack_row_terms(const Element* row, float* out, int64_t term_stride) {
   WGPT_UNROLL for (int c = 0; c < kDim; c += 2 * kLanes) {
-    __m512i parts[kSplits];
-    split_values(load(row + c), load(row + c + kLanes), parts);
-    WGPT_UNROLL for (int s = 0; s < kSplits; ++s)
-        store(out + s * plane + c / 2, _mm512_castsi512_ps(parts[s]));
+    __m512i terms[kBf16x3Terms];
+    split_bf16x3(load(row + c), load(row + c + kLanes), terms);
+    WGPT_UNROLL for (int s = 0; s < kBf16x3Terms; ++s)
+        store(out + s * term_stride + c / 2, _mm512_castsi512_ps(terms[s]));
   }
 }
 
-// Units (x[i], y[i]) of kDim channels of two rows, in three parts.
+// Units (x[i], y[i]) of kDim channels of two rows, in three terms.
 template <int kDim, typename Element>
-inline void pack_pair_parts(const Element* x, const Element* y, float* out, int64_t plane) {
+inline void pack_pair_terms(const Element* x, const Element* y, float* out, int64_t term_stride) {
   const __m512i order = _mm512_load_si512(kPairOrder);
   WGPT_UNROLL for (int c = 0; c < kDim; c += kLanes) {
-    __m512i parts[kSplits];
-    split_values(load(x + c), load(y + c), parts);
-    WGPT_UNROLL for (int s = 0; s < kSplits; ++s) {
-      store(out + s * plane + c, _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, parts[s])));
+    __m512i terms[kBf16x3Terms];
+    split_bf16x3(load(x + c), load(y + c), terms);
+    WGPT_UNROLL for (int s = 0; s < kBf16x3Terms; ++s) {
+      store(out + s * term_stride + c,
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, terms[s])));
     }
   }
 }
@@ -59,11 +60,11 @@ inline void pack_pair_parts(const Element* x, const Element* y, float* out, int6
 
 template <typename Dot, int kDim, typename Element>
 inline void pack_rows(Rows<Element> rows, int64_t n, int64_t n_padded, float* out) {
-  constexpr int kUnits = kDim / Dot::kPerUnit, kRow = Dot::kPlanes * kUnits;
+  constexpr int kUnits = kDim / Dot::kPerUnit, kRow = Dot::kTerms * kUnits;
   for (int64_t i = 0; i < n; ++i) {
 #if defined(__AMX_BF16__)
-    if constexpr (Dot::kPlanes > 1) {
-      pack_row_parts<kDim>(rows[i], out + i * kRow, kUnits);
+    if constexpr (Dot::kTerms > 1) {
+      pack_row_terms<kDim>(rows[i], out + i * kRow, kUnits);
       continue;
     }
 #endif
@@ -74,17 +75,18 @@ inline void pack_rows(Rows<Element> rows, int64_t n, int64_t n_padded, float* ou
 
 template <typename Dot, int kDim, typename Element>
 inline void pack_columns(Rows<Element> rows, int64_t n, int64_t n_padded, float* out,
-                         int64_t plane = 0) {
-  constexpr int kUnits = kDim / Dot::kPerUnit, kRow = Dot::kPlanes * kUnits;
+                         int64_t term_stride = 0) {
+  constexpr int kUnits = kDim / Dot::kPerUnit, kRow = Dot::kTerms * kUnits;
   alignas(64) float block[kLanes * kRow];
   for (int64_t i = 0; i < n_padded; i += kLanes) {
     const int64_t n_here = max_of<int64_t>(0, min_of<int64_t>(kLanes, n - i));
     pack_rows<Dot, kDim>(Rows<Element>{rows.data + i * rows.stride, rows.stride}, n_here, kLanes,
                          block);
     float* strip = out + i / kStrip * kStrip * kUnits + i % kStrip;
-    for (int s = 0; s < Dot::kPlanes; ++s) {
+    for (int s = 0; s < Dot::kTerms; ++s) {
       for (int unit = 0; unit < kUnits; unit += kLanes)
-        transpose_block(block + s * kUnits + unit, kRow, strip + s * plane + unit * kStrip, kStrip);
+        transpose_block(block + s * kUnits + unit, kRow, strip + s * term_stride + unit * kStrip,
+                        kStrip);
     }
   }
 }
@@ -103,23 +105,24 @@ WGPT_INLINE void interleave(const BFloat16* a, const BFloat16* b, float* out) {
 }
 #endif
 
-// Pairs are of rows kApart from each other: row i of 2 kApart with row i + kApart.
-template <typename Dot, int kDim, int kApart = 1, typename Element>
+// Pairs are of rows kPairStride apart: row i of 2 kPairStride with row i + kPairStride.
+template <typename Dot, int kDim, int kPairStride = 1, typename Element>
 inline void pack_row_pairs(Rows<Element> rows, int64_t n, int64_t n_padded, float* out,
-                           [[maybe_unused]] int64_t plane = 0) {
+                           [[maybe_unused]] int64_t term_stride = 0) {
   if constexpr (Dot::kPerUnit == 1) {
     pack_rows<Dot, kDim>(rows, n, n_padded, out);
-  } else if constexpr (Dot::kPlanes > 1) {
+  } else if constexpr (Dot::kTerms > 1) {
 #if defined(__AMX_BF16__)
     static constexpr Element kZeros[kDim] = {};
     const auto row_or_zeros = [&](int64_t i) { return i < n ? rows[i] : kZeros; };
     for (int64_t pair = 0; pair < n_padded / 2; ++pair) {
-      const int64_t i = pair / kApart * (2 * kApart) + pair % kApart;
-      pack_pair_parts<kDim>(row_or_zeros(i), row_or_zeros(i + kApart), out + pair * kDim, plane);
+      const int64_t i = pair / kPairStride * (2 * kPairStride) + pair % kPairStride;
+      pack_pair_terms<kDim>(row_or_zeros(i), row_or_zeros(i + kPairStride), out + pair * kDim,
+                            term_stride);
     }
 #endif
   } else {
-    static_assert(kApart == 1);
+    static_assert(kPairStride == 1);
     static constexpr Element kZeros[kDim] = {};
     for (int64_t i = 0; i < n; i += 2) {
       const Element* second = i + 1 < n ? rows[i + 1] : kZeros;

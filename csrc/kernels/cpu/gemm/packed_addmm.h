@@ -65,12 +65,12 @@ class PackedProduct {
       if (column >= args_.n) return;
       const float* x = args_.x + row * args_.x_row;
       const float* b = args_.panels + panel * args_.k * kPackedColumns + strip;
-      Tile<kRows, kColumnVectors> sums;
-      fill_tile(sums, 0.0f);
+      RegisterBlock<kRows, kColumnVectors> sums;
+      fill_block(sums, 0.0f);
       for (int64_t k = 0; k < args_.k; k += kPackedDepth) {
-        Tile<kRows, kColumnVectors> block;
-        multiply_fresh_tile<FloatDot>(x + k, args_.x_row, 1, b + k * kPackedColumns, kPackedColumns,
-                                      min_of(kPackedDepth, args_.k - k), block);
+        RegisterBlock<kRows, kColumnVectors> block;
+        gemm_fresh_block<FloatDot>(x + k, args_.x_row, 1, b + k * kPackedColumns, kPackedColumns,
+                                   min_of(kPackedDepth, args_.k - k), block);
         WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
           WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v) sums[r][v] =
               sums[r][v] + block[r][v];
@@ -88,7 +88,7 @@ class PackedProduct {
         continue;
       }
       alignas(64) float edge[kRows * kColumns];
-      store_tile(sums, edge, kColumns);
+      store_block(sums, edge, kColumns);
       for (int64_t r = 0; r < kRows; ++r) {
         float* y = y_at(row + r, column);
         const float* addend = addend_at(row + r, column);

@@ -11,7 +11,7 @@ namespace wgpt::cpu::WGPT_TARGET {
 
 #if defined(__AMX_BF16__)
 
-using SplitDot = TileDot<3>;
+using SplitDot = Amx32x32Dot<3>;
 constexpr int kSplitColumns = 32;  // of a product
 
 // A split operand: a plane of pairs of bfloat16 for each part.
@@ -23,25 +23,25 @@ struct SplitPlanes {
 // c (32 x 32) = or += a b over n units. a: rows of units along k, b: rows of units across columns.
 template <bool kFromZero>
 inline void multiply_split(SplitPlanes a, SplitPlanes b, int64_t n, float* c, int64_t c_row) {
-  multiply_tiles<SplitDot, kSplitColumns / kLanes, kFromZero>(a.data, a.row, a.plane, b.data, b.row,
+  amx_gemm_32x32<SplitDot, kSplitColumns / kLanes, kFromZero>(a.data, a.row, a.plane, b.data, b.row,
                                                               b.plane, n, c, c_row, [] {});
 }
 
 // (x[i], y[i]) as pairs of each part, planes apart.
 WGPT_INLINE void store_split_pairs(Floats x, Floats y, float* out, int64_t plane) {
   const __m512i order = _mm512_load_si512(kPairOrder);
-  __m512i parts[kSplits];
-  split_values(x, y, parts);
-  WGPT_UNROLL for (int s = 0; s < kSplits; ++s)
+  __m512i parts[kBf16x3Terms];
+  split_bf16x3(x, y, parts);
+  WGPT_UNROLL for (int s = 0; s < kBf16x3Terms; ++s)
       _mm512_storeu_si512(out + s * plane, _mm512_permutexvar_epi16(order, parts[s]));
 }
 
 // n values, a multiple of 32, as planes.
 inline void store_split_row(const float* row, int64_t n, float* out, int64_t plane) {
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    __m512i parts[kSplits];
-    split_values(load(row + i), load(row + i + kLanes), parts);
-    WGPT_UNROLL for (int s = 0; s < kSplits; ++s)
+    __m512i parts[kBf16x3Terms];
+    split_bf16x3(load(row + i), load(row + i + kLanes), parts);
+    WGPT_UNROLL for (int s = 0; s < kBf16x3Terms; ++s)
         _mm512_storeu_si512(out + i / 2 + s * plane, parts[s]);
   }
 }
@@ -72,7 +72,7 @@ class MelSlices<Frame, SplitDot> {
     plane = round_up(kMelSteps<SplitDot> * row + k + kStrip, 2 * kLanes) / 2;
   }
 
-  int64_t n_floats() const { return kSplits * plane + round_up(shape_.mels, kLanes); }
+  int64_t n_floats() const { return kBf16x3Terms * plane + round_up(shape_.mels, kLanes); }
 
   template <typename Args>
   void load_tile(const Args& args, int64_t tile) {
@@ -82,13 +82,13 @@ class MelSlices<Frame, SplitDot> {
     n = min_of<int64_t>(kMelSteps<SplitDot>, shape_.steps - t);
     const int64_t first = t * shape_.frames_per_step - shape_.context_frames,
                   n_frames = n * shape_.frames_per_step + shape_.context_frames;
-    float* frame = units + kSplits * plane;
+    float* frame = units + kBf16x3Terms * plane;
     for (int64_t i = 0; i < n_frames; ++i) {
       normalise_frames<Frame>(shape_, args.frames, args.mean, args.inv_std, b, first + i, 1, frame);
       store_split_row(frame, shape_.mels, units + i * shape_.mels / 2, plane);
     }
     const int64_t n_absent = round_up(n, SplitDot::kRows) - n;  // what fills up a row group
-    for (int s = 0; s < kSplits; ++s)
+    for (int s = 0; s < kBf16x3Terms; ++s)
       clear_floats(units + s * plane + n_frames * shape_.mels / 2, n_absent * row / 2);
   }
 
@@ -108,24 +108,24 @@ inline PackedMelWeight pack_split_weight(const MelEmbedShape& shape, const void*
   const int64_t k = mel_slice_size(shape), cm = shape.channels, n = round_up(cm, kStrip);
   const int64_t plane = k / 2 * n;
   auto* out = static_cast<float*>(
-      scratch.reserve(static_cast<size_t>(kSplits * plane + n) * sizeof(float)));
-  alignas(64) float rows[kSplits * kLanes * kLanes];
+      scratch.reserve(static_cast<size_t>(kBf16x3Terms * plane + n) * sizeof(float)));
+  alignas(64) float rows[kBf16x3Terms * kLanes * kLanes];
   for (int64_t c = 0; c < n; c += kLanes) {
     float* column = out + c / kSplitColumns * kSplitColumns * (k / 2) + c % kSplitColumns;
     const int64_t n_here = max_of<int64_t>(0, min_of<int64_t>(kLanes, cm - c));
-    clear_floats(rows, kSplits * kLanes * kLanes);
+    clear_floats(rows, kBf16x3Terms * kLanes * kLanes);
     for (int64_t i = 0; i < k; i += 2 * kLanes) {
       for (int64_t r = 0; r < n_here; ++r) {
         store_split_row(static_cast<const float*>(weight) + (c + r) * k + i, 2 * kLanes,
                         rows + r * kLanes, kLanes * kLanes);
       }
-      for (int s = 0; s < kSplits; ++s) {
+      for (int s = 0; s < kBf16x3Terms; ++s) {
         transpose_block(rows + s * kLanes * kLanes, kLanes,
                         column + s * plane + i / 2 * kSplitColumns, kSplitColumns);
       }
     }
   }
-  float* bias_out = out + kSplits * plane;
+  float* bias_out = out + kBf16x3Terms * plane;
   clear_floats(bias_out, n);
   std::memcpy(bias_out, bias, static_cast<size_t>(cm) * sizeof(float));
   return {out, bias_out};
@@ -194,8 +194,8 @@ class MelBackwardTile<float, Frame, SplitDot> {
     n_offsets_ = shape.frames_per_step + shape.context_frames;
     x_row_ = shape.mels + kLanes;  // not a power of two, for the sake of L1's sets
     x_plane_ = (kPairs + (n_offsets_ - 1) / stride_) * x_row_;
-    const int64_t n_g = kSplits * kPairs * g_row_,
-                  n_x = min_of(stride_, n_offsets_) * kSplits * x_plane_,
+    const int64_t n_g = kBf16x3Terms * kPairs * g_row_,
+                  n_x = min_of(stride_, n_offsets_) * kBf16x3Terms * x_plane_,
                   n_floats = 2 * n_g + n_x + slices_.n_floats();
     g_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     g_columns_ = g_ + n_g;
@@ -212,9 +212,9 @@ class MelBackwardTile<float, Frame, SplitDot> {
     pair_frames();
     for (int64_t column = 0; column < k; column += kSplitColumns) {
       const int64_t offset = column / mels;
-      const SplitPlanes x{
-          x_ + offset % stride_ * kSplits * x_plane_ + offset / stride_ * x_row_ + column % mels,
-          x_row_, x_plane_};
+      const SplitPlanes x{x_ + offset % stride_ * kBf16x3Terms * x_plane_ +
+                              offset / stride_ * x_row_ + column % mels,
+                          x_row_, x_plane_};
       for (int64_t c = 0; c < cm_; c += SplitDot::kRows) {
         const SplitPlanes g{g_columns_ + c * kPairs, kPairs, kPairs * g_row_};
         multiply_split<false>(g, x, kPairs, partial + c * k + column, k);
@@ -233,7 +233,7 @@ class MelBackwardTile<float, Frame, SplitDot> {
       const int64_t step = 2 * pair;
       float* g = g_ + pair * g_row_;
       if (step >= slices_.n) {
-        for (int s = 0; s < kSplits; ++s) clear_floats(g + s * plane, g_row_);
+        for (int s = 0; s < kBf16x3Terms; ++s) clear_floats(g + s * plane, g_row_);
         continue;
       }
       const int64_t at = (slices_.b * args_.shape.steps + slices_.t + step) * cm_;
@@ -253,7 +253,7 @@ class MelBackwardTile<float, Frame, SplitDot> {
                               _mm512_maskz_loadu_ps(lanes, d_bias + c) + first + second);
       }
     }
-    for (int s = 0; s < kSplits; ++s) {
+    for (int s = 0; s < kBf16x3Terms; ++s) {
       for (int64_t c = 0; c < g_row_; c += kLanes) {
         for (int64_t pair = 0; pair < kPairs; pair += kLanes) {
           transpose_block(g_ + s * plane + pair * g_row_ + c, g_row_,
@@ -269,9 +269,9 @@ class MelBackwardTile<float, Frame, SplitDot> {
     const int64_t mels = args_.shape.mels, n_pairs = ceil_div(slices_.n, 2);
     for (int64_t offset = 0; offset < min_of(stride_, n_offsets_); ++offset) {
       const int64_t n_more = (n_offsets_ - 1 - offset) / stride_;
-      for (int s = 0; s < kSplits; ++s) {
+      for (int s = 0; s < kBf16x3Terms; ++s) {
         const auto* frames = reinterpret_cast<const BFloat16*>(slices_.units + s * slices_.plane);
-        float* x = x_ + (offset * kSplits + s) * x_plane_;
+        float* x = x_ + (offset * kBf16x3Terms + s) * x_plane_;
         for (int64_t pair = 0; pair < n_pairs + n_more; ++pair) {
           const BFloat16 *first = frames + (pair * stride_ + offset) * mels,
                          *second = first + stride_ / 2 * mels;

@@ -19,7 +19,7 @@ namespace wgpt::cpu::WGPT_TARGET {
 // 128 channels, 0 and 3 frames of context, two threads, us: 96 steps 210 and 414, 192 186 and 360, 384
 // (two tiles a chunk) 192 and 367.
 template <typename Dot>
-constexpr int kMelSteps = Dot::kIsMatrix && Dot::kPlanes == 1 ? 192 : 96;
+constexpr int kMelSteps = Dot::kIsAmx && Dot::kTerms == 1 ? 192 : 96;
 constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
 constexpr int kMelMaxChunks = 64;
 
@@ -114,7 +114,7 @@ class MelForwardTile {
   static constexpr int kRowGroup = Dot::kRows;
   // Steps projected before they are activated: what a matrix product stored is read late enough not
   // to wait for it; vectors go at once, for L1's sake.
-  static constexpr int kRowsAhead = Dot::kIsMatrix ? kMelSteps<Dot> : kRowGroup;
+  static constexpr int kRowsAhead = Dot::kIsAmx ? kMelSteps<Dot> : kRowGroup;
 
   MelForwardTile(const MelEmbedForward& args, PackedMelWeight packed)
       : args_(args), cm_(args.shape.channels), packed_(packed), slices_(args.shape) {
@@ -146,11 +146,11 @@ class MelForwardTile {
   WGPT_INLINE void project_group(int64_t row, float* out, int64_t c, Width) {
     const int64_t x_row = slices_.row / Dot::kPerUnit, k = slices_.k / Dot::kPerUnit;
     const float *x = slices_.units + row * x_row, *weight = packed_.weight + c * k;
-    if constexpr (Dot::kIsMatrix) {
-      multiply_matrix<Width::value, true>(x, x_row, weight, kStrip, k, out, kStrip);
+    if constexpr (Dot::kIsAmx) {
+      amx_gemm_16x64<Width::value, true>(x, x_row, weight, kStrip, k, out, kStrip);
     } else {
-      Tile<kRowGroup, Width::value> z;
-      multiply_fresh_tile<Dot>(x, x_row, 1, weight, kStrip, k, z);
+      RegisterBlock<kRowGroup, Width::value> z;
+      gemm_fresh_block<Dot>(x, x_row, 1, weight, kStrip, k, z);
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
         WGPT_UNROLL for (int v = 0; v < Width::value; ++v)
             store(out + r * kStrip + v * kLanes, z[r][v]);
@@ -187,7 +187,7 @@ class MelBackwardTile {
     across_row_ = slices_.k + kLanes;  // not a power of two, for the sake of L1's sets
     const int64_t n_g = kMelSteps<Dot> / kPer * g_row_,
                   n_across = kPer == 1 ? 0 : kMelSteps<Dot> / 2 * across_row_,
-                  n_columns = Dot::kIsMatrix ? n_g : 0;
+                  n_columns = Dot::kIsAmx ? n_g : 0;
     const int64_t n_floats = n_g + n_across + n_columns + slices_.n_floats();
     g_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     x_across_ = g_ + n_g;
@@ -207,16 +207,16 @@ class MelBackwardTile {
     for_each_width(row_floats / kLanes, [&](int64_t first_vector, auto width) {
       const int64_t column = first_vector * kLanes;
       for (int64_t c = 0; c < cm_; c += kRowGroup) {
-        if constexpr (Dot::kIsMatrix) {
-          multiply_matrix<width.value, false>(
+        if constexpr (Dot::kIsAmx) {
+          amx_gemm_16x64<width.value, false>(
               g_columns_ + c * kMelSteps<Dot> / 2, kMelSteps<Dot> / 2, x_across_ + column,
               across_row_, kMelSteps<Dot> / 2, partial + c * row_floats + column, row_floats);
           continue;
         }
-        Tile<kRowGroup, width.value> sums;
-        fill_tile(sums, 0.0f);
-        multiply_tile<Dot>(g_ + c, 1, g_row_, x + column, x_row, ceil_div(slices_.n, kPer), sums);
-        add_tile(sums, partial + c * row_floats + column, row_floats);
+        RegisterBlock<kRowGroup, width.value> sums;
+        fill_block(sums, 0.0f);
+        gemm_block<Dot>(g_ + c, 1, g_row_, x + column, x_row, ceil_div(slices_.n, kPer), sums);
+        add_block(sums, partial + c * row_floats + column, row_floats);
       }
     });
   }
@@ -267,7 +267,7 @@ class MelBackwardTile {
       float* x = x_across_ + i / 2 * across_row_;
       for (int64_t k = 0; k < slices_.k; k += 2 * kLanes) interleave(first + k, second + k, x + k);
     }
-    if constexpr (Dot::kIsMatrix) {  // a whole tile of steps, g by columns
+    if constexpr (Dot::kIsAmx) {  // a whole tile of steps, g by columns
       const int64_t n_pairs = ceil_div(slices_.n, 2), n_absent = kMelSteps<Dot> / 2 - n_pairs;
       clear_floats(x_across_ + n_pairs * across_row_, n_absent * across_row_);
       clear_floats(g_ + n_pairs * g_row_, n_absent * g_row_);

@@ -62,12 +62,12 @@ class Scratch {
   void* reserve(size_t n_bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     constexpr size_t kGrain = 64;
-    const bool is_right = n_bytes <= capacity_ && capacity_ < n_bytes + kGrain;
+    const bool fits = n_bytes <= capacity_ && capacity_ < n_bytes + kGrain;
 #else
     constexpr size_t kGrain = 4096;
-    const bool is_right = n_bytes <= capacity_;
+    const bool fits = n_bytes <= capacity_;
 #endif
-    if (!is_right) {
+    if (!fits) {
       std::free(data_);
       capacity_ = (n_bytes + kGrain - 1) & ~(kGrain - 1);
       data_ = std::aligned_alloc(64, capacity_);

@@ -1,0 +1,258 @@
+"""shards and loader: damaged folders are refused; batches keep the shift rule and score once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fake_codec import FakeCodec, make_audio
+
+from wgpt.data import batches, prepare
+from wgpt.data import dataset as dataset_module
+from wgpt.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of ten clips."""
+    root = tmp_path_factory.mktemp("data")
+    sources = ("wave", "decoded-1", "leaky-1024")
+    prepare(make_audio(root / "audio"), root / "data", codec=FakeCodec(), mel_sources=sources)
+    return root / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("manifest.json", lambda p: p.write_text("{"), "readable JSON"),
+        ("manifest.json", lambda p: p.write_text('{"format": "x"}'), "format"),
+        ("train/tokens.npy", lambda p: p.write_bytes(p.read_bytes()[:-9]), "whole .npy"),
+        ("train/tokens.npy", lambda p: np.save(p, np.zeros((3, 4), np.uint16)), "shape must be"),
+        ("train/mel/wave.npy", lambda p: np.save(p, np.zeros((3, 64))), "dtype must be float16"),
+        ("valid/offsets.npy", lambda p: p.unlink(), "whole .npy"),
+        ("valid/offsets.npy", lambda p: np.save(p, np.array([0, 1])), "rise from 0|shape"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_refused_by_file(
+    data, tmp_path: Path, name: str, damage, message: str
+) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "copy"))
+    damage(data / name)
+    with pytest.raises(DataError, match=message) as caught:
+        dataset_module.Dataset(data)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mel_sources": ["../wave"]}, "bad entry|plain names"),
+        ({"mel_sources": ["../wave"], "normalisation": {"../wave": {"mean": [0.0] * 64,
+          "inv_std": [1.0] * 64}}}, "plain names"),
+        ({"totals": {}}, "bad entry"),
+        ({"mel": {"n_mels": 64}}, "bad entry"),
+        ({"normalisation": {s: {"mean": [0.0], "inv_std": [1.0]}
+          for s in ("wave", "decoded-1", "leaky-1024")}}, "normalisation of wave"),
+        ({"sources": []}, "clips of train must be 9, got 0"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_breaks_the_format_is_refused(
+    data, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "copy"))
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(DataError, match=message):
+        dataset_module.Dataset(data)
+
+
+def test_verify_finds_a_flipped_bit(data, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "copy"))
+    path = data / "train" / "tokens.npy"
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(DataError, match="sha256"):
+        dataset_module.Dataset(data).verify()
+
+
+def test_unknown_names_are_refused(data) -> None:
+    dataset = dataset_module.Dataset(data)
+    with pytest.raises(DataError, match="split"):
+        dataset.split("test")
+    with pytest.raises(DataError, match="--mel-sources decoded-8"):
+        dataset.normalisation("decoded-8")
+    with pytest.raises(DataError, match="mel source"):
+        dataset.split("train").clip(0, "decoded-8")
+    with pytest.raises(DataError, match="clip must lie"):
+        dataset.split("train").clip(99)
+
+
+def test_one_file_leaves_the_validation_split_empty(tmp_path: Path, caplog) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(3200), 24_000)
+    prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    assert "validation split is empty" in caplog.text
+    split = dataset_module.Dataset(tmp_path / "data").split("valid")
+    assert (split.n_clips, split.n_steps) == (0, 0)
+    assert list(batches.evaluation_batches(split, 8, "wave")) == []
+    with pytest.raises(DataError, match="at least one clip"):
+        batches.TrainingBatches(split, batch_size=1, context_steps=4, seed=0, mel_source=None)
+
+
+def hand_split(lengths: tuple[int, ...] = (5, 3), r: int = 2) -> dataset_module.Split:
+    """Step t of clip c has codes (10 c + t, 100 + 10 c + t) and frames of value 10 c + t + j/2."""
+    tokens, frames = [], []
+    for c, n in enumerate(lengths):
+        for t in range(n):
+            tokens.append([10 * c + t, 100 + 10 * c + t])
+            frames += [[10 * c + t + j / 2] * 3 for j in range(r)]
+    return dataset_module.Split(
+        name="train",
+        tokens=np.array(tokens, np.uint16),
+        offsets=np.cumsum([0, *lengths]),
+        mel={"wave": np.array(frames, np.float16)},
+        groups=["."] * len(lengths),
+        frames_per_step=r,
+        codebook_size=1024,
+        silence=-11.5,
+    )
+
+
+def test_shift_rule_by_hand() -> None:
+    split = hand_split()
+    first = batches.Crop(clip=0, start=0, stop=4, scored_from=0)
+    later = batches.Crop(clip=1, start=1, stop=3, scored_from=2)
+    batch = batches.collate(split, [first, later], mel_source="wave", codebooks=2)
+    # Clip 0 from its start: BOS, then steps 0..2 as inputs; steps 0..3 as targets.
+    assert batch.tokens[0].tolist() == [[1024, 1024], [0, 100], [1, 101], [2, 102]]
+    assert batch.targets[0].tolist() == [0, 1, 2, 3]
+    assert batch.frames[0, :, 0].tolist() == [-11.5, -11.5, 0, 0.5, 1, 1.5, 2, 2.5]
+    # Clip 1 from step 1: step 0 comes first, no BOS; step 1 unscored; the rest is padding.
+    assert batch.tokens[1].tolist() == [[10, 110], [11, 111], [1024, 1024], [1024, 1024]]
+    assert batch.targets[1].tolist() == [-1, 12, -1, -1]
+    assert batch.frames[1, :, 2].tolist() == [10, 10.5, 11, 11.5] + [-11.5] * 4
+    assert (batch.clips.tolist(), batch.starts.tolist()) == ([0, 1], [0, 1])
+    assert batch.codes is None
+    # Targets of all codebooks: the same steps, the same places unscored.
+    codes = batches.collate(split, [first, later], n_fine=1).codes
+    assert codes.tolist() == [
+        [[0, 1, 2, 3], [100, 101, 102, 103]],
+        [[-1, 12, -1, -1], [-1, 112, -1, -1]],
+    ]
+    with pytest.raises(DataError, match=r"n_fine must lie in \[0, 1\].*got 2"):
+        batches.collate(split, [first], n_fine=2)
+    single = batches.collate(split, [first, later], mel_source=None)
+    assert single.frames is None and single.tokens[0].tolist() == [1024, 0, 1, 2]
+    assert single.tokens.dtype == single.targets.dtype == torch.int64
+    with pytest.raises(DataError, match=r"\[1, 2\], got 3"):
+        batches.collate(split, [first], codebooks=3)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(data) -> None:
+    split = dataset_module.Dataset(data).split("train")
+    kwargs = {"batch_size": 4, "context_steps": 20, "mel_source": "wave"}
+
+    def draw(seed: int, step: int, **more: int) -> batches.Batch:
+        return batches.TrainingBatches(split, seed=seed, **kwargs, **more).batch(step)
+
+    drawn_from = batches.TrainingBatches(split, seed=7, **kwargs)
+    forward = [drawn_from.batch(step) for step in range(6)]
+    for step in (5, 0, 3):
+        for other in (drawn_from.batch(step), draw(7, step)):
+            assert torch.equal(other.tokens, forward[step].tokens)
+            assert torch.equal(other.frames, forward[step].frames)
+            assert torch.equal(other.targets, forward[step].targets)
+    assert not torch.equal(forward[0].starts, forward[1].starts)
+    assert not torch.equal(draw(8, 0).starts, forward[0].starts)
+    # Two ranks read the halves of the same draw.
+    halves = [draw(7, 3, rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat([h.starts for h in halves]), forward[3].starts)
+    assert torch.equal(torch.cat([h.clips for h in halves]), forward[3].clips)
+    ahead = list(batches.prefetch(drawn_from.batch, 2, 5))
+    assert [torch.equal(a.targets, b.targets) for a, b in zip(ahead, forward[2:5], strict=True)]
+
+
+def test_the_draw_is_pinned() -> None:
+    # A resumed run must see the batches it would have seen, in any later version too.
+    drawn_from = batches.TrainingBatches(
+        hand_split((50, 30, 4)), batch_size=4, context_steps=8, seed=1, mel_source=None
+    )
+    drawn = [(w.clip, w.start, w.stop) for w in drawn_from.crops(0) + drawn_from.crops(1)]
+    assert drawn == [
+        (0, 36, 44), (0, 1, 9), (1, 1, 9), (1, 5, 13),
+        (0, 42, 50), (1, 16, 24), (1, 14, 22), (0, 39, 47),
+    ]  # fmt: skip
+
+
+def test_clips_are_drawn_by_length_and_starts_evenly() -> None:
+    split = hand_split((60, 30, 10), r=1)
+    drawn_from = batches.TrainingBatches(
+        split, batch_size=500, context_steps=11, seed=0, mel_source=None
+    )
+    drawn = [crop for step in range(20) for crop in drawn_from.crops(step)]
+    share = np.bincount([w.clip for w in drawn], minlength=3) / len(drawn)
+    np.testing.assert_allclose(share, [0.6, 0.3, 0.1], atol=0.02)
+    starts = np.bincount([w.start for w in drawn if w.clip == 0], minlength=50)
+    assert len(starts) == 50 and starts.min() > 0.6 * starts.mean()
+    assert {(w.start, w.stop) for w in drawn if w.clip == 2} == {(0, 10)}
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 7, 8, 64])
+@pytest.mark.parametrize("n_steps", [1, 2, 7, 8, 9, 12, 13, 40])
+def test_windows_score_every_step_once_with_half_a_context(n_steps: int, context: int) -> None:
+    scored = []
+    for crop in batches.cover(n_steps, context):
+        assert crop.stop - crop.start <= context
+        assert crop.start <= crop.scored_from < crop.stop <= n_steps
+        if crop.start > 0:
+            assert crop.scored_from - crop.start >= context / 2 or context == 1
+        scored += range(crop.scored_from, crop.stop)
+    assert scored == list(range(n_steps))
+
+
+def test_evaluation_covers_every_token_of_every_clip(data) -> None:
+    split = dataset_module.Dataset(data).split("train")
+    seen: dict[tuple[int, int], int] = {}
+    for batch in batches.evaluation_batches(split, 16, "wave", batch_size=3):
+        assert batch.targets.shape[0] <= 3 and batch.frames.shape[1] == batch.tokens.shape[1]
+        for row, (clip, start) in enumerate(zip(batch.clips, batch.starts, strict=True)):
+            for i, target in enumerate(batch.targets[row].tolist()):
+                if target != batches.IGNORED:
+                    key = (int(clip), int(start) + i)
+                    assert key not in seen
+                    seen[key] = target
+    expected = {
+        (clip, t): int(code)
+        for clip in range(split.n_clips)
+        for t, code in enumerate(split.clip(clip)[0][0])
+    }
+    assert seen == expected
+
+
+def test_prefetch_raises_what_the_maker_raised_and_stops_early() -> None:
+    def make(step: int) -> Any:
+        if step == 3:
+            raise RuntimeError("no step 3")
+        return step
+
+    with pytest.raises(RuntimeError, match="no step 3"):
+        list(batches.prefetch(make, 0, 10))
+    ahead = batches.prefetch(make, 0, 3)
+    assert next(ahead) == 0
+    ahead.close()
+
+
+def test_bad_batch_settings_are_refused() -> None:
+    good = {"batch_size": 4, "context_steps": 8, "seed": 0, "mel_source": None}
+    for change, message in [
+        ({"batch_size": 0}, "batch_size"), ({"context_steps": 0}, "context_steps"),
+        ({"seed": -1}, "seed"), ({"world_size": 3}, "divisible by 3"), ({"rank": 1}, "rank"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            batches.TrainingBatches(hand_split(), **(good | change))

@@ -1,0 +1,202 @@
+"""prepare: what it writes, what it skips, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fake_codec import FakeCodec, make_audio
+
+from wgpt.audio.mel import MelFrontend
+from wgpt.cli import main
+from wgpt.config import MelConfig
+from wgpt.data import dataset as dataset_module
+from wgpt.data import encode, prepare
+from wgpt.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """Audio, the data folder made of it without interruption, and its manifest."""
+    root = tmp_path_factory.mktemp("prepared")
+    make_audio(root / "audio")
+    sources = ("wave", "decoded-1", "leaky-1024")
+    manifest = prepare(root / "audio", root / "data", codec=FakeCodec(), mel_sources=sources)
+    return root / "audio", root / "data", manifest
+
+
+def test_prepared_arrays_hold_what_the_codec_and_the_front_end_give(prepared) -> None:
+    audio_dir, data, manifest = prepared
+    dataset = dataset_module.Dataset(data)
+    dataset.verify()
+    assert dataset.codec_identity == FakeCodec().identity
+    assert dataset.mel_config == MelConfig()
+    from wgpt import audio
+
+    leaky = MelFrontend(MelConfig(window_samples=1024, centered=True, leaky=True))
+    n_seen = 0
+    for entry in manifest["sources"]:
+        wave = torch.from_numpy(audio.read(audio_dir / entry["path"]))
+        wave = wave[: len(wave) // 320 * 320]
+        split, (clip,) = dataset.split(entry["split"]), entry["clips"]
+        codes = FakeCodec().encode(wave)
+        tokens, frames = split.clip(clip, "wave")
+        assert tokens.dtype == torch.int64 and torch.equal(tokens, codes)
+        assert torch.equal(frames, MelFrontend(MelConfig())(wave).half().float())
+        decoded = MelFrontend(MelConfig())(FakeCodec().decode(codes[:1]))
+        assert torch.equal(split.clip(clip, "decoded-1")[1], decoded.half().float())
+        assert torch.equal(split.clip(clip, "leaky-1024")[1], leaky(wave).half().float())
+        assert split.clip(clip)[1] is None
+        assert split.groups[clip] == entry["group"] == entry["path"].split("/")[0]
+        assert entry["steps"] == codes.shape[1] == split.clip_steps(clip)
+        n_seen += 1
+    assert n_seen == 10 == dataset.split("train").n_clips + dataset.split("valid").n_clips
+    assert dataset.split("valid").n_clips == 1
+
+
+def test_normalisation_whitens_the_training_split(prepared) -> None:
+    _, data, _ = prepared
+    dataset = dataset_module.Dataset(data)
+    mean, inv_std = dataset.normalisation("wave")
+    frames = torch.from_numpy(dataset.split("train").mel["wave"].astype(np.float64))
+    white = (frames - mean) * inv_std
+    zeros, ones = torch.zeros(64).double(), torch.ones(64).double()
+    torch.testing.assert_close(white.mean(0), zeros, atol=1e-6, rtol=0)
+    torch.testing.assert_close(white.std(0, correction=0), ones, atol=1e-6, rtol=0)
+
+
+def test_normalisation_floors_the_deviation(tmp_path: Path) -> None:
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.zeros(3200 + 320 * i), 24_000)
+    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    constants = manifest["normalisation"]["wave"]
+    assert constants["inv_std"] == [10.0] * 64
+    assert constants["mean"] == pytest.approx([math.log(1e-5)] * 64, abs=5e-3)
+
+
+def test_the_manifest_holds_no_path_of_this_machine(prepared) -> None:
+    audio_dir, data, _ = prepared
+    assert str(audio_dir.parent) not in (data / "manifest.json").read_text()
+    assert sorted(path.name for path in data.iterdir()) == ["manifest.json", "train", "valid"]
+
+
+def test_bad_files_are_skipped_with_reasons_and_duplicates_stored_once(tmp_path: Path) -> None:
+    audio_dir = make_audio(tmp_path / "audio", n_files=6)
+    shutil.copy(audio_dir / "speech" / "01.flac", audio_dir / "a_copy.flac")
+    (audio_dir / "text.wav").write_text("no sound")
+    shutil.copy(audio_dir / "text.wav", audio_dir / "text2.wav")
+    (audio_dir / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
+    (audio_dir / "notes.txt").write_text("1089-134686-0000 HE HOPED")
+    soundfile.write(audio_dir / "short.wav", np.zeros(319), 24_000)
+    soundfile.write(audio_dir / "nan.wav", np.array([math.nan] * 400), 24_000, subtype="FLOAT")
+    soundfile.write(audio_dir / "long.flac", np.zeros(24_000 * 5), 24_000)
+    manifest = prepare(audio_dir, tmp_path / "data", codec=FakeCodec(), max_seconds=3)
+    reasons = {entry["path"]: entry["reason"] for entry in manifest["skipped"]}
+    assert sorted(reasons) == [
+        "broken.wav", "long.flac", "nan.wav", "short.wav", "text.wav", "text2.wav",
+    ]  # fmt: skip
+    assert "at least one step of 320 samples, got 319" in reasons["short.wav"]
+    assert "finite, got nan at frame 0" in reasons["nan.wav"]
+    assert "at most 3 s" in reasons["long.flac"]
+    assert "must be audio" in reasons["text.wav"] and "regular file" in reasons["broken.wav"]
+    entries = {entry["path"]: entry for entry in manifest["sources"]}
+    assert entries["speech/01.flac"]["duplicate_of"] == "a_copy.flac"
+    assert "clips" not in entries["speech/01.flac"] and entries["a_copy.flac"]["group"] == "."
+    assert sum(total["clips"] for total in manifest["totals"].values()) == 6
+
+
+def test_a_truncated_file_is_kept_with_a_note(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(4000), 24_000)
+    blob = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(blob[:-2000])
+    soundfile.write(tmp_path / "b.wav", np.ones(4000) * 0.1, 24_000)
+    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    (entry,) = (e for e in manifest["sources"] if e["path"] == "a.wav")
+    assert entry["steps"] == 9 and entry["notes"][0].startswith("truncated")
+
+
+def test_nothing_usable_is_an_error_with_reasons(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(DataError, match=r"all 1 were skipped:\n  a.wav: must be audio"):
+        prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="found none with a known suffix"):
+        prepare(empty, tmp_path / "data2", codec=FakeCodec())
+
+
+def test_librispeech_layout_groups_by_its_first_folder(tmp_path: Path) -> None:
+    for i, name in enumerate(["dev-clean/1272/128104", "dev-clean/84/121123", "test-clean/61/1"]):
+        folder = tmp_path / "LibriSpeech" / name
+        folder.mkdir(parents=True)
+        stem = "-".join(name.split("/")[1:])
+        soundfile.write(folder / f"{stem}-0000.flac", np.full(16_000, 0.1 * i), 16_000)
+        (folder / f"{stem}.trans.txt").write_text(f"{stem}-0000 MISTER QUILTER\n")
+    manifest = prepare(tmp_path / "LibriSpeech", tmp_path / "data", codec=FakeCodec())
+    assert [entry["group"] for entry in manifest["sources"]] == ["dev-clean"] * 2 + ["test-clean"]
+    assert {entry["steps"] for entry in manifest["sources"]} == {75}
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "expected"),
+    [(2, 0.1, 1), (10, 0.1, 1), (30, 0.1, 3), (2, 0.9, 1), (1, 0.5, 0), (9, 0.0, 0)],
+)
+def test_validation_share(n: int, fraction: float, expected: int) -> None:
+    from wgpt.data.assemble import choose_valid
+
+    hashes = [f"{i * 7919 % 97:02x}" for i in range(n)]
+    chosen = choose_valid(hashes, fraction)
+    assert len(chosen) == expected and chosen == choose_valid(hashes[::-1], fraction)
+
+
+def test_a_long_file_becomes_several_clips(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(encode, "PIECE_SECONDS", 1)
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(24_000 * 2 + 3300, 0.1 + i / 10), 24_000)
+    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    entry = manifest["sources"][0]
+    assert entry["steps"] == 160 and entry["clips"] == [0, 1, 2]
+    assert "cut into 3 clips" in entry["notes"][0]
+    split = dataset_module.Dataset(tmp_path / "data").split(entry["split"])
+    assert [split.clip_steps(i) for i in range(3)] == [75, 75, 10]
+    # The second clip's first slice starts from silence, not from the first clip's sound.
+    assert not torch.equal(split.clip(1, "wave")[1][0], split.clip(0, "wave")[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mel_sources": ("waves",)}, "wave, decoded-K"),
+        ({"mel_sources": ("wave", "wave")}, "named once"),
+        ({"mel_sources": ("decoded-5",)}, "at most the codec's 4"),
+        ({"valid_fraction": 1.0}, r"valid_fraction must be in \[0, 1\)"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"mel": MelConfig(hop_samples=160)}, "hop_samples must equal the codec's 320"),
+    ],
+)
+def test_settings_are_checked_first(prepared, tmp_path: Path, kwargs, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(prepared[0], tmp_path / "data", codec=FakeCodec(), **kwargs)
+    assert not (tmp_path / "data").exists()
+
+
+def test_command_line(prepared, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("wgpt.data.workers.load_codec", lambda codec, download: FakeCodec())
+    out = str(tmp_path / "data")
+    assert main(["prepare", str(prepared[0]), "--out", out, "--quiet", "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["totals"]["train"]["clips"] == 9 and line["skipped"] == 0
+    assert main(["prepare", str(prepared[0]), "--out", out, "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("train: 9 files, 9 clips, ")
+    assert main(["prepare", str(prepared[0]), "--out", out, "--mel-floor", "0.1", "--quiet"]) == 1
+    assert main(["prepare", str(prepared[0]), "--out", out, "--mel-n-mels", "0", "--quiet"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", str(prepared[0])])
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,125 @@
+"""`wgpt generate`: files, streams to a pipe, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from wgpt import audio
+from wgpt.cli import main
+from wgpt.generation import AudioGenerator, Sampling
+
+
+def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
+    prompt = sorted(recordings.rglob("*.wav"))[0]
+    out = tmp_path / "y.wav"
+    arguments = ["generate", str(tiny_run), "--prompt", str(prompt), "--seconds", "0.2"]
+    assert main([*arguments, "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["tokens"]) == 15
+    assert len(audio.read(out)) == 15 * 320
+    assert main([*arguments, "--out", str(out), "--with-prompt"]) == 0
+    assert len(audio.read(out)) == len(audio.read(prompt)) + 15 * 320
+    assert main([*arguments[:2], "--seconds", "0", "--out", str(out)]) == 2
+    assert (
+        main([*arguments[:2], "--prompt", "nothing.wav", "--seconds", "1", "--out", "x.wav"]) == 1
+    )
+    assert "nothing.wav" in capsys.readouterr().err
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "wgpt.generate", *map(str, arguments)]
+
+
+def test_generate_command_streams_what_it_writes(tiny_run, recordings, tmp_path):
+    prompt, out = sorted(recordings.rglob("*.wav"))[0], tmp_path / "y.wav"
+    common = [tiny_run, "--prompt", prompt, "--seconds", "0.2", "--seed", "4"]
+    assert main(["generate", *map(str, common), "--out", str(out)]) == 0
+    raw = {}
+    for kind in ("s16le", "f32le"):
+        done = subprocess.run(
+            command(*common, "--stream", "--format", kind), capture_output=True, check=True, cwd="/"
+        )
+        raw[kind] = done.stdout
+    floats = np.frombuffer(raw["f32le"], "<f4")
+    assert floats.shape == (15 * 320,)
+    assert np.array_equal(floats, AudioGenerator.load(tiny_run).generate(
+        audio.read(prompt), 0.2, Sampling(top_k=100), 4))  # fmt: skip
+    whole = np.rint(np.clip(floats, -1, 1) * 32767)
+    assert np.array_equal(np.frombuffer(raw["s16le"], "<i2"), whole)
+    np.testing.assert_allclose(audio.read(out), floats, atol=2 / 32768)
+
+
+def test_generate_command_ends_quietly_when_the_listener_leaves(tiny_run):
+    process = subprocess.Popen(
+        command(tiny_run, "--stream", "--end-when-stuck", 0),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+    )
+    assert len(process.stdout.read(4000)) == 4000
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 0
+    assert "Error" not in said and "Broken" not in said
+
+
+def test_generate_command_writes_numbered_files(tiny_run, tmp_path, capsys):
+    base = ["generate", str(tiny_run), "--seconds", "0.1"]
+    assert main([*base, "--n", "3", "--out", str(tmp_path / "y.wav"), "--seed", "5"]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"y-{i}.wav") for i in (1, 2, 3)]
+    assert main([*base, "--out", str(tmp_path / "alone.wav"), "--seed", "6"]) == 0
+    assert (tmp_path / "alone.wav").read_bytes() == (tmp_path / "y-2.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seconds", "1"], "one of --out AUDIO and --stream"),
+        (["--out", "x.wav", "--stream"], "one of --out AUDIO and --stream"),
+        (["--out", "x.wav"], "--out needs --seconds"),
+        (["--stream", "--n", "2"], "--n and --json need --out"),
+        (["--out", "x.wav", "--seconds", "1", "--n", "0"], "--n must be at least 1, got 0"),
+        (
+            ["--out", "x.wav", "--seconds", "1", "--fine-temperature", "-1"],
+            "fine_temperature must be finite and at least 0, got -1",
+        ),
+        (
+            ["--out", "x.wav", "--seconds", "1", "--fine-top-k", "-1"],
+            "fine_top_k must be at least 0, got -1",
+        ),
+    ],
+)
+def test_generate_command_refuses(tiny_run, flags, words, capsys):
+    assert main(["generate", str(tiny_run), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_generate_command_does_not_write_sound_to_a_terminal(tiny_run):
+    master, slave = os.openpty()
+    done = subprocess.run(
+        command(tiny_run, "--stream", "--seconds", "1"),
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    os.close(slave)
+    os.close(master)
+    assert done.returncode == 2 and "aplay" in done.stderr
+
+
+def test_generate_command_gives_the_threads_back(tiny_run, tmp_path):
+    # A training in the same process would otherwise go on with one, and round otherwise.
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        command = ["generate", str(tiny_run), "--seconds", "0.1", "--out", str(tmp_path / "y.wav")]
+        assert main(command) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

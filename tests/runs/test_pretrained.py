@@ -1,0 +1,108 @@
+"""The model in the package: whole, usable by its name, small, and packed from a run."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from wgpt import audio, codec, synth
+from wgpt.cli import main
+from wgpt.errors import ConfigError
+from wgpt.generation import AudioGenerator
+from wgpt.model import HybridModel
+from wgpt.runs import pretrained
+from wgpt.runs.metrics import read_metrics
+from wgpt.training import train
+from wgpt.training.initial_weights import InitialWeights
+
+
+def test_starter_speaks_with_all_codebooks_of_mini(tmp_path, capsys):
+    prompt, out = tmp_path / "x.wav", tmp_path / "y.wav"
+    audio.write(prompt, synth.render_music(1.0, seed=9))
+    arguments = ["--prompt", str(prompt), "--seconds", "0.4", "--out", str(out)]
+    assert main(["generate", "starter", *arguments]) == 0
+    assert len(audio.read(out)) == 30 * 320
+    generator = AudioGenerator.load("starter")
+    assert generator.n_codebooks == 8 == generator.n_mel_codebooks
+    entries = generator.codec.codebooks()
+    entries = entries - entries.mean(1, keepdim=True)
+    entries = entries / entries.square().mean((1, 2)).sum().sqrt()
+    read = generator.model.latent.codebooks[:, :-1]  # kept in float8
+    torch.testing.assert_close(read, entries, rtol=0.07, atol=2e-3)
+    assert main(["generate", "starte", *arguments]) == 2
+    assert "'starter', the model in the package" in capsys.readouterr().err
+
+
+def test_starter_folder_is_whole_and_small():
+    facts = json.loads((pretrained.FOLDER / "config.json").read_text())
+    weights = pretrained.FOLDER / "model.safetensors"
+    assert weights.stat().st_size < 4.3e6
+    assert facts["codec"]["identity"] == codec.load("mini").identity
+    assert "/" not in json.dumps(facts)  # no path of the machine that trained it
+    assert {"README.md", "config.json", "model.safetensors"} == {
+        path.name for path in pretrained.FOLDER.iterdir() if path.suffix != ".png"
+    }
+
+
+@torch.inference_mode()
+def test_starter_knows_how_music_goes_on():
+    """Teacher-forced NLL of pieces that nothing heard: far below chance in every codebook."""
+    generator = AudioGenerator.load("starter")
+    sums = np.zeros(8)
+    for seed in (81, 82):
+        codes = generator.codec.encode(torch.from_numpy(synth.render_music(4.0, seed=seed)))[None]
+        frames = generator.frontend(generator.codec.decode(codes[0]))[None, :-1]
+        hidden = generator.model.hidden(codes[:, :, :-1].transpose(1, 2), frames)
+        losses = torch.nn.functional.cross_entropy(
+            generator.model.head(hidden)[0], codes[0, 0, 1:], reduction="mean"
+        )
+        fine, _ = generator.model.fine.nll(hidden, codes[:, :, 1:])
+        sums += np.array([losses.item(), *fine.mean((0, 2)).tolist()]) / 2
+    assert sums[0] < 4 and sums[1] < 6 and sums.max() < 6.9, sums
+
+
+def test_init_starter_begins_where_the_starter_is(tmp_path):
+    """On data with its mel source; small types in the file, float32 in training."""
+    from wgpt.data.pipeline import prepare
+
+    (tmp_path / "audio").mkdir()
+    for seed in range(4):
+        audio.write(tmp_path / "audio" / f"{seed}.wav", synth.render_music(2.0, seed=seed))
+    prepare(tmp_path / "audio", tmp_path / "data", mel_sources=("wave", "decoded-8"),
+            valid_fraction=0.3, progress=False)  # fmt: skip
+    settings = {"max_steps": 1, "batch_size": 2, "context_s": 1.0, "warmup_steps": 1,
+                "sample_s": 0.0, "device": "cpu", "mel_source": "decoded-8"}  # fmt: skip
+    train(tmp_path / "data", tmp_path / "run", init="starter", **settings)
+    first = read_metrics(tmp_path / "run" / "metrics.csv")[0]
+    assert float(first["nll_nats"]) < 4.5 and float(first["fine_nll_nats"]) < 6.9
+    stored = safetensors.torch.load_file(pretrained.FOLDER / "model.safetensors")
+    types = {value.dtype for value in stored.values() if value.dim() > 1}
+    assert types == set(pretrained.STORED.values())
+    trained = HybridModel.from_pretrained(tmp_path / "run" / "model")
+    assert {value.dtype for value in trained.parameters()} == {torch.float32}
+    assert InitialWeights("starter").preset == "hybrid-xs"
+
+
+def test_pack_shrinks_a_run_and_keeps_its_model(tiny_run, tmp_path):
+    assert pretrained.pack(tiny_run, tmp_path / "out") == tmp_path / "out" / "model.safetensors"
+    whole = HybridModel.from_pretrained(tiny_run / "model")
+    packed = HybridModel.from_pretrained(tmp_path / "out")
+    for name, value in whole.state_dict().items():
+        expected = value.half().float() if value.dim() > 1 else value
+        assert torch.equal(packed.state_dict()[name], expected), name
+    sizes = [(folder / "model.safetensors").stat().st_size
+             for folder in (tmp_path / "out", tiny_run / "model")]  # fmt: skip
+    assert sizes[0] < 0.53 * sizes[1]
+    assert len(AudioGenerator.load(tmp_path / "out").generate(None, 0.1)) == 8 * 320
+    with pytest.raises(ConfigError, match="no such file"):
+        pretrained.pack(tmp_path / "nothing", tmp_path / "no")
+
+
+def test_model_folder_of_a_name_a_run_and_a_model(tiny_run, tmp_path):
+    assert pretrained.model_folder("starter") == pretrained.FOLDER
+    assert pretrained.model_folder(tiny_run) == tiny_run / "model"
+    assert pretrained.model_folder(str(tiny_run / "model")) == tiny_run / "model"
+    with pytest.raises(ConfigError, match=r"config\.json: no such file; RUN is a folder"):
+        pretrained.model_folder(tmp_path / "nothing")

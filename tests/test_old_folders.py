@@ -1,0 +1,66 @@
+"""Data, run, model and codec folders that version 0.1.0 wrote (tests/fixtures/v0.1) still work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import wgpt
+from wgpt import codec
+from wgpt.data import Dataset
+from wgpt.evaluation import evaluate
+from wgpt.generation import Sampling
+from wgpt.runs.metrics import read_metrics
+from wgpt.training import train
+
+FIXTURE = Path(__file__).parent / "fixtures" / "v0.1"
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    shutil.copytree(FIXTURE, tmp_path / "old")
+    return tmp_path / "old"
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    return json.loads((FIXTURE / "expected.json").read_text())
+
+
+def tone(hz: float, n_samples: int) -> torch.Tensor:
+    return torch.sin(torch.arange(n_samples) * (2 * torch.pi * hz / 24_000)) * 0.3
+
+
+def test_old_data_are_whole(old):
+    Dataset(old / "data").verify()
+
+
+def test_old_run_evaluates_to_the_same_figures(old, expected):
+    rows = evaluate(old / "run", old / "data")["rows"]
+    of_all = [row for row in rows if row["group"] == "all"]
+    assert [row["model"] for row in of_all] == [row["model"] for row in expected["evaluate"]]
+    for got, want in zip(of_all, expected["evaluate"], strict=True):
+        assert got["n_tokens"] == want["n_tokens"]
+        assert got["nll_nats"] == pytest.approx(want["nll_nats"], rel=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["run", "run/model"])
+def test_old_model_generates_the_same_tokens(old, expected, folder):
+    model = wgpt.load(old / folder)
+    steps = model.steps(tone(220, 24_000), 5, Sampling(temperature=0))
+    assert [step.tokens[0] for step in steps] == expected["most_likely_tokens_after_220_hz"]
+
+
+def test_old_run_resumes_from_its_checkpoint(old):
+    # Its two steps are done: what is resumed is the checkpoint itself, and nothing is repeated.
+    before = read_metrics(old / "run" / "metrics.csv")
+    assert train(old / "data", old / "run", resume=True)["steps"] == 2
+    assert read_metrics(old / "run" / "metrics.csv") == before
+
+
+def test_old_codec_gives_the_same_tokens(old, expected):
+    loaded = codec.load(old / "codec")
+    assert loaded.encode(tone(440, 3200)).tolist() == expected["codec_codes_of_440_hz"]
+    assert loaded.identity["sha256"] == expected["codec_identity"]["sha256"]

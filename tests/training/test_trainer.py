@@ -1,0 +1,252 @@
+"""Training: it learns, resumes bit for bit after a kill or Ctrl-C, and stops with a reason."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from wgpt.config import TrainConfig
+from wgpt.data.dataset import Dataset
+from wgpt.errors import CheckpointError, ConfigError, TrainError
+from wgpt.model import HybridModel
+from wgpt.runs import checkpoint
+from wgpt.runs.metrics import METRICS, read_metrics
+from wgpt.runs.run import Run
+from wgpt.training import train
+from wgpt.training.optimizer import learning_rate
+
+SETTINGS = {
+    "max_steps": 12,
+    "batch_size": 2,
+    "context_s": 0.64,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "save_every": 4,
+    "eval_audio_s": 4.0,
+    "sample_s": 0.0,
+    "device": "cpu",
+}
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
+LONG = 80
+TINY = {"n_layers": 1, "n_mel_layers": 1, "ffn_dim": 64, "mel_ffn_dim": 64, "dropout": 0.1}
+
+
+def tree(folder):
+    """Every file that a resumed run must repeat, as bytes."""
+    kept = [p for p in folder.rglob("*") if p.is_file() and "plots" not in p.parts]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept}
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("train") / "whole"
+    train(prepared, out, "hybrid-xs", model=TINY, **SETTINGS)
+    return out
+
+
+def start(prepared, out, *extra):
+    command = [sys.executable, "-m", "wgpt.train", f"--data={prepared}", f"--out={out}"]
+    shape = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    return subprocess.Popen(
+        [*command, "--preset=hybrid-xs", *FLAGS, *shape, *extra],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+
+
+def test_train_leaves_a_whole_run_folder(whole):
+    assert {p.name for p in whole.iterdir()} == {
+        "checkpoints", "config.json", "metrics.csv", "model", "plots",
+    }  # fmt: skip
+    rows = read_metrics(whole / "metrics.csv")
+    assert [int(r["step"]) for r in rows if r["split"] == "train"] == list(range(1, 13))
+    assert [int(r["step"]) for r in rows if r["split"] == "valid"] == [0, 4, 8, 12]
+    assert (whole / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert [p.name for p in checkpoint.list_steps(whole / "checkpoints")] == [
+        "step-00000008", "step-00000012",
+    ]  # fmt: skip
+    for path in whole.rglob("*"):
+        assert path.suffix not in (".pt", ".pth", ".pkl", ".bin"), path
+
+
+def test_train_learns(prepared, tmp_path):
+    settings = {**SETTINGS, "max_steps": 40, "lr": 3e-3, "eval_every": 0, "batch_size": 8}
+    train(prepared, tmp_path / "run", "gpt-xs", model={"n_layers": 1}, **settings)
+    rows = [r for r in read_metrics(tmp_path / "run" / "metrics.csv") if r["split"] == "train"]
+    first, last = float(rows[0]["nll_nats"]), np.mean([float(r["nll_nats"]) for r in rows[-5:]])
+    assert last < first - 0.5
+
+
+@pytest.fixture(scope="module")
+def long(prepared, tmp_path_factory):
+    """An uninterrupted run, long enough to be interrupted on a fast machine."""
+    out = tmp_path_factory.mktemp("train") / "long"
+    train(prepared, out, "hybrid-xs", model=TINY, **{**SETTINGS, "max_steps": LONG})
+    return out
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.005)
+
+
+def test_train_killed_and_resumed_is_the_same_to_the_last_bit(prepared, long, tmp_path):
+    out = tmp_path / "killed"
+    process = start(prepared, out, f"--max-steps={LONG}")
+    wait_for(process, (out / "checkpoints" / "step-00000004" / "state.json").exists)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    train(None, out, resume=True)
+    expected, got = tree(long), tree(out)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        if name != "config.json":
+            assert expected[name] == got[name], name
+
+
+def test_train_ctrl_c_saves_and_says_how_to_go_on(prepared, long, tmp_path):
+    out = tmp_path / "interrupted"
+    process = start(prepared, out, f"--max-steps={LONG}", "--save-every=0")
+    # Validations are flushed, so the second row says that step 4 is done.
+    wait_for(process, lambda: len(read_metrics(out / "metrics.csv")) >= 2)
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 1, words
+    assert f"wgpt train --out {out} --resume" in words
+    train(None, out, resume=True)
+    assert (out / "metrics.csv").read_bytes() == (long / "metrics.csv").read_bytes()
+    name = "model/model.safetensors"
+    assert (out / name).read_bytes() == (long / name).read_bytes()
+
+
+def test_train_two_processes_equal_one(prepared, whole, tmp_path):
+    """Two processes of torchrun take halves of the same batches: the same losses to rounding."""
+    out = tmp_path / "two"
+    more = ["--dropout=0", "--fine-codebooks=2", "--mel-noise=0.2", "--mel-drop=0.2"]
+    shape = [*(f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()), *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "wgpt.train", f"--data={prepared}", "--preset=hybrid-xs", *FLAGS, *shape]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, f"--out={out}"], cwd="/", env=environment,
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one"
+    shape = {**TINY, "dropout": 0.0, "n_fine": 2}
+    train(prepared, one, "hybrid-xs", model=shape, mel_noise=0.2, mel_drop=0.2, **SETTINGS)
+    losses = [
+        [(float(r["nll_nats"]), float(r["fine_nll_nats"])) for r in read_metrics(path)]
+        for path in (one / "metrics.csv", out / "metrics.csv")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+
+
+def test_train_stops_at_a_loss_that_is_not_finite(prepared, tmp_path, monkeypatch):
+    def broken(self, tokens, frames=None, cache=None):
+        return torch.full((*tokens.shape, self.config.width), torch.nan, requires_grad=True)
+
+    monkeypatch.setattr(HybridModel, "hidden", broken)
+    with pytest.raises(TrainError, match=r"step 1: loss nan.*\(clip, first step\) \[\(\d+, \d+\)"):
+        train(prepared, tmp_path / "run", "gpt-xs", **SETTINGS)
+
+
+def test_train_refuses_an_existing_run_and_flags_on_resume(prepared, whole):
+    with pytest.raises(ConfigError, match=r"already holds a run; add --resume"):
+        train(prepared, whole, "hybrid-xs", **SETTINGS)
+    from wgpt.cli import main
+
+    assert main(["train", f"--out={whole}", "--resume", "--lr=1"]) == 2
+
+
+def test_train_finds_a_flipped_bit(whole, tmp_path):
+    import shutil
+
+    out = tmp_path / "flipped"
+    shutil.copytree(whole, out)
+    path = out / "checkpoints" / "step-00000012" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as error:
+        train(None, out, resume=True)
+    assert str(path) in str(error.value)
+    assert "step-00000008" in str(error.value)
+
+
+def test_train_mel_source_must_be_prepared(prepared, tmp_path):
+    from wgpt.data.dataset import DataError
+
+    with pytest.raises(DataError, match=r"decoded-5.*--mel-sources decoded-5"):
+        train(prepared, tmp_path / "run", "hybrid-xs", mel_source="decoded-5", **SETTINGS)
+
+
+def test_train_learning_rate_warms_up_and_decays():
+    settings = TrainConfig(max_steps=110, warmup_steps=10, lr=1.0, min_lr_ratio=0.1)
+    rates = [learning_rate(step, settings) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_train_metrics_row_cut_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    header = ",".join(METRICS)
+    path.write_text(f"{header}\n1,0.1,train,5.0,0.1,0.1,1.0,\n2,0.2,tr")
+    assert [row["step"] for row in read_metrics(path)] == ["1"]
+
+
+def test_run_checks_codec_of_other_data(prepared, whole, tmp_path):
+    import shutil
+
+    from wgpt.data.dataset import DataError
+
+    other = tmp_path / "data"
+    shutil.copytree(prepared, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["codec"]["identity"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="prepare it with the same codec"):
+        Run.open(whole).dataset(other)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["mel"]["window_samples"] = 600
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="prepare it with the same settings"):
+        Run.open(whole).dataset(other)
+    assert Dataset(prepared).codec_identity == Run.open(whole).dataset().codec_identity
+
+
+def test_train_finds_damaged_data(prepared, tmp_path):
+    import shutil
+
+    from wgpt.data.dataset import DataError
+
+    other = tmp_path / "data"
+    shutil.copytree(prepared, other)
+    path = other / "train" / "tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"tokens\.npy: must have sha256"):
+        train(other, tmp_path / "run", "gpt-xs", **SETTINGS)
+
+
+def test_metrics_are_csv_that_others_can_read(whole):
+    with open(whole / "metrics.csv", newline="") as file:
+        header = next(csv.reader(file))
+    assert header == ["step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm",
+                      "fine_nll_nats"]  # fmt: skip

@@ -1,0 +1,234 @@
+"""A prepared data folder, opened: memory-mapped tokens and mel slices behind a checked manifest.
+
+    DATA/manifest.json                 what is in here and how it was made (format below)
+    DATA/<split>/tokens.npy            uint16 (N, K), all clips end to end
+    DATA/<split>/offsets.npy           int64 (n_clips + 1,), first step of each clip, then N
+    DATA/<split>/mel/<source>.npy      float16 (N * r, M), natural-log mel, not normalised
+
+A mel source says which audio the slices were computed from: `wave` (the true audio), `decoded-k`
+(audio decoded from the first k codebooks), `leaky-W` (the true audio under a centred window of W
+samples, which sees the future: for experiments on leakage only).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wgpt.config import MelConfig
+from wgpt.errors import DataError
+from wgpt.files import sha256_of
+
+FORMAT = "wgpt-data"
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid")
+MANIFEST_LIMIT_BYTES = 1 << 30
+
+
+@dataclass(eq=False)
+class Split:
+    """One split: clips laid end to end in memory-mapped arrays.
+
+    tokens uint16 (N, K); offsets int64 (n_clips + 1,); mel maps a source to float16 (N * r, M);
+    groups names each clip's group (the first folder of its path, "." at the top).
+    """
+
+    name: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+    mel: dict[str, np.ndarray]
+    groups: list[str]
+    frames_per_step: int
+    codebook_size: int
+    silence: float
+
+    @property
+    def n_clips(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_steps(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def n_codebooks(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def clip_steps(self, i: int) -> int:
+        """Steps of clip i."""
+        self._check_clip(i)
+        return int(self.offsets[i + 1] - self.offsets[i])
+
+    def clip(self, i: int, mel_source: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """A whole clip: tokens int64 (K, T) and, for a source, frames float32 (T * r, M)."""
+        return self.slice(i, 0, self.clip_steps(i), mel_source)
+
+    def slice(
+        self, i: int, start: int, stop: int, mel_source: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Steps [start, stop) of clip i: tokens int64 (K, n) and frames float32 (n * r, M)."""
+        n_steps = self.clip_steps(i)
+        if not 0 <= start <= stop <= n_steps:
+            raise DataError(
+                f"{self.name}: steps must lie in [0, {n_steps}] of clip {i}, got {start} to {stop}"
+            )
+        first = int(self.offsets[i]) + start
+        last = first + stop - start
+        tokens = torch.from_numpy(self.tokens[first:last].T.astype(np.int64))
+        if mel_source is None:
+            return tokens, None
+        r = self.frames_per_step
+        frames = self.mel_array(mel_source)[first * r : last * r]
+        return tokens, torch.from_numpy(frames.astype(np.float32))
+
+    def mel_array(self, source: str) -> np.ndarray:
+        """The float16 (N * r, M) array of a source."""
+        if source not in self.mel:
+            raise DataError(
+                f"{self.name}: mel source must be one of {', '.join(self.mel) or '(none)'}, "
+                f"got {source!r}; prepare the data with --mel-sources {source}"
+            )
+        return self.mel[source]
+
+    def _check_clip(self, i: int) -> None:
+        if not 0 <= i < self.n_clips:
+            raise DataError(f"{self.name}: clip must lie in [0, {self.n_clips}), got {i}")
+
+
+class Dataset:
+    """A prepared folder. Opening it checks every shape, type and size against the manifest."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        manifest, where = self.manifest, self.path / "manifest.json"
+        try:
+            self.codec_identity: dict[str, Any] = dict(manifest["codec"]["identity"])
+            self.n_codebooks = int(manifest["codec"]["n_codebooks"])
+            self.codebook_size = int(manifest["codec"]["codebook_size"])
+            self.mel_sources: tuple[str, ...] = tuple(manifest["mel_sources"])
+            known = {field.name for field in fields(MelConfig)}
+            self.mel_config = MelConfig(**{k: manifest["mel"][k] for k in known})
+            self._normalisation = {
+                source: tuple(
+                    torch.tensor(manifest["normalisation"][source][key], dtype=torch.float32)
+                    for key in ("mean", "inv_std")
+                )
+                for source in self.mel_sources
+            }
+            groups = _groups(manifest)
+            totals = {name: manifest["totals"][name] for name in SPLITS}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: must follow the format, got a bad entry: {error}") from error
+        for source in self.mel_sources:  # it becomes part of a path
+            if not re.fullmatch(r"[a-z]+(-\d+)?", source):
+                raise DataError(f"{where}: mel_sources must be plain names, got {source!r}")
+        for source, pair in self._normalisation.items():
+            for values in pair:
+                _require(where, f"normalisation of {source}", (self.mel_config.n_mels,),
+                         tuple(values.shape))  # fmt: skip
+        self._splits = {name: self._open(name, totals[name], groups[name]) for name in SPLITS}
+
+    def split(self, name: str) -> Split:
+        """`train` or `valid`."""
+        if name not in self._splits:
+            raise DataError(f"{self.path}: split must be one of {SPLITS}, got {name!r}")
+        return self._splits[name]
+
+    def normalisation(self, source: str) -> tuple[Tensor, Tensor]:
+        """Per-bin (mean, inv_std) of the training split, float32 (M,) each."""
+        if source not in self._normalisation:
+            raise DataError(
+                f"{self.path}: mel source must be one of {', '.join(self.mel_sources)}, "
+                f"got {source!r}; prepare the data with --mel-sources {source}"
+            )
+        mean, inv_std = self._normalisation[source]
+        return mean, inv_std
+
+    def verify(self) -> None:
+        """Read every array and compare it with the manifest's sha256; DataError on a difference."""
+        for name, entry in self.manifest["files"].items():
+            if ".." in name or Path(name).is_absolute():
+                raise DataError(f"{self.path}: files must lie in the folder, got {name!r}")
+            got = sha256_of(self.path / name)
+            if got != entry["sha256"]:
+                raise DataError(
+                    f"{self.path / name}: must have sha256 {entry['sha256']}, got {got}; "
+                    "the file was damaged or changed, prepare the data again"
+                )
+
+    def _open(self, name: str, totals: dict[str, Any], groups: list[str]) -> Split:
+        folder, config = self.path / name, self.mel_config
+        n_steps, n_clips = int(totals["steps"]), int(totals["clips"])
+        n_frames = n_steps * config.frames_per_step
+        offsets_path = folder / "offsets.npy"
+        offsets = np.asarray(_load(offsets_path, np.int64, (n_clips + 1,)))
+        if offsets[0] != 0 or offsets[-1] != n_steps or (np.diff(offsets) <= 0).any():
+            raise DataError(f"{offsets_path}: offsets must rise from 0 to {n_steps}")
+        _require(self.path / "manifest.json", f"clips of {name}", n_clips, len(groups))
+        mel = {
+            source: _load(folder / "mel" / f"{source}.npy", np.float16, (n_frames, config.n_mels))
+            for source in self.mel_sources
+        }
+        return Split(
+            name=name,
+            tokens=_load(folder / "tokens.npy", np.uint16, (n_steps, self.n_codebooks)),
+            offsets=offsets,
+            mel=mel,
+            groups=groups,
+            frames_per_step=config.frames_per_step,
+            codebook_size=self.codebook_size,
+            silence=float(torch.tensor(config.floor).log()),
+        )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read DATA/manifest.json and check that it is one of ours."""
+    where = path / "manifest.json"
+    try:
+        if where.stat().st_size > MANIFEST_LIMIT_BYTES:
+            raise DataError(f"{where}: must be at most {MANIFEST_LIMIT_BYTES} bytes")
+        manifest: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: must hold manifest.json; run `wgpt prepare AUDIO_DIR --out {path}` "
+            "(again, if it was interrupted)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: must be readable JSON, got: {error}") from error
+    version = (manifest.get("format"), manifest.get("version")) if isinstance(
+        manifest, dict) else None  # fmt: skip
+    _require(where, "(format, version)", (FORMAT, FORMAT_VERSION), version)
+    return manifest
+
+
+def _groups(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """Group of every clip, by split, in clip order."""
+    clips: dict[str, dict[int, str]] = {name: {} for name in SPLITS}
+    for source in manifest["sources"]:
+        for index in source.get("clips", ()):
+            clips[source["split"]][index] = source["group"]
+    return {name: [found[i] for i in range(len(found))] for name, found in clips.items()}
+
+
+def _load(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        # An array without elements cannot be mapped on every platform.
+        array: np.ndarray = np.load(path, mmap_mode=None if 0 in shape else "r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: must be a whole .npy array, got: {error}") from error
+    _require(path, "dtype", np.dtype(dtype).name, array.dtype.name)
+    _require(path, "shape", shape, array.shape)
+    return array
+
+
+def _require(path: Path, what: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise DataError(f"{path}: {what} must be {expected}, got {got}")

@@ -1,0 +1,7 @@
+"""Streaming generation: incremental prefill of a prompt, then token-by-token sampling."""
+
+from wgpt.generation.generator import AudioGenerator, GenerationState, Step
+from wgpt.generation.sampling import Sampling
+from wgpt.generation.stopping import StuckDetector
+
+__all__ = ["AudioGenerator", "GenerationState", "Sampling", "Step", "StuckDetector"]

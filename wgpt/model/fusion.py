@@ -1,0 +1,82 @@
+"""From mel slices and tokens to one sequence: the mel branch and the early fusion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wgpt import ops
+from wgpt.config import ModelConfig
+from wgpt.model.cache import Cache
+from wgpt.model.transformer import Block, add_norm, rotary_angles
+
+
+class MelBranch(nn.Module):
+    """Mel slices (B, T*r, M) to hidden states (B, T, Cm): fused embedding, light causal blocks.
+
+    Normalisation constants `mean` and `inv_std` (M,) are buffers: fixed, and saved with the model.
+    """
+
+    mean: Tensor
+    inv_std: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        slice_values = (config.frames_per_step + config.mel_context_frames) * config.n_mels
+        self.register_buffer("mean", torch.zeros(config.n_mels))
+        self.register_buffer("inv_std", torch.ones(config.n_mels))
+        self.weight = nn.Parameter(torch.empty(config.mel_dim, slice_values))
+        self.bias = nn.Parameter(torch.empty(config.mel_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                config.mel_dim,
+                config.mel_head_dim,
+                config.mel_ffn_dim,
+                config.window_steps,
+                config.dropout,
+            )
+            for _ in range(config.n_mel_layers)
+        )
+        self.norm = nn.RMSNorm(config.mel_dim, eps=1e-6)
+
+    def forward(self, frames: Tensor, cache: Cache | None) -> Tensor:
+        """(B, T*r, M) log-mel frames to (B, T, Cm)."""
+        config = self.config
+        steps = frames.shape[1] // config.frames_per_step
+        position = 0
+        if cache is not None:
+            frames = cache.remember_mel(frames, config.mel_context_frames)
+            position = cache.position
+        x = ops.mel_embed(
+            frames,
+            self.mean,
+            self.inv_std,
+            self.weight,
+            self.bias,
+            frames_per_step=config.frames_per_step,
+            context_frames=config.mel_context_frames,
+        )
+        x = x[:, x.shape[1] - steps :]
+        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x.device)
+        delta = None
+        for i, block in enumerate(self.blocks):
+            x, delta = block(x, delta, angles, cache.mel_layers[i] if cache is not None else None)
+        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
+
+
+class Fusion(nn.Module):
+    """Token embedding (V + 1 rows, the last for the begin-of-clip token) beside the mel branch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(config.codebook_size + 1, config.token_dim))
+        self.mel = MelBranch(config) if config.mel_dim else None
+
+    def forward(self, tokens: Tensor, frames: Tensor | None, cache: Cache | None) -> Tensor:
+        """tokens (B, T) int64 and frames (B, T*r, M) to (B, T, Ct + Cm)."""
+        hidden = None
+        if self.mel is not None:
+            assert frames is not None
+            hidden = self.mel(frames, cache)
+        return ops.token_concat(tokens, self.table, hidden)

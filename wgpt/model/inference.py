@@ -1,0 +1,193 @@
+"""The model for generation: the same weights, laid out for a few new steps against a cache.
+
+A step at batch 1 is a few hundred small operations over all weights, so what counts is how few
+they are and how the weights lie. Against HybridModel.hidden with a cache: weights are transposed
+once, norms' gains are folded into the matrix behind them, residuals are added by the product, keys
+and values are written to the cache in one copy, and rotary turns are one complex multiplication.
+For that the channels of q and k stand in another order, pairs side by side, which leaves q k^T as
+it is.
+
+Rows never mix, and on the CPU in float32 a row of a product has the same bits in any company
+(ops.PackedMatrix; a BLAS chooses by the number of rows how it rounds). So an item of a batch gets
+the bits it gets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wgpt import ops
+from wgpt.model.cache import Cache, LayerCache
+from wgpt.model.depth import DepthTransformer
+from wgpt.model.hybrid import HybridModel
+from wgpt.model.transformer import Block
+
+_TABLE_STEPS = 1024
+
+
+class RotaryTable:
+    """Turns of positions as complex numbers; a table of 1024 at a time, formed in float64."""
+
+    def __init__(self, head_dim: int, base: float, like: Tensor) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device)
+        self._rates = base ** -(exponents / head_dim)
+        self._dtype = torch.promote_types(like.dtype, torch.complex64)
+        self._latest = 0, self._turns(0, _TABLE_STEPS)
+
+    def __call__(self, start: int, n_steps: int) -> Tensor:
+        """Complex (n_steps, 1, D/2) of positions start .. start + n_steps - 1."""
+        first, table = self._latest
+        if start < first or start + n_steps > first + len(table):
+            first, table = start, self._turns(start, max(_TABLE_STEPS, n_steps))
+            self._latest = first, table  # at once: streams in other threads use it too
+        return table[start - first : start - first + n_steps]
+
+    def _turns(self, start: int, n_steps: int) -> Tensor:
+        steps = torch.arange(start, start + n_steps, dtype=torch.float64, device=self._rates.device)
+        angles = torch.outer(steps, self._rates)[:, None, :]
+        return torch.polar(torch.ones_like(angles), angles).to(self._dtype)
+
+
+class InferenceBlock:
+    """Block over the newest steps, as rows."""
+
+    def __init__(self, block: Block) -> None:
+        attention, ffn = block.attention, block.ffn
+        self.width, self.head_dim = attention.out.in_features, attention.head_dim
+        self.window, self.scale = attention.window_steps, attention.head_dim**-0.5
+        qkv = attention.qkv.weight * block.attention_norm.weight
+        # q and k: channels (i, i + D/2) of each head side by side.
+        qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
+        qkv = torch.cat((qk.flatten(0, 2), qkv[2 * self.width :]))
+        self.qkv = ops.PackedMatrix(qkv.t())  # (C, 3C)
+        self.out = ops.PackedMatrix(attention.out.weight.t())
+        self.up = ops.PackedMatrix((ffn.up.weight * block.ffn_norm.weight).t())
+        self.down = ops.PackedMatrix(ffn.down.weight.t())
+
+    def __call__(
+        self, x: Tensor, batch: int, n_steps: int, turns: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """Rows x (batch * n_steps, C) to rows of that shape."""
+        shape, width = (self.width,), self.width
+        qkv = self.qkv.mm(torch.rms_norm(x, shape, None, 1e-6))
+        qkv = qkv.view(batch, n_steps, 3, -1, self.head_dim)
+        qk = qkv[:, :, :2].unflatten(4, (-1, 2))
+        torch.view_as_complex(qk).mul_(turns[:, None])
+        k, v = cache.append(qkv[:, :, 1:])
+        y = torch.ops.wgpt.flash_attention.default(
+            qkv[:, :, 0], k, v, self.scale, True, self.window
+        )[0]
+        x = self.out.addmm(x, y.view(-1, width))
+        up = self.up.mm(torch.rms_norm(x, shape, None, 1e-6))
+        return self.down.addmm(x, torch.nn.functional.gelu(up))
+
+
+class InferenceModel:
+    """HybridModel for generation; holds copies of its weights, so pack again after training."""
+
+    @torch.inference_mode()
+    def __init__(self, model: HybridModel) -> None:
+        self.config = config = model.config
+        self.n_fine = 0 if model.fine is None else config.n_fine
+        self._table = model.fusion.table.detach()
+        self._turns = RotaryTable(config.head_dim, config.rope_base, self._table)
+        self._blocks = _pack(model.blocks)
+        self._norm = model.norm.weight.detach()
+        self._head = ops.PackedMatrix(model.head.weight.t())
+        self._mel = model.fusion.mel
+        if self._mel is not None:
+            self._mel_turns = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
+            self._mel_blocks = _pack(self._mel.blocks)
+        self._fine = None if model.fine is None else PackedFine(model.fine)
+        self._latent = model.latent
+        if model.latent is not None:
+            self._up = ops.PackedMatrix(model.latent.up.weight.t())
+            self._down = ops.PackedMatrix(model.latent.down.weight.t())
+
+    def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
+        """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
+        config = self.config
+        batch, n_steps = tokens.shape[:2]
+        mel = None if frames is None else self._hear(frames, n_steps, cache)
+        coarse = tokens if self._latent is None else tokens[:, :, 0]
+        x = ops.token_concat(coarse, self._table, mel).flatten(0, 1)
+        if self._latent is not None:
+            history = self._latent.history(tokens, cache).flatten(0, 1)
+            up = self._up.addmm(self._latent.up.bias, history)
+            x = self._down.addmm(x, torch.nn.functional.gelu(up))
+        turns = self._turns(cache.position, n_steps)
+        for block, layer in zip(self._blocks, cache.layers, strict=True):
+            x = block(x, batch, n_steps, turns, layer)
+        cache.position += n_steps
+        newest = x.view(batch, n_steps, -1)[:, -1]
+        return torch.rms_norm(newest, (config.width,), self._norm, 1e-6)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) of the coarse token, from states (B, C)."""
+        return self._head.mm(hidden)
+
+    def sample_fine(
+        self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Residual codes (B, n_fine), as DepthTransformer.sample; (B, 0) without one."""
+        if self._fine is None:
+            return coarse.new_empty(len(coarse), 0)
+        return self._fine.sample(hidden, coarse, draw)
+
+    def _hear(self, frames: Tensor, n_steps: int, cache: Cache) -> Tensor:
+        """Frames (B, n * r, M) to the mel branch's states (B, n, Cm)."""
+        config, mel = self.config, self._mel
+        assert mel is not None
+        frames = cache.remember_mel(frames, config.mel_context_frames)
+        x = ops.mel_embed(
+            frames,
+            mel.mean,
+            mel.inv_std,
+            mel.weight.detach(),
+            mel.bias.detach(),
+            frames_per_step=config.frames_per_step,
+            context_frames=config.mel_context_frames,
+        )
+        batch = len(x)
+        x = x[:, x.shape[1] - n_steps :].flatten(0, 1)
+        turns = self._mel_turns(cache.position, n_steps)
+        for block, layer in zip(self._mel_blocks, cache.mel_layers, strict=True):
+            x = block(x, batch, n_steps, turns, layer)
+        x = torch.rms_norm(x, (config.mel_dim,), mel.norm.weight, 1e-6)
+        return x.view(batch, n_steps, -1)
+
+
+class PackedFine:
+    """DepthTransformer.sample over packed blocks."""
+
+    def __init__(self, fine: DepthTransformer) -> None:
+        config = fine.config
+        self._blocks = _pack(fine.blocks)
+        self._turns = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
+        self._table = fine.table.detach()
+        self._project = ops.PackedMatrix(fine.project.weight.t())
+        heads = fine.heads * fine.norm.weight
+        self._heads = [ops.PackedMatrix(head) for head in heads.transpose(1, 2)]  # (W, V) each
+
+    def sample(self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Codes (B, n_fine) of one step, from states (B, C) and coarse codes (B,)."""
+        batch = len(hidden)
+        state = self._project.mm(hidden)
+        caches = [LayerCache(0, len(self._heads)) for _ in self._blocks]
+        code, codes = coarse, []
+        for depth, head in enumerate(self._heads):
+            x = state + self._table[depth][code]
+            turns = self._turns(depth, 1)
+            for block, cache in zip(self._blocks, caches, strict=True):
+                x = block(x, batch, 1, turns, cache)
+            x = torch.rms_norm(x, (x.shape[1],), None, 1e-6)
+            code = draw(head.mm(x))
+            codes.append(code)
+        return torch.stack(codes, 1)
+
+
+def _pack(blocks: torch.nn.ModuleList) -> list[InferenceBlock]:
+    return [InferenceBlock(block) for block in blocks if isinstance(block, Block)]

@@ -1,0 +1,34 @@
+"""Named model shapes: those of the paper, and small ones for a demo in minutes."""
+
+from __future__ import annotations
+
+from wgpt.config import ModelConfig
+from wgpt.errors import ConfigError
+
+PRESETS: dict[str, tuple[ModelConfig, str]] = {
+    "hybrid": (ModelConfig(), "mel slices and tokens, 4.0 M parameters (the paper's hybrid)"),
+    "gpt-s": (ModelConfig(token_dim=256, mel_dim=0), "tokens only, 3.7 M (the paper's small one)"),
+    "gpt-s-matched": (
+        ModelConfig(token_dim=256, mel_dim=0, ffn_dim=1160),
+        "tokens only, as many parameters as hybrid",
+    ),
+    "gpt-l": (
+        ModelConfig(token_dim=640, mel_dim=0, n_layers=8, ffn_dim=2560),
+        "tokens only, 40 M (the paper's large one)",
+    ),
+    "hybrid-xs": (
+        ModelConfig(token_dim=64, mel_dim=64, head_dim=32, ffn_dim=512, mel_ffn_dim=256),
+        "mel slices and tokens, 1.1 M: a demo in minutes",
+    ),
+    "gpt-xs": (
+        ModelConfig(token_dim=128, mel_dim=0, head_dim=32, ffn_dim=512),
+        "tokens only, 1.1 M: the twin of hybrid-xs",
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name][0]

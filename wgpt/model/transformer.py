@@ -1,0 +1,106 @@
+"""A pre-norm causal Transformer block with rotary positions, over wgpt's fused ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wgpt import ops
+from wgpt.model.cache import LayerCache
+
+
+def op_for(name: str, x: Tensor) -> Any:
+    """The op `name` for tensors on the device of x: the one place where the model chooses.
+
+    On the CPU it is wgpt's own op. Five of them have no CUDA kernel, and everywhere else the same
+    formula in plain torch runs, from wgpt.ops.reference.
+    """
+    return getattr(ops if x.device.type == "cpu" else ops.reference, name)
+
+
+def add_norm(
+    norm: nn.RMSNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + delta (delta None: x), and that normed: in `dtype`, by default what products want."""
+    return op_for("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
+
+
+def rotary_angles(
+    start: int, n_steps: int, head_dim: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (n_steps, head_dim/2), of positions start .. start + n_steps - 1.
+
+    Pair i turns by position * base^(-2i/D) (Su et al., RoFormer, arXiv 2104.09864). Angles are
+    formed in float64, so that a long stream keeps its phase, and returned in float32.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    steps = torch.arange(start, start + n_steps, dtype=torch.float64, device=device)
+    angles = torch.outer(steps, base**-exponents)
+    return angles.cos().float(), angles.sin().float()
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, T, C) to (B, T, C), optionally within a sliding window."""
+
+    def __init__(self, width: int, head_dim: int, window_steps: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.window_steps = window_steps
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: LayerCache | None) -> Tensor:
+        """One pass; with a cache, x is the newest steps and the cache is extended by them."""
+        batch, steps, width = x.shape
+        qkv = op_for("linear", x)(x, self.qkv.weight).view(batch, steps, 3, -1, self.head_dim)
+        q, k, v = op_for("rotary_qkv", x)(qkv, *angles)
+        if cache is not None:
+            k, v = cache.append(torch.stack((k, v), 2))
+        y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps)
+        return op_for("linear", x)(y.view(batch, steps, width), self.out.weight)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return op_for("feed_forward", x)(x, self.up.weight, self.down.weight)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    The last sum is left to whoever norms next: a block takes and returns a pair (x, delta) that
+    stands for x + delta.
+    """
+
+    def __init__(
+        self, width: int, head_dim: int, ffn_dim: int, window_steps: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, head_dim, window_steps)
+        self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.ffn = FeedForward(width, ffn_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, delta (B, T, C) to a new pair of them."""
+        x, normed = add_norm(self.attention_norm, x, delta)
+        delta = self.dropout(self.attention(normed, angles, cache))
+        x, normed = add_norm(self.ffn_norm, x, delta)
+        return x, self.dropout(self.ffn(normed))

@@ -1,0 +1,30 @@
+"""Where torch computes: the device a name stands for, and how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from wgpt.errors import ConfigError
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes cuda if there is one, else cpu. Raises ConfigError for what is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ConfigError(f"device must be auto, cpu, or an available cuda device, got {name!r}")
+    return name
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

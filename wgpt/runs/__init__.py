@@ -1,0 +1,1 @@
+"""Run folders: what was asked, checkpoints, metrics, pretrained models, plots."""

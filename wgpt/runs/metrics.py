@@ -1,0 +1,46 @@
+"""metrics.csv of a run: one row per training step and per validation."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from wgpt.files import replacing
+
+METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm", "fine_nll_nats")
+
+
+class Metrics:
+    """metrics.csv, appended row by row; no timings, so that a resumed run repeats its bytes."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        """Opens the file, dropping rows of steps later than `after_step` (they are done again)."""
+        kept = [row for row in read_metrics(path) if int(row["step"]) <= after_step]
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        self._file = open(path, "a", newline="")
+        self._writer = csv.DictWriter(self._file, METRICS, lineterminator="\n")
+
+    def add(self, **values: Any) -> None:
+        """One row; floats keep every digit."""
+        self._writer.writerow(values)
+
+    def flush(self) -> None:
+        """Rows so far reach the file."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none if there is no file. A row cut short by a kill is dropped."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values()]

@@ -1,0 +1,46 @@
+"""The trained models in the package, and how a run becomes such a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from wgpt.errors import ConfigError
+from wgpt.model import HybridModel
+
+NAME = "starter"
+FOLDER = Path(__file__).parents[1] / "assets" / NAME
+STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
+
+
+def model_folder(run: str | Path) -> Path:
+    """The model folder that RUN stands for: `starter`, a run folder, or a model folder.
+
+    Raises ConfigError when there is no such folder.
+    """
+    if str(run) == NAME:  # a folder of this name is ./starter
+        return FOLDER
+    folder = Path(run)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder / 'config.json'}: no such file; RUN is a folder written by `wgpt train`, or "
+            f"{NAME!r}, the model in the package"
+        )
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
+    """Writes the model of a run to the folder `out`, small: matrices in float16, the tables of
+    the codebooks in float8 (3 bits of mantissa: 0.001 nats more, docs/log.md).
+
+    card: README.md of the folder, by default the run's own. Returns the weights' path.
+    """
+    folder = model_folder(run)
+    model = HybridModel.from_pretrained(folder)
+    facts = json.loads((folder / "config.json").read_text())
+    kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
+    card = card or (folder / "README.md").read_text()
+    model.save_pretrained(out, card, kept, STORED)
+    return Path(out) / "model.safetensors"

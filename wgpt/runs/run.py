@@ -1,0 +1,133 @@
+"""A run folder: what a training run was asked to do, where its files lie, and how to open it again.
+
+RUN/config.json        preset, model, training settings, data folder and codec identity
+    metrics.csv        one row per training step and per validation
+    plots/loss.png     loss curves by step and by epoch
+    samples/           audio sampled while training
+    checkpoints/       for --resume
+    model/             config.json, model.safetensors and a card: for from_pretrained
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wgpt import codec as codecs
+from wgpt.config import ModelConfig, TrainConfig, from_json, to_json
+from wgpt.data.dataset import Dataset
+from wgpt.errors import CodecError, ConfigError, DataError
+from wgpt.files import write_atomically
+
+_FORMAT = "wgpt-run-1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its config.json says."""
+
+    folder: Path
+    preset: str
+    model: ModelConfig
+    config: TrainConfig
+    data: dict[str, Any]  # facts_of(data)
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, preset: str, model: ModelConfig, config: TrainConfig, data: Dataset
+    ) -> Run:
+        """Starts a new run folder. Raises ConfigError when the folder already holds a run."""
+        folder = Path(folder)
+        path = folder / "config.json"
+        if path.exists():
+            raise ConfigError(
+                f"{path}: this folder already holds a run; add --resume to go on with it, "
+                "or choose another --out"
+            )
+        facts = facts_of(data)
+        run = cls(folder, preset, model, config, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "format": _FORMAT,
+            "preset": preset,
+            "model": to_json(model),
+            "train": to_json(config),
+            "data": facts,
+        }
+        write_atomically(path, json.dumps(description, indent=2) + "\n")
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Reads a run folder. Raises ConfigError naming the file that is missing or wrong."""
+        path = Path(folder) / "config.json"
+        try:
+            description = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; RUN is the --out of `wgpt train`") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not JSON: {error}") from None
+        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            raise ConfigError(f"{path}: expected the format {_FORMAT!r}; is this a run folder?")
+        try:
+            return cls(
+                Path(folder),
+                str(description["preset"]),
+                from_json(ModelConfig, description["model"], str(path)),
+                from_json(TrainConfig, description["train"], str(path)),
+                dict(description["data"]),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{path}: has no {error}") from None
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model is, in from_pretrained's layout."""
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def dataset(self, path: str | Path | None = None) -> Dataset:
+        """The data of the run, or another folder whose tokens mean the same.
+
+        Raises DataError when that folder was made with another codec or mel.
+        """
+        dataset = Dataset(path or self.data["path"])
+        expected = self.data["codec"]["identity"]
+        if dataset.codec_identity != expected:
+            raise DataError(
+                f"{dataset.path}: its tokens come from the codec {dataset.codec_identity}, "
+                f"this run's from {expected}; prepare it with the same codec"
+            )
+        if to_json(dataset.mel_config) != self.data["mel"]:
+            raise DataError(
+                f"{dataset.path}: its mel slices were made with {to_json(dataset.mel_config)}, "
+                f"this run's with {self.data['mel']}; prepare it with the same settings"
+            )
+        return dataset
+
+    def codec(self, device: str = "cpu") -> codecs.Codec:
+        """The codec of the run. Raises CodecError when its weights are no longer the same."""
+        source = self.data["codec"]["source"]
+        codec = codecs.load(source, device=device)
+        expected = self.data["codec"]["identity"]
+        if codec.identity["sha256"] != expected["sha256"]:
+            raise CodecError(
+                f"codec: the weights of {source} changed since the data were prepared: sha256 "
+                f"must be {expected['sha256']}, got {codec.identity['sha256']}"
+            )
+        return codec
+
+
+def facts_of(data: Dataset) -> dict[str, Any]:
+    """What a run remembers of its data: where they are, and what their tokens and slices mean."""
+    return {
+        "path": str(data.path.resolve()),
+        "codec": data.manifest["codec"],
+        "mel": to_json(data.mel_config),
+    }

@@ -1,0 +1,124 @@
+"""Starts or resumes a run: which model, from which weights, on which data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from wgpt import codec
+from wgpt.config import ModelConfig, TrainConfig
+from wgpt.data.dataset import Dataset
+from wgpt.errors import ConfigError
+from wgpt.model.presets import preset as preset_shape
+from wgpt.runs.run import Run, facts_of
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.initial_weights import InitialWeights
+from wgpt.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
+    """Raises ConfigError or DataError where model, settings and data do not go together."""
+    if data.codebook_size != model.codebook_size:
+        raise ConfigError(
+            f"model: codebook_size must be the data's {data.codebook_size}, "
+            f"got {model.codebook_size}"
+        )
+    if model.n_fine >= data.n_codebooks:
+        raise ConfigError(
+            f"--fine-codebooks must lie in [0, {data.n_codebooks - 1}], the data's codec has "
+            f"{data.n_codebooks} codebooks, got {model.n_fine}"
+        )
+    if settings.freeze_trunk and not model.n_fine:
+        raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+    if settings.latent_noise and not model.latent_steps:
+        raise ConfigError(
+            "latent_noise must be 0 for a model without latents (latent_steps = 0), got "
+            f"{settings.latent_noise}"
+        )
+    if not model.mel_dim:
+        if settings.mel_noise or settings.mel_drop:
+            raise ConfigError(
+                "mel_noise and mel_drop must be 0 for a model without mel (mel_dim = 0), got "
+                f"{settings.mel_noise} and {settings.mel_drop}"
+            )
+        return
+    mel = data.mel_config
+    if (model.n_mels, model.frames_per_step) != (mel.n_mels, mel.frames_per_step):
+        raise ConfigError(
+            f"model: n_mels, frames_per_step must be the data's {mel.n_mels}, "
+            f"{mel.frames_per_step}, got {model.n_mels}, {model.frames_per_step}"
+        )
+    data.normalisation(settings.mel_source)
+
+
+def train(
+    data: str | Path | None,
+    out: str | Path,
+    preset: str | None = None,
+    *,
+    resume: bool = False,
+    model: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Trains (or resumes) a run and returns its summary.
+
+    Args:
+        data: prepared data folder; on resume None for the one the run was started on.
+        out: run folder; must not hold a run yet unless `resume`.
+        preset: a name of config.PRESETS; by default `hybrid`, or that of `init`.
+        model: ModelConfig fields to change from the preset, or from the shape of `init`.
+        settings: TrainConfig fields. On resume all of them come from the run's config.json.
+
+    Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
+    """
+    if resume:
+        run = Run.open(out)
+        dataset, warm = run.dataset(data), None
+        processes = ProcessGroup.join(run.config.device)
+    else:
+        if data is None:
+            raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
+        dataset = Dataset(data)
+        chosen = TrainConfig(**settings)
+        warm = InitialWeights(chosen.init) if chosen.init else None
+        if warm is None:
+            preset = preset or "hybrid"
+            shape = dataclasses.replace(preset_shape(preset), **(model or {}))
+        elif preset is None:
+            warm.check_data(dataset)
+            preset, shape = warm.preset, warm.shape(model or {})
+            if chosen.freeze_trunk and shape.latent_steps != warm.model.config.latent_steps:
+                raise ConfigError(
+                    "--latent-steps adds an input to the trunk, which --freeze-trunk would keep "
+                    "from learning it: must be that of --init, "
+                    f"{warm.model.config.latent_steps}, got {shape.latent_steps}"
+                )
+        else:
+            raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
+        if shape.latent_steps:
+            latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            if shape.latent_dim not in (0, latent_dim):
+                raise ConfigError(
+                    f"--latent-dim must be that of the data's codec, {latent_dim}, "
+                    f"got {shape.latent_dim}"
+                )
+            shape = dataclasses.replace(shape, latent_dim=latent_dim)
+        check_fit(shape, chosen, dataset)
+        processes = ProcessGroup.join(chosen.device)
+        run = Run(Path(out), preset, shape, chosen, facts_of(dataset))
+        if processes.rank == 0:
+            run = Run.create(out, preset, shape, chosen, dataset)
+    if processes.rank == 0:
+        dataset.verify()
+    trainer = Trainer(run, dataset, processes)
+    if warm is not None:
+        warm.load_into(trainer.model)
+    log.info("%s: %s", run.preset, trainer.model.describe())
+    try:
+        return trainer.fit(resume)
+    finally:
+        processes.leave()
