@@ -45,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         from wgpt.serving import server
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
             raise
-        raise ServeError(f"needs {error.name}: pip install 'wgpt[serve]'") from None
+        raise ServeError(f"needs {missing}: pip install 'wgpt[serve]'") from None
     limits = Limits(args.max_prompt_s, args.max_seconds, args.max_upload_mb)
     with contextlib.suppress(KeyboardInterrupt), one_thread(), contextlib.ExitStack() as stack:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does

@@ -146,6 +146,7 @@ class PageServer:
             middleware=[Middleware(LocalhostMiddleware, port=port)],
             exception_handlers={WgptError: _refuse, ClientDisconnect: _refuse},
         )
+        self.app.router.redirect_slashes = False
 
     async def _facts(self, request: HttpRequest) -> Response:
         return JSONResponse(self.session.facts())

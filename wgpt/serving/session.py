@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,8 +70,9 @@ class GenerationSession:
     def __init__(self, models: Mapping[str, AudioGenerator], limits: Limits) -> None:
         self.models = dict(models)
         self.limits = limits
-        clips = sorted(path for path in EXAMPLES.glob("*") if path.suffix in audio.SUFFIXES)
-        self.examples = clips[:: max(1, len(clips) // N_EXAMPLES)][:N_EXAMPLES]
+        lines = (EXAMPLES / "text.tsv").read_text().splitlines()
+        every = -(-len(lines) // N_EXAMPLES)
+        self.examples = [line.split("\t") for line in lines[::every]]  # name, voice, text
 
     def facts(self) -> dict[str, Any]:
         """What the page must know before the first request."""
@@ -85,14 +87,17 @@ class GenerationSession:
             },
             "limits": asdict(self.limits),
             "sampling": asdict(Sampling(top_k=100)),
-            "examples": [path.stem.lstrip("0123456789-") for path in self.examples],
+            "examples": [
+                {"language": voice.partition("+")[0], "text": re.split("(?<=[.!?]) ", text)[0]}
+                for _, voice, text in self.examples
+            ],
             "rate_hz": SAMPLE_RATE_HZ,
             "step_samples": HOP_SAMPLES,
         }
 
     def example(self, index: int) -> np.ndarray:
         """float32 (L,): the start of an example prompt. Raises IndexError."""
-        return audio.read(self.examples[index])[: round(EXAMPLE_S * SAMPLE_RATE_HZ)]
+        return audio.read(EXAMPLES / self.examples[index][0])[: round(EXAMPLE_S * SAMPLE_RATE_HZ)]
 
     def read_prompt(self, body: bytes) -> np.ndarray:
         """An uploaded file's sound, float32 (L,) at 24 kHz; no bytes give an empty prompt.

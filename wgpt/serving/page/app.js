@@ -7,10 +7,11 @@ import { Recorder } from "/recorder.js";
 const $ = (place, root = document) => root.querySelector(place);
 const from = (id) => $(`#${id}`).content.firstElementChild.cloneNode(true);
 const facts = await (await fetch("/facts")).json();
-const seconds = (n) => n / facts.rate_hz;
-const clock = (n) => `${seconds(n).toFixed(1)} s`;
+const names = Object.keys(facts.models);
+const clock = (n) => `${(n / facts.rate_hz).toFixed(1)} s`;
+const SILENCE_SCALE = { topDb: 20, peak: 16384 }; // of pictures without a prompt
 
-let prompt = null; // {file, name, views, samples, mel, topDb}; null: the model starts from silence
+let prompt = null; // {file, name, views, samples, mel, scale}; null: the model starts from silence
 let request = null; // AbortController of what the server is making
 let recorder = null;
 const takes = [];
@@ -59,7 +60,7 @@ class View {
     Object.assign(this, { sound, start, root: from("sound-template") });
     $(".title", this.root).textContent = title;
     place.append(this.root);
-    this.picture = new Picture($("canvas", this.root), { ...picture, sound });
+    this.picture = new Picture($("canvas", this.root), sound, picture);
     $("canvas", this.root).setAttribute("aria-label", `${title}: waveform and log-mel`);
     $("canvas", this.root).onclick = (event) => this.seek(event.offsetX);
     $(".play", this.root).onclick = () =>
@@ -88,7 +89,7 @@ class View {
     const head = $(".playhead", this.root);
     head.hidden = !mine;
     if (mine) head.style.left = `${this.picture.xOf(player.position)}px`;
-    const base = this.picture.nPrompt * facts.step_samples;
+    const base = this.start(false);
     const made = clock(this.sound.length - base);
     $(".clock", this.root).textContent = mine ? `${clock(player.position - base)} / ${made}` : made;
   }
@@ -134,12 +135,13 @@ async function choosePrompt(file, name) {
 
 function showPrompt(file, name, model, answer) {
   const mel = new Int8Array(bytesOf(answer.recording.mel));
-  const topDb = mel.reduce((a, b) => Math.max(a, b));
-  const edgesHz = facts.models[model].mel_edges_hz;
+  const samples = new Int16Array(bytesOf(answer.recording.pcm));
+  const most = (numbers) => numbers.reduce((a, b) => Math.max(a, Math.abs(b)), 1);
+  const scale = { topDb: mel.reduce((a, b) => Math.max(a, b)), peak: most(samples) };
   const show = (title, { pcm, mel }) => {
-    const sound = new Sound(facts.rate_hz, bytesOf(pcm).byteLength / 2);
-    const picture = { stepSamples: facts.step_samples, edgesHz, topDb };
-    const view = new View($("#prompt .pair"), title, sound, picture);
+    const sound = new Sound(facts.rate_hz, samples.length);
+    const nPrompt = samples.length / facts.step_samples;
+    const view = new View($("#prompt .pair"), title, sound, pictureOf(model, nPrompt, scale));
     view.push(pcm, mel);
     sound.finish();
     view.picture.draw();
@@ -152,20 +154,27 @@ function showPrompt(file, name, model, answer) {
   const n = facts.models[model].n_codebooks;
   const codec = `Through the codec, ${n === 1 ? "one codebook" : `${n} codebooks`}: the ceiling`;
   const shown = [show("As recorded", answer.recording), show(codec, answer.codec)];
-  prompt = { file, name, views: shown, samples: shown[0].sound.samples, mel, topDb };
+  prompt = { file, name, views: shown, samples, mel, scale };
+  $("#nothing").ariaPressed = "false";
+}
+
+function pictureOf(model, nPrompt, scale) {
+  const { mel_edges_hz: edgesHz } = facts.models[model];
+  return { stepSamples: facts.step_samples, edgesHz, nPrompt, ...scale };
 }
 
 function dropPrompt() {
   for (const view of prompt?.views || []) view.remove();
   prompt = null;
   $("#prompt").hidden = true;
+  $("#nothing").ariaPressed = "true";
   for (const chip of document.querySelectorAll("#examples button")) chip.ariaPressed = "false";
 }
 
 async function chooseExample(index, chip) {
   try {
     const file = await (await ask(`/examples/${index}`, {})).blob();
-    const chosen = choosePrompt(file, chip.textContent);
+    const chosen = choosePrompt(file, facts.examples[index].text);
     chip.ariaPressed = "true";
     await chosen;
   } catch (error) {
@@ -240,26 +249,25 @@ async function makeTake(chosen, given) {
 function addTake(chosen, given) {
   const n = 1 + (takes[0]?.n || 0);
   const root = from("take-template");
-  const { mel_edges_hz: edgesHz, codebook_size: size } = facts.models[chosen.model];
-  const nWanted = Math.round(chosen.seconds * seconds(1 / seconds(1)) * facts.rate_hz / facts.step_samples);
-  const nSamples = nWanted * facts.step_samples + (given ? given.samples.length : 0);
-  const sound = new Sound(facts.rate_hz, nSamples);
+  const nWanted = Math.round((chosen.seconds * facts.rate_hz) / facts.step_samples);
   const nPrompt = given ? given.samples.length / facts.step_samples : 0;
-  const take = { n, root, chosen, given, nWanted, made: 0, tokens: [], entropy: 0, size };
-  take.start = () => ($("#with-prompt").checked ? 0 : nPrompt * facts.step_samples);
+  const sound = new Sound(facts.rate_hz, (nPrompt + nWanted) * facts.step_samples);
+  const take = { n, root, chosen, given, nWanted, made: 0, tokens: [], entropy: 0 };
+  take.label = `Take ${n} · seed ${chosen.seed}`;
+  take.start = (withPrompt = $("#with-prompt").checked) =>
+    withPrompt ? 0 : nPrompt * facts.step_samples;
   $("#takes").prepend(root);
-  const picture = { stepSamples: facts.step_samples, edgesHz, nPrompt, topDb: given?.topDb ?? 20 };
-  take.view = new View($(".sound", root), "Continuation", sound, picture, take.start);
+  const picture = pictureOf(chosen.model, nPrompt, given?.scale || SILENCE_SCALE);
+  take.view = new View($(".sound", root), take.label, sound, picture, take.start);
   if (given) {
     sound.push(given.samples);
     take.view.picture.push(given.mel);
   }
   take.view.picture.draw();
-  take.label = `Take ${n} · seed ${chosen.seed}`;
-  $("h2", root).innerHTML = "<span></span> <small></small>";
-  $("h2 span", root).textContent = take.label;
-  $("h2 small", root).textContent = `after ${given ? given.name : "silence"}` +
-    (Object.keys(facts.models).length > 1 ? ` · ${chosen.model}` : "");
+  const after = $(".after", root);
+  take.view.root.querySelector(".title").after(after);
+  after.textContent = given ? `after “${given.name}”` : "from silence";
+  if (names.length > 1) after.textContent += ` by ${chosen.model}`;
   $(".retry", root).onclick = () => {
     $("#seed").value = 1 + Math.max(...takes.map((other) => Number(other.chosen.seed)));
     makeTake({ ...chosen, seed: $("#seed").value }, given);
@@ -267,6 +275,7 @@ function addTake(chosen, given) {
   $(".remove", root).onclick = () => removeTake(take);
   takes.unshift(take);
   $("#empty").hidden = true;
+  root.scrollIntoView({ block: "nearest" });
   return take;
 }
 
@@ -282,7 +291,9 @@ function receive(take, line) {
   take.pace = line.pace;
   take.root.dataset.made = take.made;
   const samples = take.made * facts.step_samples;
-  busy(`Making ${clock(samples)} of ${clock(take.nWanted * facts.step_samples)} …`);
+  const buffering = player.sound === take.view.sound && player.state === "waiting";
+  busy(`${clock(samples)} of ${clock(take.nWanted * facts.step_samples)}` +
+    (buffering ? ", playing as soon as it lasts …" : " …"));
   if (line.warning) {
     $(".warning", take.root).textContent =
       `This take is stuck: ${line.warning}. Try another seed, a higher temperature or another prompt.`;
@@ -299,9 +310,10 @@ function finishTake(take) {
   root.dataset.state = "done";
   const codebooks = take.tokens[0].map((_, k) => take.tokens.map((step) => step[k]).join(" "));
   $(".tokens", root).textContent = codebooks.join("\n");
+  const { codebook_size: size } = facts.models[take.chosen.model];
   $(".facts", root).textContent =
     `First sound after ${take.first.toFixed(2)} s, then ${take.pace.toFixed(1)} times real time. ` +
-    `Entropy ${(take.entropy / take.made).toFixed(1)} of ${Math.log(take.size).toFixed(1)} nats.`;
+    `Entropy ${(take.entropy / take.made).toFixed(1)} of ${Math.log(size).toFixed(1)} nats.`;
   saveLink(take);
   take.view.picture.draw();
   take.view.refresh();
@@ -339,8 +351,7 @@ function listTakes() {
 function playSide(side) {
   const take = takeOf(side);
   const playing = takes.find(({ view }) => view.sound === player.sound);
-  const base = ({ view }) => view.picture.nPrompt * facts.step_samples;
-  const at = playing ? player.position - base(playing) + base(take) : take.start();
+  const at = playing ? player.position - playing.start(false) + take.start(false) : take.start();
   player.play(take.view.sound, Math.round(at));
 }
 
@@ -367,7 +378,9 @@ function showModel() {
   for (const field of document.querySelectorAll(".fine")) field.hidden = n === 1;
 }
 
-$("#model").replaceChildren(...Object.keys(facts.models).map((name) => new Option(name)));
+$("#model").replaceChildren(...names.map((name) => new Option(name)));
+$("#model-field").hidden = names.length === 1;
+$("#model-name").textContent = names.length === 1 ? `by ${names[0]}` : "";
 $("#prompt-limits").textContent =
   `At most ${facts.limits.max_prompt_s} s and ${facts.limits.max_upload_mb} MB.`;
 $("#seconds").max = facts.limits.max_seconds;
@@ -375,8 +388,10 @@ $("#seconds").value = Math.min(8, facts.limits.max_seconds);
 for (const input of document.querySelectorAll("#sampling input")) {
   input.value = facts.sampling[input.name];
 }
-facts.examples.forEach((name, index) => {
-  const chip = Object.assign(document.createElement("button"), { type: "button", textContent: name });
+facts.examples.forEach(({ text, language }, index) => {
+  const chip = from("example-template");
+  $("span", chip).textContent = text;
+  $("small", chip).textContent = language;
   chip.onclick = () => chooseExample(index, chip);
   $("#examples").append(chip);
 });

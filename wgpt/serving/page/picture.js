@@ -4,10 +4,10 @@ const RANGE_DB = 50; // below the loudest column of the prompt
 const TICKS_HZ = [100, 200, 500, 1000, 2000, 4000, 8000];
 const STEPS_S = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20];
 const LEFT = 46, RIGHT = 52, TOP = 6, BOTTOM = 20, WAVE = 52, GAP = 8; // CSS pixels
+const LABEL = 13; // least distance of two labels
 // matplotlib's magma at ninths.
-const MAGMA = ["#000004", "#180f3e", "#451077", "#721f81", "#9f2f7f",
-  "#cd4071", "#f1605d", "#fd9567", "#feca8d", "#fcfdbf"].map((hex) =>
-  [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+const MAGMA = "000004 180f3e 451077 721f81 9f2f7f cd4071 f1605d fd9567 feca8d fcfdbf"
+  .split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 
 function magma(share) {
   const at = Math.max(0, Math.min(1, share)) * (MAGMA.length - 1);
@@ -16,9 +16,10 @@ function magma(share) {
 }
 
 export class Picture {
-  // columns: Int8Array of nBands decibels for each step; nPrompt of the steps are the prompt's.
-  constructor(canvas, { sound, stepSamples, edgesHz, nPrompt = 0, topDb }) {
-    Object.assign(this, { canvas, sound, stepSamples, edgesHz, nPrompt, topDb });
+  // edgesHz: borders of the mel bands; nPrompt: steps of the prompt, drawn in another colour;
+  // topDb, peak: level and sample that reach the top of the scales.
+  constructor(canvas, sound, { stepSamples, edgesHz, nPrompt, topDb, peak }) {
+    Object.assign(this, { canvas, sound, stepSamples, edgesHz, nPrompt, topDb, peak });
     this.nSteps = Math.max(1, Math.round(sound.nWanted / stepSamples));
     this.nBands = edgesHz.length - 2;
     this.image = new OffscreenCanvas(this.nSteps, this.nBands);
@@ -26,6 +27,7 @@ export class Picture {
     new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
+  // columns: Int8Array, the decibels of every band, step after step.
   push(columns) {
     const n = columns.length / this.nBands;
     if (!n) return;
@@ -73,7 +75,7 @@ export class Picture {
     this.drawTime(pen, colour, h - BOTTOM);
     this.drawBands(pen, colour, melTop, melHeight);
     this.drawBar(pen, colour, melTop, melHeight);
-    if (this.nPrompt) {
+    if (this.nPrompt && this.nPrompt < this.nSteps) {
       pen.fillStyle = colour("faint");
       pen.fillRect(this.xOf(this.nPrompt * this.stepSamples), TOP, 1, WAVE);
       pen.fillStyle = "#fff8";
@@ -98,16 +100,17 @@ export class Picture {
         if (sample < low) low = sample;
         if (sample > high) high = sample;
       }
-      pen.fillStyle = colour(first < this.nPrompt * this.stepSamples ? "faint" : "accent");
-      const y = middle - (high / 32768) * (WAVE / 2);
-      pen.fillRect(LEFT + i, y, 1, Math.max(1, ((high - low) / 32768) * (WAVE / 2)));
+      pen.fillStyle = colour(first < this.nPrompt * this.stepSamples ? "prompt" : "accent");
+      const y = (sample) => middle - Math.max(-1, Math.min(1, sample / this.peak)) * (WAVE / 2);
+      pen.fillRect(LEFT + i, y(high), 1, Math.max(1, y(low) - y(high)));
     }
   }
 
   drawTime(pen, colour, y) {
     const perSecond = this.sound.rateHz / this.stepSamples;
+    const nBefore = this.nPrompt < this.nSteps ? this.nPrompt : 0; // time 0 is the prompt's end
     const step = STEPS_S.find((s) => (s * perSecond * this.width) / this.nSteps >= 44) || 60;
-    const first = -this.nPrompt / perSecond, last = first + this.nSteps / perSecond;
+    const first = -nBefore / perSecond, last = first + this.nSteps / perSecond;
     pen.fillStyle = colour("faint");
     pen.textBaseline = "top";
     pen.textAlign = "center";
@@ -125,13 +128,15 @@ export class Picture {
     pen.textAlign = "right";
     pen.textBaseline = "middle";
     pen.fillText("Hz", LEFT - 8, top - GAP / 2);
+    let below = top + height + LABEL / 2;
     for (const hz of TICKS_HZ) {
       const above = this.edgesHz.findIndex((edge) => edge >= hz);
       if (above < 1) continue;
       const [low, high] = [this.edgesHz[above - 1], this.edgesHz[above]];
       const band = above - 1 + (hz - low) / (high - low) - 0.5; // band m is centred on edge m + 1
       const y = top + height * (1 - band / this.nBands);
-      if (y > top + height || y < top + 8) continue;
+      if (y > below - LABEL || y < top + LABEL / 2) continue;
+      below = y;
       pen.fillRect(LEFT - 4, y, 4, 1);
       pen.fillText(hz < 1000 ? hz : `${hz / 1000}k`, LEFT - 8, y);
     }

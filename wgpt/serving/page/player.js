@@ -40,7 +40,7 @@ export class Player {
     this.onChange = onChange;
     this.sound = null;
     this.state = "idle";
-    this.next = 0; // first sample that is not scheduled
+    this.from = this.next = 0; // where it began; first sample that is not scheduled
     this.origin = null; // frame of the context at which sample 0 plays; null: not playing yet
     this.sources = new Set();
   }
@@ -51,7 +51,7 @@ export class Player {
     this.context ||= new AudioContext({ sampleRate: sound.rateHz });
     this.context.resume?.();
     this.sound = sound;
-    this.next = Math.max(0, Math.min(from, sound.nWanted - 1));
+    this.from = this.next = Math.max(0, Math.min(from, sound.nWanted - 1));
     this.setState("waiting");
     this.pump();
   }
@@ -70,7 +70,7 @@ export class Player {
   get position() {
     if (this.origin === null) return this.next;
     const frame = this.context.currentTime * this.context.sampleRate;
-    return Math.max(0, Math.min(frame - this.origin, this.next));
+    return Math.max(this.from, Math.min(frame - this.origin, this.next));
   }
 
   // Schedules what has arrived; call it whenever the sound has grown or is done.
