@@ -25,7 +25,7 @@ import harness
 import numpy as np
 import torch
 
-from wgpt import synth
+from wgpt.codec.training import synth
 from wgpt.config import SAMPLE_RATE_HZ
 from wgpt.evaluation.frechet import distances
 from wgpt.generation import AudioGenerator

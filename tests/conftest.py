@@ -77,7 +77,8 @@ def restore_cpu_target() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
     """A folder of real audio files: eight clips of rendered music, WAV and FLAC, 24 s in all."""
-    from wgpt import audio, synth
+    from wgpt import audio
+    from wgpt.codec.training import synth
 
     folder = tmp_path_factory.mktemp("recordings")
     for seed in range(8):

@@ -210,3 +210,30 @@ def test_flash_attention_refuses_float64_on_cuda(cuda: str) -> None:
     q = torch.zeros(1, 5, 1, 32, device=cuda, dtype=torch.float64)
     with pytest.raises(ValueError, match="q may be float64 on the CPU only"):
         ops.flash_attention(q, q, q)
+
+
+# ---- packed documents
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 3, 4, 9], torch.tensor([0, 3, 4, 9])], ids=type)
+def test_first_key_of_is_the_start_of_each_document(cu_seqlens: Any) -> None:
+    first_key = ops.first_key_of([cu_seqlens, [0, 4, 4, 6]], 9)
+    assert first_key.dtype == torch.int32
+    assert first_key.tolist() == [[0, 0, 0, 3, 4, 4, 4, 4, 4], [0, 0, 0, 0, 4, 4, 6, 6, 6]]
+    assert ops.first_key_of([], 9).shape == (0, 9)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[], [1, 4], [0, 4, 3], [0, 10]], ids=str)
+def test_first_key_of_refuses_what_is_no_row_of_documents(cu_seqlens: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"first_key_of: cu_seqlens\[1\] must rise from 0 to at"):
+        ops.first_key_of([[0, 9], cu_seqlens], 9)
+
+
+def test_flash_attention_first_key_matches_hand_computed_answer(device: str) -> None:
+    # Scores of zero weigh all visible keys alike: out is the mean of the document so far.
+    q = torch.zeros(1, 4, 1, 32, device=device)
+    v = torch.tensor([3.0, 5.0, 10.0, 20.0], device=device).view(1, 4, 1, 1).expand(1, 4, 1, 32)
+    first_key = ops.first_key_of([[0, 2, 4]], 4, device)
+    out, lse = ops.flash_attention(q, q, v, first_key=first_key, return_lse=True)
+    assert torch.allclose(out[0, :, 0, 7].cpu(), torch.tensor([3.0, 4.0, 10.0, 15.0]))
+    assert torch.allclose(lse.flatten().cpu(), torch.tensor([0.0, math.log(2)] * 2))

@@ -228,7 +228,10 @@ class TrainConfig:
     save_every: int = _documented(250, "steps between checkpoints; 0 for only the last")
     sample_every: int = _documented(0, "steps between audio samples; 0 for only the last")
     sample_s: float = _documented(3.0, "length of an audio sample, seconds; 0 for none")
-    keep_checkpoints: int = _documented(2, "newest checkpoints kept")
+    keep_checkpoints: int = _documented(2, "newest checkpoints kept, beside the best")
+    patience: int = _documented(
+        5, "validations in a row that may bring nothing better before training ends; 0: all"
+    )
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
@@ -238,7 +241,7 @@ class TrainConfig:
             check(name, "at least 1", getattr(self, name) >= 1)
         for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_every", "save_every"):
             check(name, "at least 0", getattr(self, name) >= 0)
-        for name in ("sample_every", "sample_s", "seed", "eval_audio_s"):
+        for name in ("sample_every", "sample_s", "seed", "eval_audio_s", "patience"):
             check(name, "at least 0", getattr(self, name) >= 0)
         check("context_s", "at least one step (1/75 s)", self.context_steps >= 1)
         check("lr", "positive", self.lr > 0)

@@ -6,13 +6,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from wgpt import config
 from wgpt.config import ModelConfig, TrainConfig
 from wgpt.errors import ConfigError
 from wgpt.model.presets import PRESETS
-from wgpt.runs.metrics import read_metrics
 from wgpt.training import train
 from wgpt.training.allocator import keep_freed_memory
 
@@ -66,13 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")
     else:
-        rows = [
-            row for row in read_metrics(Path(args.out) / "metrics.csv") if row["split"] == "valid"
-        ]
-        for row in rows[-1:]:
+        best = summary["best"]
+        if best:
             sys.stdout.write(
-                f"step {row['step']}: validation NLL {float(row['nll_nats']):.4f} nats, accuracy "
-                f"{100 * float(row['accuracy']):.2f} %\n"
+                f"step {summary['best_step']}: validation NLL {best['nll_nats']:.4f} nats, "
+                f"accuracy {100 * best['accuracy']:.2f} %\n"
             )
         sys.stdout.write(f"{args.out}\n")
     return 0

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from wgpt.codec.training.synth import render_music
 from wgpt.evaluation import frechet
 from wgpt.evaluation.frechet import Statistics, distances, frechet_db, statistics
 from wgpt.evaluation.tables import distance_table
 from wgpt.generation import AudioGenerator
 from wgpt.generation.sampling import Sampling
-from wgpt.synth import render_music
 
 
 def test_frechet_of_known_gaussians():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from waking import awake
 
-from wgpt import codec, synth
+from wgpt import codec
 from wgpt.audio.mel import MelFrontend
+from wgpt.codec.training import synth
 from wgpt.config import HOP_SAMPLES, MelConfig, ModelConfig
 from wgpt.errors import ConfigError
 from wgpt.generation import AudioGenerator, Sampling

@@ -7,8 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from wgpt import audio, codec, synth
+from wgpt import audio, codec
 from wgpt.cli import main
+from wgpt.codec.training import synth
 from wgpt.errors import ConfigError
 from wgpt.generation import AudioGenerator
 from wgpt.model import HybridModel

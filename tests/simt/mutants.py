@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant(
         "missing_barrier_before_reading",
         "mel_embed",
-        "mel_embed_tiles.cuh",
+        "mel_embed_gemm.cuh",
         "    __syncthreads();\n",
         "",
         0,
@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant(
         "missing_barrier_before_writing",
         "mel_embed",
-        "mel_embed_tiles.cuh",
+        "mel_embed_gemm.cuh",
         "    __syncthreads();\n",
         "",
         1,
@@ -58,14 +58,14 @@ MUTANTS = [
     Mutant(
         "wrong_lane_map",
         "flash_attention",
-        "matrix_tiles.cuh",
+        "smem_tile.cuh",
         "n0 + matrix / 2 * 8 + lane % 8, k0 + matrix % 2 * 8",
         "n0 + matrix % 2 * 8 + lane % 8, k0 + matrix / 2 * 8",
     ),
     Mutant(
         "off_by_one_row",
         "flash_attention",
-        "matrix_tiles.cuh",
+        "smem_tile.cuh",
         "tile.chunk(row0 + matrix % 2 * 8 + lane % 8",
         "tile.chunk(row0 + 1 + matrix % 2 * 8 + lane % 8",
     ),
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(
         "read_past_the_last_key",
         "flash_attention",
-        "matrix_tiles.cuh",
+        "smem_tile.cuh",
         "const bool valid = first + r < n_rows;",
         "const bool valid = first + r <= n_rows;",
         0,
@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(
         "write_past_the_last_row",
         "flash_attention",
-        "flash_attention_tiles.cuh",
+        "flash_attention_common.cuh",
         "if (first + r >= n_rows) continue;",
         "if (first + r > n_rows) continue;",
     ),
@@ -116,14 +116,14 @@ MUTANTS = [
     Mutant(
         "missing_warp_barrier_of_the_output",
         "flash_attention",
-        "flash_attention_tiles.cuh",
+        "flash_attention_common.cuh",
         "  __syncwarp();\n  constexpr int kW",
         "  constexpr int kW",
     ),
     Mutant(
         "wrong_swizzle",
         "flash_attention",
-        "matrix_tiles.cuh",
+        "smem_tile.cuh",
         "c ^ (row / 2 % 4)",
         "c ^ (row % 2)",
     ),
@@ -135,7 +135,7 @@ NARROW = {
         "    case DType::kFloat32:\n      return f(float{}), true;\n",
         "    case DType::kFloat16:\n      return f(Half{}), true;\n",
     ],
-    "flash_attention_tiles.cuh": [
+    "flash_attention_common.cuh": [
         "  if (head_dim == 64) f(std::integral_constant<int, 64>{});\n",
         "  if (head_dim == 128) f(std::integral_constant<int, 128>{});\n",
     ],

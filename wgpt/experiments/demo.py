@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from wgpt import audio, codec, synth
+from wgpt import audio, codec
 from wgpt.audio.mel import MelFrontend
+from wgpt.codec.training import synth
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.data import prepare
 from wgpt.data.dataset import Dataset

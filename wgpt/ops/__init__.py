@@ -29,7 +29,7 @@ except ImportError as error:
 from wgpt.ops import reference
 from wgpt.ops.add_rms_norm import add_rms_norm
 from wgpt.ops.feed_forward import feed_forward
-from wgpt.ops.flash_attention import flash_attention
+from wgpt.ops.flash_attention import first_key_of, flash_attention
 from wgpt.ops.linear import linear
 from wgpt.ops.linear_cross_entropy import linear_cross_entropy
 from wgpt.ops.mel_embed import mel_embed
@@ -41,6 +41,7 @@ __all__ = [
     "PackedMatrix",
     "add_rms_norm",
     "feed_forward",
+    "first_key_of",
     "flash_attention",
     "info",
     "linear",

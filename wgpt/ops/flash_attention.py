@@ -1,10 +1,12 @@
 """flash_attention: softmax attention in O(T) memory, differentiable also through its lse."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
@@ -17,6 +19,7 @@ def flash_attention(
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    first_key: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
@@ -29,6 +32,9 @@ def flash_attention(
     scale: factor of the scores; None is 1 / sqrt(D).
     causal: query at position p sees keys j <= p; needs Tq <= Tk.
     window: > 0: only keys with p - window < j (not causal: also j < p + window) are seen.
+    first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
+        last key that the query sees without it, non-decreasing along a row. Causal attention over
+        packed documents: the start of the query's document (`first_key_of`). No gradient.
 
     Returns out (B, Tq, H, D), contiguous, in the type of q; with `return_lse` also the natural
     log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64). Accumulates in float32 and
@@ -38,8 +44,46 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
+    if first_key is not None:
+        return reference.flash_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            window=window,
+            first_key=first_key,
+            return_lse=return_lse,
+        )
     out, lse = _flash_attention(q, k, v, scale, causal, window)
     return (out, lse) if return_lse else out
+
+
+def first_key_of(
+    cu_seqlens: Sequence[Tensor | Sequence[int]], steps: int, device: str | torch.device = "cpu"
+) -> Tensor:
+    """`first_key` (B, steps) int32 of rows in which documents lie end to end: each step's document.
+
+    cu_seqlens: of each row the cumulative lengths of its documents, 0 first, as integers: document
+        n takes the steps [cu_seqlens[b][n], cu_seqlens[b][n + 1]). Steps behind the last document
+        (padding) are one document more. Empty documents are allowed.
+
+    Raises ValueError for lengths that do not begin at 0, fall, or pass `steps`.
+    """
+    rows = []
+    for b, borders in enumerate(cu_seqlens):
+        starts = torch.as_tensor(borders, dtype=torch.int64, device="cpu")
+        good = starts.dim() == 1 and len(starts) > 0 and starts[0] == 0
+        if not (good and (starts.diff() >= 0).all() and starts[-1] <= steps):
+            raise ValueError(
+                f"first_key_of: cu_seqlens[{b}] must rise from 0 to at most steps = {steps}, "
+                f"got {starts.tolist()}"
+            )
+        lengths = torch.cat([starts, starts.new_tensor([steps])]).diff()
+        rows.append(starts.repeat_interleave(lengths))
+    if not rows:
+        return torch.empty(0, steps, dtype=torch.int32, device=device)
+    return torch.stack(rows).to(device, torch.int32)
 
 
 def _statistic_dtype(q: Tensor) -> torch.dtype:

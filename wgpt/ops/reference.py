@@ -55,6 +55,7 @@ def flash_attention(
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
+    first_key: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `wgpt.ops.flash_attention`; this one writes the Tq x Tk matrix of scores."""
@@ -69,6 +70,8 @@ def flash_attention(
         visible &= key <= position
     if window > 0:
         visible &= (key > position - window) & (key < position + window)
+    if first_key is not None:
+        visible = visible & (key >= first_key[:, None, :, None])  # (B, 1, Tq, Tk)
     scores = scores.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
     out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)

@@ -1,8 +1,8 @@
-"""Checkpoints: model, optimizer and step; safetensors and JSON, atomic, checked by sha256.
+"""Checkpoints: model, optimizer and progress; safetensors and JSON, atomic, checked by sha256.
 
-    RUN/checkpoints/step-00000250/model.safetensors
+    RUN/checkpoints/step-00000250/model.safetensors, config.json, README.md     a model folder
                                   optimizer.safetensors     AdamW state, by parameter
-                                  state.json              step, sha256 of both; written last
+                                  state.json     step, progress, sha256 of both; written last
 
 A folder appears under its final name only when every byte of it is on disk, so whatever a kill
 leaves behind is either a whole checkpoint or an ignored temporary folder.
@@ -11,7 +11,6 @@ leaves behind is either a whole checkpoint or an ignored temporary folder.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,29 +22,45 @@ import torch
 from torch import Tensor, nn
 
 from wgpt.errors import CheckpointError
-from wgpt.files import sha256_of, sync_folder
-
-log = logging.getLogger(__name__)
+from wgpt.files import sha256_of, sync_folder, write_atomically
+from wgpt.model import HybridModel
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
+_MODEL_FOLDER = ("model.safetensors", "config.json", "README.md")  # of save_pretrained
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    step: int,
+    model: HybridModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    best: int | None = None,
+    progress: dict[str, Any] | None = None,
+    card: str = "",
+    facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes folder/step-N atomically, then deletes all but the `keep` newest. Returns its path."""
+    """Writes folder/step-N atomically and returns it.
+
+    Args:
+        keep: newest checkpoints that stay; older ones are deleted.
+        best: step of a checkpoint that stays whatever its age.
+        progress: JSON values for `load_newest` to give back.
+        card, facts: as HybridModel.save_pretrained's card and extra.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.{os.getpid()}"
+    target = path_of(folder, step)
+    temporary = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_tensors(temporary / _FILES[0], dict(model.state_dict()))
+        model.save_pretrained(temporary, card, facts)
         _write_tensors(temporary / _FILES[1], _optimizer_tensors(model, optimizer))
         sums = {name: sha256_of(temporary / name) for name in _FILES}
-        _write_text(temporary / "state.json", json.dumps({"step": step, "sha256": sums}, indent=2))
-        sync_folder(temporary)
+        state = {"step": step, "progress": progress or {}, "sha256": sums}
+        write_atomically(temporary / "state.json", json.dumps(state, indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
         os.rename(temporary, target)
@@ -54,8 +69,14 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != path_of(folder, best):
+            shutil.rmtree(old)
     return target
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:08d}"
 
 
 def list_steps(folder: Path) -> list[Path]:
@@ -63,8 +84,23 @@ def list_steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores the newest checkpoint and returns its step.
+def copy_model(checkpoint: Path, target: Path) -> None:
+    """Makes `target` the model folder of a checkpoint, unless it is already.
+
+    Weights are replaced before the config.json that holds their sha256: after a kill in between
+    the two differ, and the next call does the rest.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _MODEL_FOLDER:
+        content = (checkpoint / name).read_bytes()
+        if not (target / name).is_file() or (target / name).read_bytes() != content:
+            write_atomically(target / name, content)
+
+
+def load_newest(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Restores the newest checkpoint and returns its step and progress.
 
     Raises CheckpointError when there is none, or when the newest is damaged: the message names the
     newest whole one, since going back further than asked must be the user's own decision.
@@ -75,16 +111,20 @@ def load_newest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     problem = damage(found[-1])
     if problem:
         good = next((p for p in reversed(found[:-1]) if not damage(p)), None)
-        advice = f"the newest whole one is {good}; delete the later ones to resume from it"
-        raise CheckpointError(f"{problem}; {advice if good else 'no whole one is left'}")
-    step = json.loads((found[-1] / "state.json").read_text())["step"]
+        advice = (
+            f"the newest whole one is {good}; delete the later ones to resume from it"
+            if good
+            else f"no whole one is left; delete {folder}, and --resume starts at step 0"
+        )
+        raise CheckpointError(f"{problem}; {advice}")
+    state = json.loads((found[-1] / "state.json").read_text())
     device = str(next(model.parameters()).device)
     try:
         model.load_state_dict(safetensors.torch.load_file(found[-1] / _FILES[0], device=device))
     except RuntimeError as error:
         raise CheckpointError(f"{found[-1] / _FILES[0]}: is of another model: {error}") from None
     _restore_optimizer(found[-1] / _FILES[1], model, optimizer)
-    return int(step)
+    return int(state["step"]), dict(state.get("progress", {}))
 
 
 def damage(checkpoint: Path) -> str:
@@ -116,6 +156,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     tensors = safetensors.torch.load_file(path)
+    if not tensors:  # saved before the first step
+        return
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -136,11 +178,4 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     safetensors.torch.save_file(whole, path)
     with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
         os.fsync(file.fileno())

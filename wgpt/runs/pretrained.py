@@ -9,6 +9,7 @@ import torch
 
 from wgpt.errors import ConfigError
 from wgpt.model import HybridModel
+from wgpt.runs import checkpoint
 
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
@@ -16,19 +17,50 @@ STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebo
 
 
 def model_folder(run: str | Path) -> Path:
-    """The model folder that RUN stands for: `starter`, a run folder, or a model folder.
+    """The model folder that RUN stands for.
+
+    run: `starter`; a run folder, for its best model; RUN@best for the same; RUN@newest and
+        RUN@step-500 for a checkpoint that was kept; or a model folder.
 
     Raises ConfigError when there is no such folder.
     """
     if str(run) == NAME:  # a folder of this name is ./starter
         return FOLDER
-    folder = Path(run)
+    folder, mark, which = Path(run), "", ""
+    if not folder.is_dir():
+        name, mark, which = str(run).rpartition("@")
+        folder = Path(name) if mark else folder
+    if mark and folder.is_dir() and which != "best":
+        return _checkpoint(folder, which)
     if not folder.is_dir():
         raise ConfigError(
             f"{folder / 'config.json'}: no such file; RUN is a folder written by `wgpt train`, or "
             f"{NAME!r}, the model in the package"
         )
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    """The folder of a kept checkpoint: `newest` or `step-N`."""
+    kept = checkpoint.list_steps(run / "checkpoints")
+    number = which.removeprefix("step-")
+    found = run / "checkpoints" / "none"
+    if which == "newest" and kept:
+        found = kept[-1]
+    elif number.isdecimal():
+        found = checkpoint.path_of(run / "checkpoints", int(number))
+    if found not in kept:
+        names = ", ".join(f"step-{int(p.name.removeprefix('step-'))}" for p in kept)
+        raise ConfigError(
+            f"{run}@{which}: must be best, newest or one of the checkpoints kept, "
+            f"{names or '(none)'}"
+        )
+    if not (found / "config.json").is_file():
+        raise ConfigError(
+            f"{found}: is a checkpoint of version 0.1, which holds no model folder; "
+            f"the run's model is {run}"
+        )
+    return found
 
 
 def pack(run: str | Path, out: str | Path, card: str = "") -> Path:

@@ -4,8 +4,8 @@ RUN/config.json        preset, model, training settings, data folder and codec i
     metrics.csv        one row per training step and per validation
     plots/loss.png     loss curves by step and by epoch
     samples/           audio sampled while training
-    checkpoints/       for --resume
-    model/             config.json, model.safetensors and a card: for from_pretrained
+    checkpoints/       the best by validation and the newest: for --resume, and RUN@step-N
+    model/             config.json, model.safetensors and a card of the best: for from_pretrained
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from wgpt.config import ModelConfig, TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
 from wgpt.model.presets import preset as preset_shape
+from wgpt.runs import checkpoint
 from wgpt.runs.run import Run, facts_of
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.initial_weights import InitialWeights
@@ -77,7 +78,9 @@ def train(
     """
     if resume:
         run = Run.open(out)
-        dataset, warm = run.dataset(data), None
+        dataset = run.dataset(data)
+        begun = bool(checkpoint.list_steps(run.checkpoints))
+        warm = InitialWeights(run.config.init) if run.config.init and not begun else None
         processes = ProcessGroup.join(run.config.device)
     else:
         if data is None:

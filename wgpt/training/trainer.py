@@ -1,40 +1,34 @@
-"""The training loop of one run: steps, validation, checkpoints, samples."""
+"""The training loop of one run: steps, and when to validate, save and stop."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wgpt import audio, config
-from wgpt.audio.mel import MelFrontend
-from wgpt.config import STEP_RATE_HZ
 from wgpt.data.augment import MelAugment, scored_steps
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
-from wgpt.data.dataset import Dataset, Split
+from wgpt.data.dataset import Dataset
 from wgpt.errors import Interrupted, TrainError
-from wgpt.evaluation.scores import codebook_scores
-from wgpt.generation.generator import AudioGenerator
-from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint, plots
-from wgpt.runs.metrics import Metrics
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
+from wgpt.training.progress import Progress
+from wgpt.training.record import RunRecord
 
 log = logging.getLogger(__name__)
-
-_SAMPLE_PROMPT_S = 3.0
 
 
 class Trainer:
@@ -71,7 +65,8 @@ class Trainer:
             world_size=processes.size,
         )
         self.interrupted = False
-        self.last_validation: dict[str, float] = {}
+        self.progress = Progress()
+        self.record: RunRecord | None = None  # of the first process
 
     def _augment(self) -> MelAugment | None:
         settings = self.settings
@@ -90,50 +85,75 @@ class Trainer:
         return seen / max(self.data.split("train").n_steps, 1)
 
     def fit(self, resume: bool) -> dict[str, Any]:
-        """Trains to max_steps. Returns the summary that `wgpt train --json` prints.
+        """Trains to max_steps or until validation stops improving.
 
-        Raises TrainError when the loss is not finite, Interrupted after Ctrl-C or SIGTERM.
+        Returns the summary that `wgpt train --json` prints. Raises TrainError when the loss is not
+        finite, Interrupted after Ctrl-C or SIGTERM.
         """
-        start = 0
-        if resume:
-            start = checkpoint.load_newest(self.run.checkpoints, self.model, self.optimizer)
+        start, is_new = 0, not (resume and checkpoint.list_steps(self.run.checkpoints))
+        if not is_new:
+            start, saved = checkpoint.load_newest(self.run.checkpoints, self.model, self.optimizer)
+            self.progress = Progress(**saved)
             log.info("resumed from step %d", start)
-        is_first = self.processes.rank == 0
-        metrics = Metrics(self.run.folder / "metrics.csv", start) if is_first else None
-        old_handlers = {
-            s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)
-        }
+        if self.processes.rank == 0:
+            self.record = RunRecord(
+                self.run,
+                self.data,
+                self.model,
+                self.optimizer,
+                self.progress,
+                -1 if is_new else start,
+            )
         began = time.monotonic()
         try:
-            self._loop(start, metrics)
+            with self._signals():
+                if is_new and self.record:
+                    self.record.validate(0, 0.0)
+                    self.record.save(0)
+                end = self._loop(start)
         finally:
-            for number, handler in old_handlers.items():
-                signal.signal(number, handler)
-            if metrics:
-                metrics.close()
-        if is_first:
+            if self.record:
+                self.record.close()
+        if self.record:
             plots.loss_curves(self.run.folder)
         seconds = time.monotonic() - began
-        n_tokens = (self.settings.max_steps - start) * self.settings.batch_size
-        n_tokens *= self.settings.context_steps
+        n_tokens = (end - start) * self.settings.batch_size * self.settings.context_steps
         return {
             "run": str(self.run.folder),
             "preset": self.run.preset,
             "n_parameters": self.model.n_parameters(),
-            "steps": self.settings.max_steps,
+            "steps": end,
+            "ended": "max_steps" if end >= self.settings.max_steps else "patience",
             "context_steps": self.settings.context_steps,
             "seconds": round(seconds, 3),
             "tokens_per_s": round(n_tokens / max(seconds, 1e-9), 1),
-            "valid": self.last_validation,
+            "best_step": self.progress.best_step,
+            "best": self.progress.best,
+            "valid": self.progress.newest,
         }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the loop after a save; only the main thread can be told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
 
-    def _loop(self, start: int, metrics: Metrics | None) -> None:
-        settings = self.settings
-        if start == 0:
-            self._validate(0, metrics)
+    def _loop(self, start: int) -> int:
+        """Trains from step `start` on; returns the last step."""
+        settings, record = self.settings, self.record
+        if self._is_exhausted():
+            log.info("ended early before; raise --patience or --max-steps to go on")
+            return start
         bar = tqdm(
             prefetch(self.batches.batch, start, settings.max_steps),
             initial=start,
@@ -142,30 +162,48 @@ class Trainer:
             disable=None if self.processes.rank == 0 else True,
             file=sys.stderr,
         )
-        began = time.monotonic()
+        began, step = time.monotonic(), start
         for step, batch in enumerate(bar, start + 1):
             values = self._step(step, batch)
-            if metrics:
-                metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
+            if record:
+                record.metrics.add(step=step, epoch=self.epoch(step), split="train", **values)
             seen = (step - start) * settings.batch_size * settings.context_steps
             speed = seen / (time.monotonic() - began)
             bar.set_postfix_str(
                 f"nll {values['nll_nats']:.3f}, {speed:.0f} tokens/s", refresh=False
             )
-            last = step == settings.max_steps
+            last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
-                self._validate(step, metrics)
+                improved = record is not None and record.validate(step, self.epoch(step))
+                last = last or self._is_exhausted()
             stop = self.processes.any(self.interrupted)
-            if last or stop or (settings.save_every and step % settings.save_every == 0):
-                self._save(step, metrics)
-            if last or (settings.sample_every and step % settings.sample_every == 0):
-                self._sample(step)
-            if stop and not last:
+            due = settings.save_every and step % settings.save_every == 0
+            if record and (last or stop or improved or due):
+                record.save(step)
+            if last:
+                break
+            if record and settings.sample_every and step % settings.sample_every == 0:
+                record.sample(step)
+            if stop:
                 bar.close()
                 raise Interrupted(
                     f"stopped at step {step} of {settings.max_steps}, everything is saved; go on "
                     f"with: wgpt train --out {self.run.folder} --resume"
                 )
+        bar.close()
+        if record:
+            record.sample_best()
+        if record and step < settings.max_steps:
+            log.info(
+                "ended at step %d of %d: %d validations in a row brought nothing better than "
+                "step %d; --patience is how many may",
+                step, settings.max_steps, self.progress.n_worse, self.progress.best_step,
+            )  # fmt: skip
+        return step
+
+    def _is_exhausted(self) -> bool:
+        """Whether validation has not improved for too long, as the first process sees it."""
+        return self.processes.any(self.progress.is_exhausted(self.settings.patience))
 
     def _step(self, step: int, batch: Batch) -> dict[str, float]:
         """One optimizer step; `step` counts from 1."""
@@ -231,99 +269,3 @@ class Trainer:
             nll, _ = fine.nll(hidden, codes)
         n_scored = self.processes.sum(fine.known_targets(codes).sum())
         return nll.sum() / n_scored.clamp(min=1)
-
-    def _validate(self, step: int, metrics: Metrics | None) -> None:
-        split = self.data.split("valid")
-        if metrics is None or split.n_clips == 0:
-            return
-        result, *finer = codebook_scores(
-            self.run.preset,
-            self.model,
-            split,
-            context_steps=self.settings.context_steps,
-            mel_source=self.mel_source,
-            clips=_spread_clips(split, self.settings.eval_audio_s),
-            dtype=self.settings.dtype,
-        )
-        row = result.row()
-        self.last_validation = {k: row[k] for k in ("nll_nats", "accuracy", "perplexity")}
-        fine = [score.row()["nll_nats"] for score in finer]
-        if fine:
-            self.last_validation["fine_nll_nats"] = sum(fine) / len(fine)
-        metrics.add(
-            step=step,
-            epoch=self.epoch(step),
-            split="valid",
-            nll_nats=row["nll_nats"],
-            accuracy=row["accuracy"],
-            lr="",
-            grad_norm="",
-            fine_nll_nats=self.last_validation.get("fine_nll_nats", ""),
-        )
-        metrics.flush()
-        log.info(
-            "step %d: validation NLL %.4f, accuracy %.4f", step, row["nll_nats"], row["accuracy"]
-        )
-
-    def _save(self, step: int, metrics: Metrics | None) -> None:
-        if metrics is None:
-            return
-        metrics.flush()
-        checkpoint.save(
-            self.run.checkpoints, step, self.model, self.optimizer, self.settings.keep_checkpoints
-        )
-        self.model.save_pretrained(
-            self.run.model_folder,
-            card=self._card(step),
-            extra={
-                "preset": self.run.preset,
-                "step": step,
-                "mel": config.to_json(self.data.mel_config),
-                "mel_source": self.mel_source,
-                "codec": self.run.data["codec"],
-            },
-        )
-
-    def _sample(self, step: int) -> None:
-        if (
-            self.processes.rank
-            or not self.settings.sample_s
-            or not self.data.split("valid").n_clips
-        ):
-            return
-        sample_into(self.run, self.model, self.data, step)
-
-    def _card(self, step: int) -> str:
-        validation = ", ".join(f"{k} {v:.4f}" for k, v in self.last_validation.items())
-        return (
-            f"# {self.run.preset}, trained with wgpt\n\n{self.model.describe()}.\n\n"
-            f"Step {step} of {self.settings.max_steps}; validation: {validation or 'none'}.\n\n"
-            f"Codec: `{self.data.codec_identity}`. Mel source: {self.mel_source}.\n\n"
-            "Load with `wgpt.model.HybridModel.from_pretrained(folder)`.\n"
-        )
-
-
-def _spread_clips(split: Split, audio_s: float) -> list[int] | None:
-    """Clips spread evenly over the split, about `audio_s` seconds of them; None for all."""
-    total_s = split.n_steps / STEP_RATE_HZ
-    if not audio_s or total_s <= audio_s:
-        return None
-    n_clips = max(1, round(split.n_clips * audio_s / total_s))
-    return [i * split.n_clips // n_clips for i in range(n_clips)]
-
-
-def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
-    """Writes RUN/samples/step-N.wav: decoded validation prompt, then the model's continuation."""
-    loaded = run.codec(str(next(model.parameters()).device))
-    prompt = loaded.decode(
-        data.split("valid").clip(0)[0][:, : round(_SAMPLE_PROMPT_S * STEP_RATE_HZ)]
-    )
-    source = run.config.mel_source if model.config.mel_dim else None
-    was_training = model.training
-    generator = AudioGenerator(model.eval(), loaded, MelFrontend(data.mel_config), source)
-    new = generator.generate(prompt, run.config.sample_s, Sampling(top_k=100), seed=step)
-    model.train(was_training)
-    path = run.folder / "samples" / f"step-{step:08d}.wav"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    audio.write(path, np.concatenate([prompt.cpu().numpy(), new]))
-    return path

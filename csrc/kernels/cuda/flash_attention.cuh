@@ -1,24 +1,24 @@
 // flash_attention forward on CUDA. Formulas in kernels/flash_attention.h. Not yet run on hardware.
 //
-// One block owns 16 kWarps queries of one head, one warp 16 of them; keys come in tiles through two stages of shared
-// memory, the next tile on its way (cp.async) while the present one is multiplied:
+// One block owns 16 kWarps queries of one head, one warp 16 of them; key tiles are double-buffered in shared memory with
+// cp.async, so that loading the next tile overlaps with the mma of this one:
 //
-//               keys of a tile ->                    per warp and tile:  S = Q K^T   (tensor cores, float32 sums)
+//               keys of a tile ->                    per warp and tile:  S = Q K^T   (mma, float32 accumulators)
 //             +-----------------+                                        P = 2^(c S - c max)  in registers, c = scale log2 e
 //   16 rows   |  S, then P      | warp 0                                 O = O 2^(c (old max - max)) + P V
-//   16 rows   |                 | warp 1             P never leaves the registers: the sums of S are, two tiles wide, the
-//    ...      +-----------------+                    left fragments of P V.
+//   16 rows   |                 | warp 1             P never leaves the registers: the accumulators of S are the A
+//    ...      +-----------------+                    fragments of P V.
 //
 // Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
-// the longest rows start first. float32 uses three tf32 products for one, which keeps float32 accuracy. O, max and sums
-// are float32; deterministic (no atomics, fixed order). FLOPs: 4 D per visible pair; limit: the tensor cores, and for
-// D = 32 the exponentials (16 per clock and multiprocessor on sm_80 to sm_90).
+// the longest rows start first. float32 is 3xTF32, which keeps float32 accuracy. O, max and sums are float32;
+// deterministic (no atomics, fixed order). FLOPs: 4 D per visible pair; limit: the tensor cores, and for D = 32 the
+// exponentials (16 per clock and multiprocessor on sm_80 to sm_90).
 //
-// One to kDecodeSteps queries go to the split-key kernel in flash_attention_decode.cuh instead.
+// One to kDecodeSteps queries go to the split-K kernel in flash_attention_decode.cuh instead.
 #pragma once
 
+#include "kernels/cuda/flash_attention_common.cuh"
 #include "kernels/cuda/flash_attention_decode.cuh"
-#include "kernels/cuda/flash_attention_tiles.cuh"
 
 namespace wgpt::cuda {
 namespace flash {
@@ -42,14 +42,14 @@ constexpr int kForwardKeys = sizeof(T) == 2 ? 64
 
 template <typename T, int D, int kWarps>
 constexpr size_t forward_shared_bytes() {
-  return sizeof(T) * Tile<T, D>::elements(16 * kWarps + 4 * kForwardKeys<T, D>);
+  return sizeof(T) * SmemTile<T, D>::elements(16 * kWarps + 4 * kForwardKeys<T, D>);
 }
 
 template <typename T, int D, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
   constexpr int kRows = 16 * kWarps, kKeys = kForwardKeys<T, D>, kThreads = kWarps * kWarp,
                 kN = kKeys / 8;
-  using HeadTile = Tile<T, D>;
+  using HeadTile = SmemTile<T, D>;
   WGPT_DYNAMIC_SHARED(shared);
   T* const base = reinterpret_cast<T*>(shared);
   const HeadTile q_tile = {base};
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T>
     if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
 
     float s[kN][4];
-    multiply_by_rows<T, D>(s, q_rows, k_tile(stage));
+    gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
     if (key0 < last_span.lo || key0 + kKeys > first_span.hi) {
       WGPT_UNROLL
       for (int n = 0; n < kN; ++n) {

@@ -4,17 +4,17 @@
 //   delta    delta[i] = d_out[i] . out[i] - d_lse[i]        a group of lanes per row, memory-bound
 //   dK, dV   one block per tile of keys, loop over the tiles of queries that see it:
 //              S^T = K Q^T   dP^T = V dO^T   P^T = 2^(c S^T - log2 e lse)   dS^T = P^T (dP^T - delta)
-//              dV += P^T dO  dK += dS^T Q    (keys are rows, so the sums of S^T are the left fragments of both)
+//              dV += P^T dO  dK += dS^T Q    (keys are rows: accumulators of S^T, dS^T are the A fragments)
 //   dQ       one block per tile of queries, loop over the tiles of keys that they see:
 //              S = Q K^T     dP = dO V^T     dQ += dS K
 //
-// S and dP are computed in both passes: 7 products, 14 D FLOPs per visible pair, instead of 5 and an unordered or
-// serialised addition into dQ. Every sum has one owner and a fixed order, so the bits are always the same. float32 sums;
-// P and dS are rounded to the element type for the second products (float32 keeps them, three tf32 products for one).
+// S and dP are computed in both passes: 7 GEMMs, 14 D FLOPs per visible pair, instead of 5 and an unordered or
+// serialised addition into dQ. Every gradient has one owner and a fixed order, so the bits are always the same. float32
+// accumulators; P and dS are rounded to the element type for the second GEMMs (float32 keeps them: 3xTF32).
 // The limit is the tensor cores. Memory: delta, 4 bytes per row.
 #pragma once
 
-#include "kernels/cuda/flash_attention_tiles.cuh"
+#include "kernels/cuda/flash_attention_common.cuh"
 
 namespace wgpt::cuda {
 namespace flash {
@@ -49,7 +49,7 @@ struct BackwardTiles {
   // Whether the fragments of the owned rows stay in registers.
   static constexpr bool kKeep = sizeof(T) == 2 && D == 32;
   // Two owned tiles, two streamed ones in two stages; lse and delta of the streamed queries in two stages.
-  static constexpr int kElements = Tile<T, D>::elements(2 * kOwned + 4 * kStreamed);
+  static constexpr int kElements = SmemTile<T, D>::elements(2 * kOwned + 4 * kStreamed);
   static constexpr size_t kSharedBytes = sizeof(T) * kElements + sizeof(float) * 4 * kStreamed;
 };
 template <typename T, int D>
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
                                   KeyValueGradTiles<T, D>::kMinBlocks)
     key_value_grad_kernel(BackwardParams<T> p) {
   using Sizes = KeyValueGradTiles<T, D>;
-  using HeadTile = Tile<T, D>;
+  using HeadTile = SmemTile<T, D>;
   constexpr int kKeys = Sizes::kOwned, kQueries = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kQueries / 8;
   WGPT_DYNAMIC_SHARED(shared);
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
     const bool masked = warp_first < last_span.lo || warp_last >= first_span.hi;
 
     float s[kN][4], ds[kN][4];  // rows: keys, columns: queries
-    multiply_by_rows<T, D>(s, k_rows, q_tile(stage));
-    multiply_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
+    gemm_by_rows<T, D>(s, k_rows, q_tile(stage));
+    gemm_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
     const float* facts = row_facts + 2 * stage * kQueries;
     WGPT_UNROLL
     for (int n = 0; n < kN; ++n) {
@@ -198,7 +198,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles<T, D>::kMinBlocks)
     query_grad_kernel(BackwardParams<T> p, int n_tiles) {
   using Sizes = QueryGradTiles<T, D>;
-  using HeadTile = Tile<T, D>;
+  using HeadTile = SmemTile<T, D>;
   constexpr int kRows = Sizes::kOwned, kKeys = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kKeys / 8;
   WGPT_DYNAMIC_SHARED(shared);
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles
     const bool masked = key0 < last_span.lo || key0 + kKeys > first_span.hi;
 
     float s[kN][4], ds[kN][4];
-    multiply_by_rows<T, D>(s, q_rows, k_tile(stage));
-    multiply_by_rows<T, D>(ds, d_out_rows, v_tile(stage));
+    gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
+    gemm_by_rows<T, D>(ds, d_out_rows, v_tile(stage));
     WGPT_UNROLL
     for (int n = 0; n < kN; ++n) {
       WGPT_UNROLL

@@ -1,4 +1,4 @@
-// flash_attention for a few queries against a long cache: the keys are split, so that one head fills many blocks.
+// flash_attention for a few queries against a long KV cache: split-K over the keys, so that one head fills many blocks.
 //
 // One block of 4 warps owns one query of one head and one split of its keys. A group of D / W lanes reads a key as one
 // row of 16-byte vectors (W elements a lane), so a warp reads 32 W / D keys at once; each group keeps its own running
@@ -10,7 +10,7 @@
 // on the shape alone. Not yet run on hardware.
 #pragma once
 
-#include "kernels/cuda/flash_attention_tiles.cuh"
+#include "kernels/cuda/flash_attention_common.cuh"
 
 namespace wgpt::cuda::flash {
 
@@ -23,7 +23,7 @@ struct DecodeSplits {
   int n, keys;  // keys of each
 };
 
-// All queries of a call share the cut of [0, Tk), or of the window that they see together.
+// All queries of a call share the splits of [0, Tk), or of the window that they see together.
 inline DecodeSplits decode_splits(const FlashAttentionShape& s) {
   const int64_t seen = s.window > 0 ? 2 * s.window + s.q_steps : s.kv_steps;
   const int64_t keys = seen < s.kv_steps ? seen : s.kv_steps;
@@ -65,17 +65,17 @@ WGPT_DEVICE void load_floats(const T* p, bool aligned, float (&x)[W]) {
   }
 }
 
-// Merges n parts, each D outputs then maximum (of scale log2 e s) then sum, `pitch` floats apart; channel c only.
-WGPT_DEVICE void merge_parts(const float* parts, int n, int pitch, int D, int c, float* out,
-                             float* top, float* sum) {
+// Merges n splits, each D outputs then maximum (of scale log2 e s) then sum, `pitch` floats apart; channel c only.
+WGPT_DEVICE void merge_splits(const float* splits, int n, int pitch, int D, int c, float* out,
+                              float* top, float* sum) {
   *top = -INFINITY;
-  for (int i = 0; i < n; ++i) *top = fmaxf(*top, parts[i * pitch + D]);
+  for (int i = 0; i < n; ++i) *top = fmaxf(*top, splits[i * pitch + D]);
   *out = *sum = 0.f;
   for (int i = 0; i < n; ++i) {
-    const float part_top = parts[i * pitch + D];
-    const float factor = part_top == -INFINITY ? 0.f : exp2_approx(part_top - *top);
-    *out += parts[i * pitch + c] * factor;
-    *sum += parts[i * pitch + D + 1] * factor;
+    const float split_top = splits[i * pitch + D];
+    const float factor = split_top == -INFINITY ? 0.f : exp2_approx(split_top - *top);
+    *out += splits[i * pitch + c] * factor;
+    *sum += splits[i * pitch + D + 1] * factor;
   }
 }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(DecodeParam
   constexpr int kW = kVecLanes<T>, kGroup = D / kW, kGroups = kDecodeWarps * kWarp / kGroup,
                 kPitch = D + 2;
   constexpr int kInFlight = 4;  // keys per group loaded before the first is used
-  WGPT_SHARED(float, parts, kGroups* kPitch);
+  WGPT_SHARED(float, splits, kGroups* kPitch);
   const int64_t row = blockIdx.x;  // (b H + h) Tq + i
   const int i = static_cast<int>(row % p.visible.q_steps);
   const int64_t batch_head = row / p.visible.q_steps, b = batch_head / p.n_heads,
@@ -134,16 +134,16 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(DecodeParam
     }
   }
   WGPT_UNROLL
-  for (int c = 0; c < kW; ++c) parts[group * kPitch + column + c] = out[c];
+  for (int c = 0; c < kW; ++c) splits[group * kPitch + column + c] = out[c];
   if (column == 0) {
-    parts[group * kPitch + D] = top;
-    parts[group * kPitch + D + 1] = sum;
+    splits[group * kPitch + D] = top;
+    splits[group * kPitch + D + 1] = sum;
   }
   __syncthreads();
   const int c = threadIdx.x;
   if (c >= D) return;
   float merged;
-  merge_parts(parts, kGroups, kPitch, D, c, &merged, &top, &sum);
+  merge_splits(splits, kGroups, kPitch, D, c, &merged, &top, &sum);
   if (p.partial != nullptr) {
     float* to = p.partial + (row * p.n_splits + blockIdx.y) * kPitch;
     to[c] = merged;
@@ -161,8 +161,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(D) merge_splits_kernel(DecodeParams<T> p) {
   const int64_t row = blockIdx.x, batch_head = row / p.visible.q_steps;
   float merged, top, sum;
-  merge_parts(p.partial + row * p.n_splits * (D + 2), p.n_splits, D + 2, D, threadIdx.x, &merged,
-              &top, &sum);
+  merge_splits(p.partial + row * p.n_splits * (D + 2), p.n_splits, D + 2, D, threadIdx.x, &merged,
+               &top, &sum);
   p.out.head(batch_head / p.n_heads, batch_head % p.n_heads)
       .row(row % p.visible.q_steps)[threadIdx.x] = from_float<T>(merged / sum);
   if (threadIdx.x == 0) p.lse[row] = (top + log2f(sum)) * (1.f / kLog2E);

@@ -1,15 +1,15 @@
-// mel_embed on CUDA: a matrix product whose left side is gathered and normalised on the way in and whose result passes
-// bias, GELU and the position table on the way out. Formulas in kernels/mel_embed.h. Not yet run on hardware.
+// mel_embed on CUDA: an implicit GEMM with a fused prologue (gather, normalise) and epilogue (bias, GELU, position
+// table). Formulas in kernels/mel_embed.h. Not yet run on hardware.
 //
 //   x (B*T, K) never in memory: K = (c + r) M, row t = frames [t r - c, t r + r) normalised, zeros before frame 0
 //   forward    y = gelu(x W^T + bias) + pos        one block: 64 steps x 64 channels, 32 of K at a time; slope beside y
 //   backward   partial[s] = g^T x over steps of s  one block: 64 channels x 64 of K, 32 steps at a time;
-//                                                  g = d_y * slope, rounded to T, is made on the way in
+//                                                  g = d_y * slope, rounded to T, in the prologue
 //              d_weight, d_bias = sum_s partial[s] in ascending s, then rounded
 //
-// Tensor cores with float32 sums (float32: three tf32 products for one); x and g are rounded to T for them, as a plain
-// matrix product in T would have them. A warp owns 16 x 64 of a block's 64 x 64 sums; they pass through shared memory,
-// so that everything after the product reads and writes 16 bytes at a time:
+// Tensor cores with float32 accumulators (float32: 3xTF32); x and g are rounded to T for them, as a plain GEMM in T
+// would have them. A warp owns 16 x 64 of a block's 64 x 64 accumulators; they pass through shared memory, so that the
+// epilogue reads and writes 16 bytes at a time:
 //
 //   warp 0 | rows  0-15 |  fragments -> float tile (over the staged inputs) -> thread i: rows of 16-byte vectors
 //   warp 1 | rows 16-31 |
@@ -19,14 +19,14 @@
 // the shape alone, so the bits depend on neither the device nor the order of blocks.
 #pragma once
 
-#include "kernels/cuda/mel_embed_tiles.cuh"
+#include "kernels/cuda/mel_embed_gemm.cuh"
 #include "kernels/cuda/pos_grad.cuh"
 
 namespace wgpt::cuda {
 namespace mel_embed {
 
 constexpr int kMaxSplits = 64;
-// At least: adding up a smaller split would cost more than it saves.
+// At least: adding up smaller splits would cost more than they save.
 constexpr int64_t kStepsPerSplit = 256;
 
 // gelu(z) = z Phi(z); slope = d gelu / dz = Phi(z) + z phi(z)
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(ProjectParams<T> p) {
   WGPT_SHARED(Vec16, shared, Staged<T>::kBytes / 16);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTile;
   const int n0 = blockIdx.y * kTile;
-  const Tile<float, kTile> sums = project(p.slices, p.weight, p.wide_weight, p.channels, row0, n0,
-                                          reinterpret_cast<unsigned char*>(shared));
+  const SmemTile<float, kTile> sums = project(p.slices, p.weight, p.wide_weight, p.channels, row0,
+                                              n0, reinterpret_cast<unsigned char*>(shared));
   constexpr int kW = kVecLanes<T>, kChunks = kTile / kW;
   WGPT_UNROLL_BY(2)
   for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
@@ -108,7 +108,7 @@ struct WeightGradParams {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) weight_grad_kernel(WeightGradParams<T> p) {
   constexpr int kW = kVecLanes<T>, kChunks = kTile / kW, kLoads = kDepth * kChunks / kThreads;
-  using Rows = Tile<T, kTile>;  // kDepth steps of 64 channels, or of 64 of K
+  using Rows = SmemTile<T, kTile>;  // kDepth steps of 64 channels, or of 64 of K
   WGPT_SHARED(Vec16, shared, sizeof(T) * Rows::elements(2 * kDepth) / 16);
   const Rows g_tile = {reinterpret_cast<T*>(shared)},
              x_tile = {g_tile.base + Rows::elements(kDepth)};
@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(WeightGradParams<
   };
   float c[kTile / 8][4], bias_sum = 0.f;
   clear(c);
-  for (int64_t row0 = begin - kDepth; row0 < end; row0 += kDepth) {  // the first turn only fetches
+  for (int64_t row0 = begin - kDepth; row0 < end;
+       row0 += kDepth) {  // first iteration: prologue, fetch only
     if (row0 >= begin) {
       WGPT_UNROLL
       for (int i = 0; i < kLoads; ++i) {
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(kThreads) weight_grad_kernel(WeightGradParams<
       for (int n = 0; n < kTile / 8; n += 2) {
         FragmentB<T> b[2];
         load_b_columns(b, x_tile, step, 8 * n);
-        multiply<T>(c[n], a, b[0]);
-        multiply<T>(c[n + 1], a, b[1]);
+        mma<T>(c[n], a, b[0]);
+        mma<T>(c[n + 1], a, b[1]);
       }
     }
     if (blockIdx.x == 0 && threadIdx.x < kTile) {

@@ -1,7 +1,7 @@
 // token_concat on CUDA: gather + concatenate forward; backward in token_concat_backward.cuh. Formulas in
 // kernels/token_concat.h. Not yet run on hardware.
 //
-// Forward: one 16-byte vector per thread and turn, four in flight; memory-bound, limit = a copy of (2 or 3) B*T*C elements.
+// Forward: one 16-byte vector per thread and iteration, four in flight; memory-bound, limit = a copy of (2 or 3) B*T*C elements.
 // A token outside [0, V) makes its step's token channels NaN; nothing is read out of bounds.
 #pragma once
 

@@ -1,13 +1,13 @@
 // token_concat's backward on CUDA: the table's gradient by a stable counting sort and owner sums. Not yet run on hardware.
 //
-// N = B*T steps cut into chunks of whole warps' turns, five small launches, no atomics:
+// N = B*T steps cut into chunks of whole warps' iterations, five small launches, no atomics:
 //   rank     one warp per chunk: how many equal tokens precede step n in its chunk (match + popcount), chunk histograms
 //   scan     one block: histograms -> offsets within each bucket, bucket starts, pieces of kPieceRows rows per bucket
 //   place    order[start[v] + offset[chunk][v] + rank[n]] = n: every bucket lists its steps in ascending order
 //   sum      one block per piece: float32 sums in a fixed order; a bucket of one piece is finished and rounded here
 //   combine  buckets of several pieces (a token of silence may own a third of all steps): pieces in ascending order
 // The counters of the tiny vocabularies that codecs have (V <= kRankVocab) live in shared memory; a larger one takes
-// several turns. The order of additions depends on the shape and the tokens only, so the bits never change.
+// several passes. The order of additions depends on the shape and the tokens only, so the bits never change.
 // Bytes: reads N*Ct elements of d_y and about 30 N bytes of indices. Tokens outside [0, V) are ignored.
 #pragma once
 
@@ -21,7 +21,7 @@ constexpr int kThreads = 256;
 constexpr int kScanThreads = 1024;
 constexpr int kSumThreads = 128;
 constexpr int kRankVocab =
-    8192;                        // counters of one turn of the rank kernel: 32 KiB of shared memory
+    8192;                        // counters of one pass of the rank kernel: 32 KiB of shared memory
 constexpr int kPieceRows = 128;  // rows of a bucket that one block sums
 
 // The cut of N steps into chunks and the layout of the workspace (everything 64-byte aligned).
@@ -39,7 +39,7 @@ struct Buckets {
 // Fills the plan; base may be nullptr when only the size is wanted. Returns the bytes.
 inline size_t plan_buckets(const TokenConcatShape& s, void* base, Buckets* plan) {
   const int64_t rows = s.batch * s.steps;
-  int64_t chunks = ceil_div(rows, int64_t{1024});  // 32 turns of a warp at least
+  int64_t chunks = ceil_div(rows, int64_t{1024});  // at least 32 iterations of a warp
   const int64_t most =
       s.vocab > 16384 ? (int64_t{4} << 20) / s.vocab : 256;  // 16 MiB of histograms at most
   chunks = chunks < most ? chunks : most;
@@ -67,9 +67,9 @@ inline size_t plan_buckets(const TokenConcatShape& s, void* base, Buckets* plan)
   return bytes;
 }
 
-// One warp per chunk, 32 steps a turn: lanes with equal tokens find each other, the lowest of them moves the counter.
+// One warp per chunk, 32 steps an iteration: lanes with equal tokens find each other, the lowest of them moves the counter.
 __global__ void __launch_bounds__(kWarp) rank_kernel(const int64_t* tokens, Buckets p) {
-  constexpr int kTurns = 8;
+  constexpr int kIterations = 8;
   WGPT_SHARED(int32_t, counter, kRankVocab);
   const int lane = threadIdx.x;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * p.chunk_rows;
@@ -78,15 +78,16 @@ __global__ void __launch_bounds__(kWarp) rank_kernel(const int64_t* tokens, Buck
     const int n_vocab = static_cast<int>(p.vocab - v0 < kRankVocab ? p.vocab - v0 : kRankVocab);
     for (int v = lane; v < n_vocab; v += kWarp) counter[v] = 0;
     __syncwarp();
-    for (int64_t base = begin; base < end; base += kWarp * kTurns) {
-      int64_t token[kTurns];  // loaded together: a turn is too short to hide the next one's load
+    for (int64_t base = begin; base < end; base += kWarp * kIterations) {
+      int64_t token
+          [kIterations];  // loaded together: one iteration is too short to hide the next one's load
       WGPT_UNROLL
-      for (int i = 0; i < kTurns; ++i) {
+      for (int i = 0; i < kIterations; ++i) {
         const int64_t n = base + i * kWarp + lane;
         token[i] = n < end ? tokens[n] - v0 : -1;
       }
       WGPT_UNROLL
-      for (int i = 0; i < kTurns; ++i) {
+      for (int i = 0; i < kIterations; ++i) {
         const bool mine = token[i] >= 0 && token[i] < n_vocab;
         const int v = mine ? static_cast<int>(token[i]) : -1;
         const unsigned peers = __match_any_sync(kFullWarp, v);
@@ -115,7 +116,7 @@ WGPT_DEVICE int warp_exclusive_sum(int x, int lane, int* total) {
   return sum - x;
 }
 
-// One block walks the vocabulary, a thread per bucket and turn.
+// One block loops over the vocabulary, a thread per bucket and iteration.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(Buckets p) {
   constexpr int kWarps = kScanThreads / kWarp;
   constexpr int kBatch = 8;  // histogram rows loaded together

@@ -1,5 +1,5 @@
-// Tiles of a matrix in shared memory, and matrix fragments that have the same face for 16-bit elements (one tensor-core
-// product) and for float32 (three tf32 products, which keep float32 accuracy).
+// Shared-memory tiles, and mma fragments with one interface for 16-bit elements (one mma) and for float32 (3xTF32: three
+// tf32 mma, which keep float32 accuracy).
 #pragma once
 
 #include "kernels/cuda/device/mma.cuh"
@@ -23,7 +23,7 @@ struct Rows {
 //
 //   16 bit, D >= 64: chunk c of row r lies at c ^ (r % 8)        D = 32: two rows fill 128 bytes: c ^ (r / 2 % 4)
 template <typename T, int D>
-struct Tile {
+struct SmemTile {
   static constexpr int kW = kVecLanes<T>;
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kPitch = kFloat ? D + 4 : D;  // elements
@@ -43,7 +43,7 @@ struct Tile {
     }
   }
 
-  // Starts to load rows [first, first + kRows) of `from`, zeros from n_rows on; arrives with the thread's next group,
+  // Issues the loads of rows [first, first + kRows) of `from`, zeros from n_rows on; arrives with the thread's next group,
   // or at once where rows are not 16-byte aligned. `from` has at least one row.
   template <int kRows, int kThreads>
   WGPT_DEVICE void load(const Rows<const T>& from, int first, int n_rows, bool aligned) const {
@@ -78,8 +78,8 @@ struct Tile {
 
 // A is 16 x 16, B 16 x 8, C 16 x 8 (float32). With g = lane / 4 and t = lane % 4, a lane holds C (g, 2t) (g, 2t + 1)
 // (g + 8, 2t) (g + 8, 2t + 1). float32 fragments are two 8-deep halves h. Because the summed index may be renumbered at
-// will, the pair (load_a, load_b_rows) uses k = 8h + t and 8h + t + 4, and (a_from_sums or load_a_columns, load_b_columns) use
-// k = 8h + 2t and 8h + 2t + 1: there a lane's sums of C are its values of A without a shuffle.
+// will, the pair (load_a, load_b_rows) uses k = 8h + t and 8h + t + 4, and (a_from_accumulators or load_a_columns,
+// load_b_columns) use k = 8h + 2t and 8h + 2t + 1: there a lane's accumulators C are its values of A without a shuffle.
 template <typename T>
 struct FragmentA {
   uint32_t r[4];
@@ -101,7 +101,7 @@ WGPT_DEVICE int lane_id() { return threadIdx.x % kWarp; }
 
 // a[m][k] = tile[row0 + m][k0 + k]
 template <typename T, int D>
-WGPT_DEVICE void load_a(FragmentA<T>& a, const Tile<T, D>& tile, int row0, int k0) {
+WGPT_DEVICE void load_a(FragmentA<T>& a, const SmemTile<T, D>& tile, int row0, int k0) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 4) {
     const int g = lane / 4, t = lane % 4;
@@ -119,7 +119,7 @@ WGPT_DEVICE void load_a(FragmentA<T>& a, const Tile<T, D>& tile, int row0, int k
 
 // a[m][k] = tile[k0 + k][m0 + m], for use with load_b_columns
 template <typename T, int D>
-WGPT_DEVICE void load_a_columns(FragmentA<T>& a, const Tile<T, D>& tile, int k0, int m0) {
+WGPT_DEVICE void load_a_columns(FragmentA<T>& a, const SmemTile<T, D>& tile, int k0, int m0) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 4) {
     const int g = lane / 4, t = lane % 4;
@@ -138,7 +138,7 @@ WGPT_DEVICE void load_a_columns(FragmentA<T>& a, const Tile<T, D>& tile, int k0,
 
 // b[i][k][n] = tile[n0 + 8i + n][k0 + k]
 template <typename T, int D>
-WGPT_DEVICE void load_b_rows(FragmentB<T> (&b)[2], const Tile<T, D>& tile, int n0, int k0) {
+WGPT_DEVICE void load_b_rows(FragmentB<T> (&b)[2], const SmemTile<T, D>& tile, int n0, int k0) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 4) {
     const int g = lane / 4, t = lane % 4;
@@ -164,7 +164,7 @@ WGPT_DEVICE void load_b_rows(FragmentB<T> (&b)[2], const Tile<T, D>& tile, int n
 
 // b[i][k][n] = tile[k0 + k][n0 + 8i + n]
 template <typename T, int D>
-WGPT_DEVICE void load_b_columns(FragmentB<T> (&b)[2], const Tile<T, D>& tile, int k0, int n0) {
+WGPT_DEVICE void load_b_columns(FragmentB<T> (&b)[2], const SmemTile<T, D>& tile, int k0, int n0) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 4) {
     const int g = lane / 4, t = lane % 4;
@@ -188,9 +188,10 @@ WGPT_DEVICE void load_b_columns(FragmentB<T> (&b)[2], const Tile<T, D>& tile, in
   }
 }
 
-// The sums of two neighbouring 16 x 8 products as the 16 x 16 left side of the next one, rounded to T.
+// The accumulators of two neighbouring 16 x 8 mma as the 16 x 16 A fragment of the next one, rounded to T.
 template <typename T>
-WGPT_DEVICE void a_from_sums(FragmentA<T>& a, const float (&left)[4], const float (&right)[4]) {
+WGPT_DEVICE void a_from_accumulators(FragmentA<T>& a, const float (&left)[4],
+                                     const float (&right)[4]) {
   if constexpr (sizeof(T) == 4) {
     WGPT_UNROLL
     for (int i = 0; i < 4; ++i) {  // A (g, k) (g + 8, k) (g, k') (g + 8, k') = C 0, 2, 1, 3
@@ -205,10 +206,10 @@ WGPT_DEVICE void a_from_sums(FragmentA<T>& a, const float (&left)[4], const floa
   }
 }
 
-// c += a b. float32: every value is a sum of two tf32 numbers, x = high + low up to 2^-22 of x, and the product takes
-// the three terms that matter, small ones first.
+// c += a b. float32 is 3xTF32: every value is two tf32 terms, x = high + low up to 2^-22 of x; three of the four term
+// pairs matter, small ones first.
 template <typename T>
-WGPT_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+WGPT_DEVICE void mma(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 4) {
     WGPT_UNROLL
     for (int h = 0; h < 2; ++h) {

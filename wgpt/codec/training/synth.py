@@ -2,8 +2,8 @@
 
 Both exist so that the package can be tried, tested and trained without downloading anything:
 
-    python -m wgpt.synth speech --out DIR --minutes 20 --seed 0
-    python -m wgpt.synth music  --out DIR --minutes 5  --seed 0
+    python -m wgpt.codec.training.synth speech --out DIR --minutes 20 --seed 0
+    python -m wgpt.codec.training.synth music  --out DIR --minutes 5  --seed 0
 
 Everything is deterministic: the same seed gives the same samples (speech: with the same
 espeak-ng version). Speech needs the ``espeak-ng`` program; music needs numpy alone.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wgpt import _phrases
-from wgpt._music import SAMPLE_RATE_HZ, SynthError, render_music
+from wgpt.codec.training import phrases
+from wgpt.codec.training.music import SAMPLE_RATE_HZ, SynthError, render_music
 
 __all__ = ["HELD_OUT_VOICES", "VOICES", "SynthError", "Voice", "render_music", "speech_clip",
            "synthesize_speech"]  # fmt: skip
@@ -150,7 +150,7 @@ def speech_clip(
     texts: list[str] = []
     total = 0
     while True:
-        text = _phrases.sentence(rng, voice.language)
+        text = phrases.sentence(rng, voice.language)
         wave = synthesize_speech(
             text, voice, pitch=pitch, speed_wpm=speed_wpm, sample_rate_hz=sample_rate_hz
         )
@@ -227,7 +227,9 @@ def _write_opus(path: Path, wave: np.ndarray) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write a folder of synthetic speech or music; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m wgpt.synth", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m wgpt.codec.training.synth", description=__doc__
+    )
     parser.add_argument("kind", choices=["speech", "music"])
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--minutes", type=float, default=20, help="minutes of sound, about")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wgpt import synth
+from wgpt.codec.training import synth
 
 logger = logging.getLogger(__name__)
 

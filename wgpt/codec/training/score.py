@@ -208,8 +208,8 @@ def write_card(
     perplexities = ", ".join(f"{p:.0f}" for p in figures["codebooks"]["perplexity"])
     corpus = " and ".join(f"{m:.0f} minutes of {kind}" for kind, m in minutes.items())
     source = (
-        "The speech was\nsynthesised by espeak-ng, the music by `wgpt.synth`; it never heard a "
-        "human voice or an\nacoustic instrument."
+        "The speech was\nsynthesised by espeak-ng, the music by `wgpt.codec.training`; it never\n"
+        "heard a human voice or an acoustic instrument."
         if training["synthetic"]
         else "The recordings came from a folder of the user."
     )
@@ -255,7 +255,7 @@ Perplexity of the codebooks' use on the clips above: {perplexities}.
 {corpus}; {training["steps"]} steps of {training["batch"]} crops of 0.507 s,
 {training["minutes"]} minutes of training on a CPU. {source}
 {note}
-    python -m wgpt.codec.train {data}--work WORK --out OUT --steps {training["steps"]} \\
+    python -m wgpt.codec.training.train {data}--work WORK --out OUT --steps {training["steps"]} \\
         --batch {training["batch"]} --seed {training["seed"]}
 
 repeats the recipe (the schedule then runs by steps, and rounding depends on the machine, so the

@@ -1,8 +1,8 @@
-// What the passes of flash_attention share: which pairs are visible, products of 16 rows with a tile, and the checks.
+// What the passes of flash_attention share: which pairs are visible, the warp GEMMs of 16 rows with a tile, the checks.
 #pragma once
 
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/matrix_tiles.cuh"
+#include "kernels/cuda/smem_tile.cuh"
 
 namespace wgpt::cuda::flash {
 
@@ -68,12 +68,12 @@ bool rows_aligned(const HeadsView& v) {
          v.head_stride % kW == 0;
 }
 
-// ---- products --------------------------------------------------------------------------------------------------------
+// ---- warp GEMMs ------------------------------------------------------------------------------------------------------
 
-// 16 rows of the left tile, as fragments kept in registers where kKeep, else read again at every use.
+// 16 rows of the left tile: fragments kept in registers where kKeep, else loaded at every use.
 template <typename T, int D, bool kKeep>
 struct LeftRows {
-  Tile<T, D> tile;
+  SmemTile<T, D> tile;
   int row0;
   FragmentA<T> kept[kKeep ? D / 16 : 1];
 
@@ -97,8 +97,8 @@ struct LeftRows {
 
 // c[n] = left right[8n .. 8n + 7]^T, summed over D.
 template <typename T, int D, bool kKeep, int kN>
-WGPT_DEVICE void multiply_by_rows(float (&c)[kN][4], const LeftRows<T, D, kKeep>& left,
-                                  const Tile<T, D>& right) {
+WGPT_DEVICE void gemm_by_rows(float (&c)[kN][4], const LeftRows<T, D, kKeep>& left,
+                              const SmemTile<T, D>& right) {
   clear(c);
   WGPT_UNROLL
   for (int k = 0; k < D / 16; ++k) {
@@ -107,35 +107,35 @@ WGPT_DEVICE void multiply_by_rows(float (&c)[kN][4], const LeftRows<T, D, kKeep>
     for (int n = 0; n < kN; n += 2) {
       FragmentB<T> b[2];
       load_b_rows(b, right, 8 * n, 16 * k);
-      multiply<T>(c[n], a, b[0]);
-      multiply<T>(c[n + 1], a, b[1]);
+      mma<T>(c[n], a, b[0]);
+      mma<T>(c[n + 1], a, b[1]);
     }
   }
 }
 
-// c += weights right, where weights (16 x 8 kN sums, rounded to T) run along the rows of right.
+// c += weights right: weights are 16 x 8 kN accumulators, rounded to T; k runs along the rows of right.
 template <typename T, int D, int kN>
 WGPT_DEVICE void add_weighted_rows(float (&c)[D / 8][4], const float (&weights)[kN][4],
-                                   const Tile<T, D>& right) {
+                                   const SmemTile<T, D>& right) {
   WGPT_UNROLL
   for (int k = 0; k < kN; k += 2) {
     FragmentA<T> a;
-    a_from_sums(a, weights[k], weights[k + 1]);
+    a_from_accumulators(a, weights[k], weights[k + 1]);
     WGPT_UNROLL
     for (int n = 0; n < D / 8; n += 2) {
       FragmentB<T> b[2];
       load_b_columns(b, right, 8 * k, 8 * n);
-      multiply<T>(c[n], a, b[0]);
-      multiply<T>(c[n + 1], a, b[1]);
+      mma<T>(c[n], a, b[0]);
+      mma<T>(c[n + 1], a, b[1]);
     }
   }
 }
 
-// Writes a warp's 16 x D sums, times factor[0] (rows g) and factor[1] (rows g + 8), to rows [first, first + 16) of `to`
+// Writes a warp's 16 x D accumulators, times factor[0] (rows g) and factor[1] (rows g + 8), to rows [first, first + 16) of `to`
 // that lie below n_rows: through 16 rows of shared memory that the warp owns, for 16-byte stores.
 template <typename T, int D>
 WGPT_DEVICE void store_rows(const float (&c)[D / 8][4], const float (&factor)[2],
-                            const Tile<T, D>& tile, int row0, const Rows<T>& to, int first,
+                            const SmemTile<T, D>& tile, int row0, const Rows<T>& to, int first,
                             int n_rows, bool aligned) {
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
   __syncwarp();  // the warp has read what the rows held before

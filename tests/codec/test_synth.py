@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from wgpt import _music, _phrases, synth
+from wgpt.codec.training import music, phrases, synth
 
 needs_espeak = pytest.mark.skipif(
     shutil.which("espeak-ng") is None, reason="the program espeak-ng is not installed"
@@ -37,8 +37,8 @@ def test_music_seeds_vary_in_brightness():
 
 
 def test_note_has_its_pitch():
-    for timbre in _music.TIMBRES:
-        wave = _music._note(timbre, 440.0, 24_000, 24_000, 0.3)
+    for timbre in music.TIMBRES:
+        wave = music._note(timbre, 440.0, 24_000, 24_000, 0.3)
         spectrum = np.abs(np.fft.rfft(wave * np.hanning(wave.size)))
         peak_hz = int(spectrum.argmax())
         nearest = min((440, 220, 880), key=lambda f: abs(f - peak_hz))  # organ: octave below
@@ -53,14 +53,14 @@ def test_music_refuses_a_length_that_is_not_positive(seconds):
 
 def test_sentences_vary_and_follow_the_language():
     rng = np.random.default_rng(0)
-    english = {_phrases.sentence(rng, "en-gb-scotland") for _ in range(300)}
+    english = {phrases.sentence(rng, "en-gb-scotland") for _ in range(300)}
     assert len(english) > 290
     assert not any("{" in text or "}" in text for text in english)
     assert all(text[0].isupper() and text[-1] in ".?!" for text in english)
     for voice in synth.VOICES + synth.HELD_OUT_VOICES:
-        assert _phrases.sentence(rng, voice.language)
+        assert phrases.sentence(rng, voice.language)
     with pytest.raises(ValueError, match="phrase book"):
-        _phrases.sentence(rng, "xx")
+        phrases.sentence(rng, "xx")
 
 
 def test_held_out_voices_are_not_training_voices():

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from wgpt import codec, synth
+from wgpt import codec
 from wgpt.codec import weights as codec_weights
+from wgpt.codec.training import synth
 
 HOP = 320
 
@@ -110,7 +111,7 @@ def test_mini_states_its_rates_and_size(mini):
 
 
 def test_mini_reconstructs_better_with_more_codebooks(mini):
-    from wgpt.codec.score import si_sdr_db
+    from wgpt.codec.training.score import si_sdr_db
 
     wave = _music(4.0, seed=77)
     tokens = mini.encode(wave)
@@ -346,7 +347,7 @@ def test_importing_codec_does_not_import_transformers():
 
 
 def test_narrow_convolutions_have_torchs_gradients():
-    from wgpt.codec.conv import _NarrowConv1d
+    from wgpt.codec.training.conv import _NarrowConv1d
 
     torch.manual_seed(0)
     for width in (1, 3):
@@ -359,7 +360,7 @@ def test_narrow_convolutions_have_torchs_gradients():
 
 
 def test_quantizer_start_and_codes_reduce_the_residual():
-    from wgpt.codec.quantizer import ResidualQuantizer
+    from wgpt.codec.training.quantizer import ResidualQuantizer
 
     generator = torch.Generator().manual_seed(0)
     quantizer = ResidualQuantizer(3, 16, 4)
@@ -374,7 +375,7 @@ def test_quantizer_start_and_codes_reduce_the_residual():
 
 
 def test_quantizer_revives_an_entry_nothing_chooses():
-    from wgpt.codec.quantizer import ResidualQuantizer
+    from wgpt.codec.training.quantizer import ResidualQuantizer
 
     generator = torch.Generator().manual_seed(0)
     quantizer = ResidualQuantizer(1, 8, 2)
@@ -388,7 +389,7 @@ def test_quantizer_revives_an_entry_nothing_chooses():
 
 
 def test_si_sdr_matches_a_hand_computed_value():
-    from wgpt.codec.score import si_sdr_db
+    from wgpt.codec.training.score import si_sdr_db
 
     target = np.array([1.0, 0, 1, 0])
     error = np.array([0, 0.1, 0, 0.1])  # orthogonal: energies 2 and 0.02
@@ -396,8 +397,8 @@ def test_si_sdr_matches_a_hand_computed_value():
 
 
 def test_training_resumes_where_it_stopped_and_writes_a_loadable_folder(tmp_path):
-    from wgpt.codec import corpus as codec_corpus
-    from wgpt.codec import train as codec_train
+    from wgpt.codec.training import corpus as codec_corpus
+    from wgpt.codec.training import train as codec_train
 
     waves = [("music", "", synth.render_music(3, i)) for i in range(2)]
     codec_corpus._write(tmp_path / "work", {"train": waves, "eval": waves[:1]})

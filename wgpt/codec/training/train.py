@@ -1,6 +1,6 @@
 """Train a small EnCodec-architecture codec, from synthetic sound or from your recordings.
 
-    python -m wgpt.codec.train --work DIR --out MODEL_DIR --minutes 80 --threads 2
+    python -m wgpt.codec.training.train --work DIR --out MODEL_DIR --minutes 80 --threads 2
 
 What made it work at this size (each found necessary in trials that collapsed without it): layer
 scales set from data before the first step, losses that put the waveform first, short crops, a
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wgpt.codec import conv as codec_conv
-from wgpt.codec import corpus as codec_corpus
-from wgpt.codec import loss as codec_loss
-from wgpt.codec import score as codec_score
-from wgpt.codec.optimizer import Optimizer
-from wgpt.codec.quantizer import ResidualQuantizer
+from wgpt.codec.training import conv as codec_conv
+from wgpt.codec.training import corpus as codec_corpus
+from wgpt.codec.training import loss as codec_loss
+from wgpt.codec.training import score as codec_score
+from wgpt.codec.training.optimizer import Optimizer
+from wgpt.codec.training.quantizer import ResidualQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,8 @@ class Trainer:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m wgpt.codec.train", description="Train a small EnCodec-architecture codec."
+        prog="python -m wgpt.codec.training.train",
+        description="Train a small EnCodec-architecture codec.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the model (config, weights, card)")

@@ -1,14 +1,14 @@
-// What mel_embed's passes share: the gathered, normalised slices, and the product of 64 of them with 64 channels.
+// What mel_embed's passes share: the gathered, normalised slices, and the GEMM of 64 of them with 64 channels.
 #pragma once
 
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/matrix_tiles.cuh"
+#include "kernels/cuda/smem_tile.cuh"
 
 namespace wgpt::cuda::mel_embed {
 
-constexpr int kTile = 64;      // steps, and channels, of a block's product
-constexpr int kThreads = 128;  // four warps, 16 rows of the product each
-constexpr int kDepth = 32;     // of the summed dimension, staged in shared memory at a time
+constexpr int kTile = 64;      // steps, and channels, of a block's GEMM tile
+constexpr int kThreads = 128;  // four warps, 16 rows of the tile each
+constexpr int kDepth = 32;     // of k, staged in shared memory at a time
 
 // What the kernels need to know of the slices x (B*T, K). The element type of frames and the width of its loads are
 // uniform branches, which a wide load hides.
@@ -93,24 +93,25 @@ WGPT_DEVICE Vec<T, W> load_matrix(const T* matrix, int64_t row, int64_t n_rows, 
   return out;
 }
 
-// The staged halves of a product: two tiles of kTile rows, kDepth deep; afterwards its sums, one float tile.
+// The staged operands of a GEMM tile: two SmemTiles of kTile rows, kDepth deep; afterwards its sums, one float tile.
 template <typename T>
 struct Staged {
   static constexpr int kW = kVecLanes<T>, kChunks = kDepth / kW;  // 16-byte chunks per staged row
   static constexpr int kLoads = kTile * kChunks / kThreads;       // chunks per thread and tile
-  static constexpr size_t kInputs = sizeof(T) * Tile<T, kDepth>::elements(2 * kTile);
-  static constexpr size_t kSums = sizeof(float) * Tile<float, kTile>::elements(kTile);
+  static constexpr size_t kInputs = sizeof(T) * SmemTile<T, kDepth>::elements(2 * kTile);
+  static constexpr size_t kSums = sizeof(float) * SmemTile<float, kTile>::elements(kTile);
   static constexpr size_t kBytes = kInputs > kSums ? kInputs : kSums;
 };
 
 // sums[step][channel] = x weight^T for 64 steps and 64 channels, left in shared memory as floats; ends with a barrier.
-// Each thread has the next depth's chunks under way while it multiplies. Warp w owns steps 16 w .. 16 w + 15.
+// Register prefetch: loads of the next depth overlap with the mma of this one. Warp w owns steps 16 w .. 16 w + 15.
 template <typename T>
-WGPT_DEVICE Tile<float, kTile> project(const Slices& s, const T* weight, bool wide_weight,
-                                       int channels, int64_t row0, int n0, unsigned char* shared) {
+WGPT_DEVICE SmemTile<float, kTile> project(const Slices& s, const T* weight, bool wide_weight,
+                                           int channels, int64_t row0, int n0,
+                                           unsigned char* shared) {
   using S = Staged<T>;
-  const Tile<T, kDepth> x_tile = {reinterpret_cast<T*>(shared)};
-  const Tile<T, kDepth> w_tile = {x_tile.base + Tile<T, kDepth>::elements(kTile)};
+  const SmemTile<T, kDepth> x_tile = {reinterpret_cast<T*>(shared)};
+  const SmemTile<T, kDepth> w_tile = {x_tile.base + SmemTile<T, kDepth>::elements(kTile)};
   Vec<T, S::kW> x[S::kLoads], w[S::kLoads];
   const auto fetch = [&](int k0) {
     WGPT_UNROLL
@@ -124,7 +125,7 @@ WGPT_DEVICE Tile<float, kTile> project(const Slices& s, const T* weight, bool wi
   const int warp = threadIdx.x / kWarp;
   float c[kTile / 8][4];
   clear(c);
-  for (int k0 = -kDepth; k0 < s.k_total; k0 += kDepth) {  // the first turn only fetches
+  for (int k0 = -kDepth; k0 < s.k_total; k0 += kDepth) {  // first iteration: prologue, fetch only
     if (k0 >= 0) {
       WGPT_UNROLL
       for (int i = 0; i < S::kLoads; ++i) {
@@ -145,13 +146,13 @@ WGPT_DEVICE Tile<float, kTile> project(const Slices& s, const T* weight, bool wi
       for (int n = 0; n < kTile / 8; n += 2) {
         FragmentB<T> b[2];
         load_b_rows(b, w_tile, 8 * n, k);
-        multiply<T>(c[n], a, b[0]);
-        multiply<T>(c[n + 1], a, b[1]);
+        mma<T>(c[n], a, b[0]);
+        mma<T>(c[n + 1], a, b[1]);
       }
     }
     __syncthreads();
   }
-  const Tile<float, kTile> sums = {reinterpret_cast<float*>(shared)};
+  const SmemTile<float, kTile> sums = {reinterpret_cast<float*>(shared)};
   const int g = lane_id() / 4, t = lane_id() % 4;
   WGPT_UNROLL
   for (int n = 0; n < kTile / 8; ++n) {

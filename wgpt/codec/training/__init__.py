@@ -1,0 +1,1 @@
+"""Training of a codec, and synthetic speech and music to train one on."""

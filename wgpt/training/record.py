@@ -1,0 +1,183 @@
+"""What the first process of a training keeps: validations, checkpoints, the model, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wgpt import audio, config
+from wgpt.audio.mel import MelFrontend
+from wgpt.config import STEP_RATE_HZ
+from wgpt.data.dataset import Dataset, Split
+from wgpt.evaluation.scores import codebook_scores
+from wgpt.generation.generator import AudioGenerator
+from wgpt.generation.sampling import Sampling
+from wgpt.model import HybridModel
+from wgpt.runs import checkpoint
+from wgpt.runs.metrics import Metrics
+from wgpt.runs.run import Run
+from wgpt.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_PROMPT_S = 3.0
+
+
+class RunRecord:
+    """Writes into a run's folder while its model is trained. `close` it at the end."""
+
+    def __init__(
+        self,
+        run: Run,
+        data: Dataset,
+        model: HybridModel,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        after_step: int,
+    ) -> None:
+        """after_step: rows of later steps are dropped from metrics.csv (they are done again)."""
+        self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
+        self.progress = progress
+        self.metrics = Metrics(run.folder / "metrics.csv", after_step)
+        self._show_best()  # a kill may have come between a checkpoint and the model folder
+
+    @property
+    def mel_source(self) -> str | None:
+        """The mel that the model reads."""
+        return self.run.config.mel_source if self.run.model.mel_dim else None
+
+    def close(self) -> None:
+        """Flushes and closes metrics.csv."""
+        self.metrics.close()
+
+    def validate(self, step: int, epoch: float) -> bool:
+        """Scores the validation split, if there is one; True if the NLL is the lowest so far."""
+        split, settings = self.data.split("valid"), self.run.config
+        if split.n_clips == 0:
+            return False
+        result, *finer = codebook_scores(
+            self.run.preset,
+            self.model,
+            split,
+            context_steps=settings.context_steps,
+            mel_source=self.mel_source,
+            clips=spread_clips(split, settings.eval_audio_s),
+            dtype=settings.dtype,
+        )
+        row = result.row()
+        figures = {name: row[name] for name in ("nll_nats", "accuracy", "perplexity")}
+        fine = [score.row()["nll_nats"] for score in finer]
+        if fine:
+            figures["fine_nll_nats"] = sum(fine) / len(fine)
+        self.metrics.add(
+            step=step,
+            epoch=epoch,
+            split="valid",
+            nll_nats=row["nll_nats"],
+            accuracy=row["accuracy"],
+            lr="",
+            grad_norm="",
+            fine_nll_nats=figures.get("fine_nll_nats", ""),
+        )
+        self.metrics.flush()
+        improved = self.progress.add_validation(step, figures)
+        log.info(
+            "step %d: validation NLL %.4f, accuracy %.4f%s",
+            step, row["nll_nats"], row["accuracy"], ", the best so far" if improved else "",
+        )  # fmt: skip
+        return improved
+
+    def save(self, step: int) -> None:
+        """A checkpoint, and RUN/model if its weights are the best ones."""
+        progress = self.progress
+        if self.data.split("valid").n_clips == 0:
+            progress.best_step = step
+        self.metrics.flush()
+        checkpoint.save(
+            self.run.checkpoints,
+            step,
+            self.model,
+            self.optimizer,
+            keep=self.run.config.keep_checkpoints,
+            best=progress.best_step,
+            progress=dataclasses.asdict(progress),
+            card=self._card(step),
+            facts={
+                "preset": self.run.preset,
+                "step": step,
+                "mel": config.to_json(self.data.mel_config),
+                "mel_source": self.mel_source,
+                "codec": self.run.data["codec"],
+            },
+        )
+        self._show_best()
+
+    def sample(self, step: int) -> None:
+        """A continuation of the first validation clip by the model as it is."""
+        self._sample(self.model, step)
+
+    def sample_best(self) -> None:
+        """The same by RUN/model."""
+        device = next(self.model.parameters()).device
+        best = HybridModel.from_pretrained(self.run.model_folder, str(device))
+        self._sample(best, self.progress.best_step)
+
+    def _sample(self, model: HybridModel, step: int) -> None:
+        if self.run.config.sample_s and self.data.split("valid").n_clips:
+            sample_into(self.run, model, self.data, step)
+
+    def _show_best(self) -> None:
+        best = checkpoint.path_of(self.run.checkpoints, self.progress.best_step)
+        if (best / "config.json").is_file():  # not in checkpoints of version 0.1
+            checkpoint.copy_model(best, self.run.model_folder)
+
+    def _card(self, step: int) -> str:
+        progress = self.progress
+        if not progress.best:
+            chosen = "There are no validation data to judge it by."
+        elif progress.best_step == step:
+            chosen = f"The lowest validation NLL up to there: {_figures(progress.best)}."
+        else:
+            chosen = (
+                f"Not the best of its run: step {progress.best_step} had {_figures(progress.best)}."
+            )
+        return (
+            f"# {self.run.preset}, trained with wgpt\n\n{self.model.describe()}.\n\n"
+            f"Step {step} of {self.run.config.max_steps}. {chosen}\n\n"
+            f"Codec: `{self.data.codec_identity}`. Mel source: {self.mel_source}.\n\n"
+            "Load with `wgpt.load(folder)`.\n"
+        )
+
+
+def _figures(validation: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
+
+
+def spread_clips(split: Split, audio_s: float) -> list[int] | None:
+    """Clips spread evenly over the split, about `audio_s` seconds of them; None for all."""
+    total_s = split.n_steps / STEP_RATE_HZ
+    if not audio_s or total_s <= audio_s:
+        return None
+    n_clips = max(1, round(split.n_clips * audio_s / total_s))
+    return [i * split.n_clips // n_clips for i in range(n_clips)]
+
+
+def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
+    """Writes RUN/samples/step-N.wav: decoded validation prompt, then the model's continuation."""
+    loaded = run.codec(str(next(model.parameters()).device))
+    prompt = loaded.decode(
+        data.split("valid").clip(0)[0][:, : round(_SAMPLE_PROMPT_S * STEP_RATE_HZ)]
+    )
+    source = run.config.mel_source if model.config.mel_dim else None
+    was_training = model.training
+    generator = AudioGenerator(model.eval(), loaded, MelFrontend(data.mel_config), source)
+    new = generator.generate(prompt, run.config.sample_s, Sampling(top_k=100), seed=step)
+    model.train(was_training)
+    path = run.folder / "samples" / f"step-{step:08d}.wav"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio.write(path, np.concatenate([prompt.cpu().numpy(), new]))
+    return path
