@@ -31,7 +31,8 @@ REQUIRED: tuple[str, ...] = (
     "matplotlib",
 )
 OPTIONAL = {
-    "gradio": "the page of wgpt serve (pip install 'wgpt[demo]')",
+    "starlette": "the page of wgpt serve (pip install 'wgpt[serve]')",
+    "uvicorn": "the same page",
     "encodec": "the second codec implementation (pip install 'wgpt[encodec]')",
     "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
 }

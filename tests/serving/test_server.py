@@ -225,7 +225,7 @@ def test_a_listener_that_takes_nothing_loses_its_turn(tiny_run):
     scope = {"type": "http", "method": "POST", "path": "/continue", "query_string": query,
              "headers": [], "asgi": {"spec_version": "2.3"}}  # fmt: skip
 
-    async def stalled() -> PageServer:
+    async def stalled() -> None:
         page = PageServer(session, 1)
         body = iter([{"type": "http.request", "body": b""}])
 
@@ -239,11 +239,11 @@ def test_a_listener_that_takes_nothing_loses_its_turn(tiny_run):
 
         route = ContinueRoute(page, stall_s=0.2)
         await asyncio.wait_for(route(scope, receive, send), timeout=30)
-        return page
+        assert not page.queue.turn.locked()
+        async with page.queue.place() as n_ahead:
+            assert n_ahead == 0
 
-    page = asyncio.run(stalled())
-    assert not page.queue.turn.locked()
-    assert page.queue._n_jobs == 0
+    asyncio.run(stalled())
 
 
 # -- how it ends ----------------------------------------------------------------------------------

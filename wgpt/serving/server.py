@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import soundfile
 import uvicorn
@@ -62,22 +63,6 @@ class JobQueue:
             self._n_jobs -= 1
 
 
-class PromptRoute:
-    """POST a file: the prompt and what the codec makes of it."""
-
-    def __init__(self, server: PageServer) -> None:
-        self._server = server
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = HttpRequest(scope, receive)
-        session, queue = self._server.session, self._server.queue
-        async with queue.place():
-            prompt = await self._server.prompt(request)
-            async with queue.turn:
-                answer = await run_in_threadpool(session.describe, request.query_params, prompt)
-            await JSONResponse(answer)(scope, receive, send)
-
-
 class ContinueRoute:
     """POST a file: its continuation, a JSON line for each piece as it is made.
 
@@ -90,18 +75,21 @@ class ContinueRoute:
         self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        http = HttpRequest(scope, receive)
+        http, listening = HttpRequest(scope, receive), anyio.CancelScope()
 
         async def send_in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._stall_s)
+            with anyio.move_on_after(self._stall_s) as patience:
+                await send(message)
+            if patience.cancelled_caught:
+                listening.cancel()
 
         async with self._server.queue.place() as n_ahead:
             request = self._server.session.request(http.query_params)
-            prompt = await self._server.prompt(http)
+            prompt = await self._server.read_prompt(http)
             # aclosing: the generator holds the model's turn, and must not wait for the collector.
             async with contextlib.aclosing(self._lines(request, prompt, n_ahead)) as lines:
                 response = StreamingResponse(lines, media_type="application/x-ndjson")
-                with contextlib.suppress(ClientDisconnect, asyncio.TimeoutError):
+                with listening, contextlib.suppress(ClientDisconnect):
                     await response(scope, receive, send_in_time)
 
     async def _lines(
@@ -140,7 +128,7 @@ class PageServer:
                 *(Route(f"/{name}", _static(path)) for name, path in files.items()),
                 Route("/facts", self._facts),
                 Route("/examples/{index:int}", self._example),
-                Route("/prompt", PromptRoute(self), methods=["POST"]),
+                Route("/prompt", self._prompt, methods=["POST"]),
                 Route("/continue", ContinueRoute(self), methods=["POST"]),
             ],
             middleware=[Middleware(LocalhostMiddleware, port=port)],
@@ -160,7 +148,15 @@ class PageServer:
         soundfile.write(file, wave, SAMPLE_RATE_HZ, format="WAV", subtype="FLOAT")
         return Response(file.getvalue(), media_type="audio/wav")
 
-    async def prompt(self, request: HttpRequest) -> np.ndarray:
+    async def _prompt(self, request: HttpRequest) -> Response:
+        """POST a file: the prompt and what the codec makes of it."""
+        async with self.queue.place():
+            prompt = await self.read_prompt(request)
+            async with self.queue.turn:
+                query = request.query_params
+                return JSONResponse(await run_in_threadpool(self.session.describe, query, prompt))
+
+    async def read_prompt(self, request: HttpRequest) -> np.ndarray:
         """The sound in a request's body. Raises AudioError, HTTPException(408 or 413)."""
         try:
             body = await asyncio.wait_for(self._body(request), UPLOAD_S)

@@ -112,6 +112,7 @@ function showPlayer() {
 
 // -- the prompt -----------------------------------------------------------------------------------
 
+// file: a Blob, or the promise of one.
 async function choosePrompt(file, name) {
   request?.abort();
   const mine = (request = new AbortController());
@@ -119,6 +120,7 @@ async function choosePrompt(file, name) {
   dropPrompt();
   busy("Listening to the prompt …");
   try {
+    file = await file;
     if (file.size > 1e6 * facts.limits.max_upload_mb) {
       throw new Error(`The prompt may hold at most ${facts.limits.max_upload_mb} MB, ` +
         `got ${(file.size / 1e6).toFixed(1)} MB.`);
@@ -137,7 +139,7 @@ function showPrompt(file, name, model, answer) {
   const mel = new Int8Array(bytesOf(answer.recording.mel));
   const samples = new Int16Array(bytesOf(answer.recording.pcm));
   const most = (numbers) => numbers.reduce((a, b) => Math.max(a, Math.abs(b)), 1);
-  const scale = { topDb: mel.reduce((a, b) => Math.max(a, b)), peak: most(samples) };
+  const scale = { topDb: mel.reduce((a, b) => Math.max(a, b)), peak: 1.3 * most(samples) };
   const show = (title, { pcm, mel }) => {
     const sound = new Sound(facts.rate_hz, samples.length);
     const nPrompt = samples.length / facts.step_samples;
@@ -154,6 +156,7 @@ function showPrompt(file, name, model, answer) {
   const n = facts.models[model].n_codebooks;
   const codec = `Through the codec, ${n === 1 ? "one codebook" : `${n} codebooks`}: the ceiling`;
   const shown = [show("As recorded", answer.recording), show(codec, answer.codec)];
+  shown[1].root.title = "What is lost here, no continuation can have.";
   prompt = { file, name, views: shown, samples, mel, scale };
   $("#nothing").ariaPressed = "false";
 }
@@ -171,15 +174,10 @@ function dropPrompt() {
   for (const chip of document.querySelectorAll("#examples button")) chip.ariaPressed = "false";
 }
 
-async function chooseExample(index, chip) {
-  try {
-    const file = await (await ask(`/examples/${index}`, {})).blob();
-    const chosen = choosePrompt(file, facts.examples[index].text);
-    chip.ariaPressed = "true";
-    await chosen;
-  } catch (error) {
-    fail(error);
-  }
+function chooseExample(index, chip) {
+  const file = ask(`/examples/${index}`, {}).then((answer) => answer.blob());
+  choosePrompt(file, facts.examples[index].text);
+  chip.ariaPressed = "true";
 }
 
 async function record() {
@@ -190,8 +188,7 @@ async function record() {
     recorder = null;
     button.classList.remove("recording");
     button.textContent = "Record";
-    const file = await finished.stop();
-    await choosePrompt(file, "recorded");
+    choosePrompt(finished.stop(), "recorded");
     return;
   }
   fail(null);
