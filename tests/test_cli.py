@@ -1,34 +1,134 @@
-"""The command line: help, exit codes, and one line for a user's mistake."""
+"""The command line: help, spellings, suggestions, exit codes, and what a closed pipe does."""
 
+import argparse
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from wgpt import cli
+from wgpt.config import TrainConfig
+
+WGPT = [sys.executable, "-m", "wgpt"]
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "presets"])
-def test_cli_help_of_every_command(command, capsys):
+def run_shell(command, **kwargs):
+    """A bash pipeline with `wgpt` in it; its exit code is that of `wgpt` (pipefail)."""
+    wgpt = f"{sys.executable} -m wgpt"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.replace("wgpt", wgpt, 1)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        **kwargs,
+    )
+
+
+def usage_error(arguments, capsys):
+    """What a command line that is refused says on stderr."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_every_command_documents_every_flag(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: wgpt {command}" in out
     assert "--json" in out
+    assert cli.main(["help", command]) == 0
+    assert capsys.readouterr().out == out
+    for action in cli.parser_for(command)._actions:
+        assert action.help, f"wgpt {command}: {action.option_strings or action.dest} says nothing"
 
 
-def test_cli_usage_errors_exit_2(capsys):
-    for arguments in ([], ["fly"], ["train", "--out", "x", "--lr", "fast"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 2
-    assert cli.main(["train", "--out", "x"]) == 2
-    assert "wgpt prepare" in capsys.readouterr().err
+def test_help_of_train_stands_in_groups():
+    groups = {
+        group.title: {flag for action in group._group_actions for flag in action.option_strings}
+        for group in cli.parser_for("train")._action_groups
+    }
+    assert {"data", "model", "optimisation", "output", "research"} <= set(groups)
+    assert groups["options"] == {"-h", "--help"}
+    assert {"--data", "--batch-size", "--mel-source"} <= groups["data"]
+    assert {"--preset", "--n-layers", "--init"} <= groups["model"]
+    assert {"--lr", "--dtype", "--weight-decay"} <= groups["optimisation"]
+    assert {"--out", "--resume", "--save-every"} <= groups["output"]
+    assert {"--latent-steps", "--mel-drop", "--fine-share"} <= groups["research"]
 
 
-def test_cli_presets_lists_all(capsys):
+def test_help_shows_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "--preset {hybrid,gpt-s," in out
+    assert "--dtype {fp32,bf16}" in out
+
+
+def test_wgpt_alone_prints_the_commands(capsys):
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        for command, (_, summary) in cli.COMMANDS.items():
+            assert command in out and summary in out
+
+
+def test_usage_errors_exit_2(capsys):
+    assert "--lr" in usage_error(["train", "--out", "x", "--lr", "fast"], capsys)
+    assert "wgpt prepare" in usage_error(["train", "--out", "x"], capsys)
+    assert "--out" in usage_error(["train", "--data", "x"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["trian"], "train"),
+        (["fly"], "prepare, train"),
+        (["train", "--out", "x", "--bach-size", "4"], "--batch-size"),
+        (["train", "--otu", "x"], "--out"),  # not: --out is required
+        (["train", "--out", "x", "--preset", "hybird"], "hybrid"),
+        (["generate", "startr", "--seconds", "1", "--out", "y.wav"], "starter"),
+    ],
+)
+def test_a_mistyped_word_suggests_the_nearest(arguments, suggestion, capsys):
+    said = usage_error(arguments, capsys)
+    assert suggestion in said
+    if suggestion != "prepare, train":
+        assert f"did you mean {suggestion}?" in said
+
+
+def test_other_spellings_of_flags_work():
+    parse = cli.parser_for("train").parse_args
+    usual = parse(["--out", "RUN_A", "--lr", "0.01", "--batch-size", "4", "--max-steps=7"])
+    other = parse(["--output_dir", "RUN_A", "--learning-rate", "0.01", "--batch_size=4",
+                   "--max_steps", "7"])  # fmt: skip
+    assert other == usual
+    assert other.out == "RUN_A"  # values keep their underscores
+    study = cli.parser_for("study").parse_args(["D", "--out", "S", "--learning_rate", "0.5"])
+    assert study.lr == 0.5
+
+
+def test_words_after_two_dashes_are_values():
+    args = cli.parser_for("study").parse_args(["--out", "S", "--", "--my_data"])
+    assert args.data == "--my_data"
+
+
+@pytest.mark.parametrize(("name", "kept"), [("bfloat16", "bf16"), ("float32", "fp32")])
+def test_torch_names_of_a_dtype_work(name, kept):
+    args = cli.parser_for("train").parse_args(["--out", "x", "--dtype", name])
+    assert TrainConfig(dtype=args.dtype).dtype == kept
+
+
+def test_presets_lists_all(capsys):
     assert cli.main(["presets", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])}
     assert {"hybrid", "gpt-s", "gpt-s-matched", "gpt-l", "hybrid-xs", "gpt-xs"} <= set(rows)
@@ -37,18 +137,61 @@ def test_cli_presets_lists_all(capsys):
     assert "3,943,552 parameters" in capsys.readouterr().out
 
 
-def test_cli_module_and_script_are_the_same_program():
-    out = subprocess.run(
-        [sys.executable, "-m", "wgpt", "--version"],
-        capture_output=True,
-        text=True,
-        cwd="/",
-        check=True,
-    ).stdout
-    assert out.startswith("wgpt ")
+def test_module_and_script_are_the_same_program():
+    for module in (["wgpt"], ["wgpt.cli"]):
+        out = subprocess.run(
+            [sys.executable, "-m", *module, "--version"],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            check=True,
+        ).stdout
+        assert out == f"wgpt {cli.__version__}\n"
 
 
-def test_cli_top_level_help_does_not_import_torch():
-    code = "import sys, wgpt.cli\ntry: wgpt.cli.main(['--help'])\nexcept SystemExit: pass\n"
+def test_top_level_help_does_not_import_torch():
+    code = "import sys, wgpt.cli\nassert wgpt.cli.main(['--help']) == 0\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/", capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["wgpt presets | true", "wgpt train --help | true"])
+def test_a_reader_who_left_is_no_traceback(command):
+    done = run_shell(command)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)  # 0 where everything was written before the reader left
+
+
+def test_a_full_disk_is_reported():
+    done = run_shell("wgpt presets > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.startswith("wgpt presets: ") and done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+def test_a_closed_stdout_is_no_error():
+    done = run_shell("wgpt presets >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_exits_1_without_a_traceback():
+    process = subprocess.Popen(
+        [*WGPT, "generate", "starter", "--stream", "--end-when-stuck", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+    )
+    assert len(process.stdout.read(2)) == 2  # it is generating, and would not end
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.decode() == "wgpt generate: interrupted\n"
+
+
+def test_a_verb_is_a_module_that_runs_alone(capsys):
+    for command, (module, _) in cli.COMMANDS.items():
+        found = sys.modules.get(module) or __import__(module, fromlist=["run"])
+        assert callable(found.run) and callable(found.add_arguments), command
+        parser = argparse.ArgumentParser()
+        found.add_arguments(parser)
+    assert capsys.readouterr().out == ""

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from wgpt import doctor, ops
+from wgpt import cli, doctor, ops
 
 
 def test_doctor_reports_json_with_the_cpu_target(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.main(["--json"])
+    cli.main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     findings = {finding["subject"]: finding for finding in report["findings"]}
     assert findings["cpu"]["status"] == "ok"
@@ -37,7 +37,7 @@ def test_doctor_fails_where_an_op_is_wrong(
     right = ops.token_concat
     monkeypatch.setattr(ops, "token_concat", lambda *tensors: right(*tensors) + 1)
     monkeypatch.setattr(doctor, "CHECKS", (doctor.check_ops,))
-    assert doctor.main([]) == 1
+    assert cli.main(["doctor"]) == 1
     assert "token_concat is off by 1" in capsys.readouterr().out
 
 

@@ -1,99 +1,157 @@
 """The command line: `wgpt COMMAND`.
 
-stdout is data, stderr is log and progress; exit codes: 0 done, 1 failed, 2 usage.
+stdout is data, stderr is log and progress; exit codes: 0 done, 1 failed, 2 usage. A verb is a
+module with `add_arguments(parser)` and `run(args) -> exit code`; COMMANDS is the table of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
+import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from wgpt import __version__
-from wgpt.errors import WgptError
+from wgpt.errors import WgptError, did_you_mean
 
-COMMANDS = {
+COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
     "train": ("wgpt.train", "train a model on prepared data"),
     "eval": ("wgpt.evaluate", "NLL, accuracy and perplexity of a run beside baselines"),
     "generate": ("wgpt.generate", "continue a recording, or start from silence"),
-    "study": ("wgpt.study", "train the hybrid, its token-only twins and controls; one table"),
-    "demo": ("wgpt.demo", "the whole way on the speech in the package and rendered music"),
     "serve": ("wgpt.serve", "a page on this machine: continue a recording and listen"),
+    "study": ("wgpt.study", "train the hybrid, its token-only twins and controls; one table"),
+    "demo": ("wgpt.demo", "the whole pipeline on the sound in the package; writes a report"),
+    "presets": ("wgpt.presets", "list the model presets"),
     "doctor": ("wgpt.doctor", "what is installed, and what will run"),
 }
 
+# What other training programs call our flags.
+OTHER_SPELLINGS = {
+    "--learning-rate": "--lr",
+    "--max-grad-norm": "--grad-clip",
+    "--num-workers": "--jobs",
+    "--output": "--out",
+    "--output-dir": "--out",
+}
 
-def parser_for(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only `command`'s module is imported, so that `--help` stays quick."""
-    parser = argparse.ArgumentParser(
-        prog="wgpt",
-        description="Train, evaluate and sample audio language models over mel slices and tokens.",
-        epilog="Start with `wgpt demo`, or: wgpt prepare DIR --out DATA; wgpt train --data DATA "
-        "--out RUN; wgpt eval RUN; wgpt generate RUN --prompt x.wav --seconds 10 --out y.wav",
+DESCRIPTION = "Train, evaluate and sample audio language models over mel slices and codec tokens."
+EPILOG = """\
+`wgpt COMMAND --help` lists the flags of a command. Start with `wgpt demo`, or with your own sound:
+
+  wgpt prepare RECORDINGS --out DATA
+  wgpt train --data DATA --out RUN
+  wgpt eval RUN
+  wgpt generate RUN --prompt x.wav --seconds 10 --out y.wav
+"""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one verb: knows other spellings of its flags, and suggests the nearest one."""
+
+    def parse_known_args(  # type: ignore[override]  # one signature for argparse's three
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses after `--batch_size` became `--batch-size` and `--learning-rate` `--lr`.
+
+        An unknown flag is reported before a missing one: the misspelt flag is often the missing.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        known = self._option_string_actions
+        for i, word in enumerate(words[:end]):
+            if not word.startswith("--"):
+                continue
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag not in known and OTHER_SPELLINGS.get(flag) in known:
+                flag = OTHER_SPELLINGS[flag]
+            if not any(name.startswith(flag) for name in known):
+                self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
+            words[i] = flag + equals + value
+        return super().parse_known_args(words, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = did_you_mean(value, action.choices or ())
+            raise argparse.ArgumentError(action, f"{error.message}{near}") from None
+
+
+def parser_for(command: str) -> CommandParser:
+    """The parser of one verb, whose module alone is imported."""
+    module, summary = COMMANDS[command]
+    parser = CommandParser(
+        prog=f"wgpt {command}", description=f"{summary[0].upper()}{summary[1:]}."
     )
-    parser.add_argument("--version", action="version", version=f"wgpt {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary)
-        if name == command:
-            importlib.import_module(module).add_arguments(sub)
-    presets = commands.add_parser("presets", help="list the model presets")
-    presets.add_argument("--json", action="store_true", help="print one JSON list")
+    importlib.import_module(module).add_arguments(parser)
     return parser
 
 
-def _print_presets(as_json: bool) -> int:
-    import torch
+def overview() -> str:
+    """What `wgpt` and `wgpt --help` print."""
+    verbs = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        f"usage: wgpt COMMAND ...\n\n{DESCRIPTION}\n\ncommands:\n{verbs}\n\n"
+        f"options:\n  --version  print the version\n  --help     print this\n\n{EPILOG}"
+    )
 
-    from wgpt.config import to_json
-    from wgpt.model import HybridModel
-    from wgpt.model.presets import PRESETS
 
-    rows = []
-    for name, (shape, summary) in PRESETS.items():
-        with torch.device("meta"):
-            parameters = HybridModel(shape).n_parameters()
-        rows.append({"name": name, "parameters": parameters, "summary": summary, **to_json(shape)})
-    if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
+def _run(argv: list[str]) -> int:
+    """Finds the verb and runs it. Usage errors leave as SystemExit(2), as argparse has it."""
+    command, rest = argv[0] if argv else "--help", argv[1:]
+    if command in ("-h", "--help", "help"):
+        if rest and rest[0] in COMMANDS:
+            parser_for(rest[0]).print_help()
+        else:
+            sys.stdout.write(overview())
         return 0
-    for row in rows:
-        widths = f"{row['token_dim']}+{row['mel_dim']}"
-        layers = f"{row['n_mel_layers'] if row['mel_dim'] else 0}+{row['n_layers']}"
-        sys.stdout.write(
-            f"{row['name']:14} {row['parameters']:>11,} parameters  token+mel width {widths:8} "
-            f"mel+fused layers {layers:4} {row['summary']}\n"
-        )
-    return 0
+    if command == "--version":
+        sys.stdout.write(f"wgpt {__version__}\n")
+        return 0
+    if command not in COMMANDS:
+        near = did_you_mean(command, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        sys.stderr.write(f"wgpt: there is no command {command!r}{near}\n")
+        return 2
+    args = parser_for(command).parse_args(rest)
+    return int(importlib.import_module(COMMANDS[command][0]).run(args))
+
+
+def _to_nowhere() -> None:
+    """Sends stdout to the null device: its reader left, and Python would flush it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code. User errors become one line on stderr."""
+    """Runs one command and returns its exit code. Errors of ours become one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    who = f"wgpt {argv[0]}" if argv and argv[0] in COMMANDS else "wgpt"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
     for noisy in ("httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    command = next((word for word in argv if not word.startswith("-")), None)
-    args = parser_for(command).parse_args(argv)
-    if args.command == "presets":
-        return _print_presets(args.json)
-    module = importlib.import_module(COMMANDS[args.command][0])
+    if sys.stdout is None:  # started with stdout closed, by `>&-` or a daemon
+        sys.stdout = open(os.devnull, "w")
     try:
-        return int(module.run(args))
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, so that a full disk or a reader who left is reported
     except KeyboardInterrupt:
-        sys.stderr.write(f"wgpt {args.command}: interrupted\n")
+        sys.stderr.write(f"{who}: interrupted\n")
         return 1
     except BrokenPipeError:
-        sys.stderr.close()  # the reader left; Python would complain again at exit
+        _to_nowhere()
         return 1
     except WgptError as error:
-        sys.stderr.write(f"wgpt {args.command}: {error}\n")
+        sys.stderr.write(f"{who}: {error}\n")
         return error.exit_code
     except OSError as error:
-        sys.stderr.write(f"wgpt {args.command}: {error}\n")
+        _to_nowhere()
+        sys.stderr.write(f"{who}: {error}\n")
         return 1
 
 

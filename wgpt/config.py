@@ -26,9 +26,21 @@ def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
         raise ConfigError(f"{owner}: {name} must be {rule}, got {got!r}")
 
 
-def _documented(default: Any, doc: str, flag: str | None = None) -> Any:
-    """A field with the sentence `--help` prints and its flag, if that is not the field's name."""
-    return field(default=default, metadata={"doc": doc, "flag": flag})
+def _documented(
+    default: Any, doc: str, *, flag: str | None = None, group: str = "", choices: str = ""
+) -> Any:
+    """A setting as `--help` shows it.
+
+    Args:
+        default: its default value.
+        doc: the sentence about it.
+        flag: its flag, if that is not the field's name.
+        group: the heading it stands under, if that is not the one of its dataclass.
+        choices: what it may be, for a setting that takes one of a few words.
+    """
+    return field(
+        default=default, metadata={"doc": doc, "flag": flag, "group": group, "choices": choices}
+    )
 
 
 def flag_of(setting: Field[Any]) -> str:
@@ -114,10 +126,16 @@ class ModelConfig:
     fine_head_dim: int = _documented(32, "channels per head of the depth transformer")
     fine_ffn_dim: int = _documented(256, "hidden channels of the depth transformer's FFN")
     latent_steps: int = _documented(
-        0, "past steps whose codec latents, of all codebooks, are read at each step; 0 for none"
+        0,
+        "past steps whose codec latents, of all codebooks, are read at each step; 0 for none",
+        group="research",
     )
-    latent_dim: int = _documented(0, "channels E of the codec's latents; 0: those of the data's")
-    latent_hidden: int = _documented(512, "hidden channels of the layers that read the latents")
+    latent_dim: int = _documented(
+        0, "channels E of the codec's latents; 0: those of the data's", group="research"
+    )
+    latent_hidden: int = _documented(
+        512, "hidden channels of the layers that read the latents", group="research"
+    )
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
@@ -182,6 +200,7 @@ def mel_source_name(text: str) -> str:
 
 
 DTYPES = ("fp32", "bf16")
+_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -189,8 +208,8 @@ class TrainConfig:
     """Settings of one training run. Each field is a flag of `wgpt train`."""
 
     max_steps: int = _documented(2000, "optimizer steps")
-    batch_size: int = _documented(8, "windows per step, over all processes together")
-    context_s: float = _documented(10.0, "length of a training window, seconds")
+    batch_size: int = _documented(8, "windows per step, over all processes together", group="data")
+    context_s: float = _documented(10.0, "length of a training window, seconds", group="data")
     lr: float = _documented(1e-3, "peak learning rate")
     min_lr_ratio: float = _documented(0.1, "final learning rate over the peak")
     warmup_steps: int = _documented(100, "steps of linear warm-up")
@@ -199,36 +218,65 @@ class TrainConfig:
     beta2: float = _documented(0.95, "AdamW second-moment decay")
     grad_clip: float = _documented(1.0, "largest global gradient norm; 0 for no clipping")
     seed: int = _documented(0, "seed of the initialisation, the data order and dropout")
-    dtype: str = _documented("fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters")
+    dtype: str = _documented(
+        "fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters", choices="{fp32,bf16}"
+    )
     device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
-    mel_source: str = _documented("wave", "which prepared mel the hybrid reads: wave, decoded-K")
+    mel_source: str = _documented(
+        "wave", "which prepared mel the hybrid reads: wave, decoded-K", group="data"
+    )
     mel_noise: float = _documented(
-        0.0, "noise on the mel while training, in standard deviations of the training split"
+        0.0,
+        "noise on the mel while training, in standard deviations of the training split",
+        group="research",
     )
     mel_drop: float = _documented(
-        0.0, "share of steps whose mel slice is replaced by the mean while training"
+        0.0,
+        "share of steps whose mel slice is replaced by the mean while training",
+        group="research",
     )
-    mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps")
+    mel_drop_span_steps: int = _documented(1, "length of a dropped span, steps", group="research")
     latent_noise: float = _documented(
-        0.0, "largest noise on the latents read while training, of their standard deviation"
+        0.0,
+        "largest noise on the latents read while training, of their standard deviation",
+        group="research",
     )
-    fine_weight: float = _documented(0.3, "weight of the mean NLL of the finer codebooks")
+    fine_weight: float = _documented(
+        0.3, "weight of the mean NLL of the finer codebooks", group="research"
+    )
     fine_share: float = _documented(
-        0.125, "share of a batch's steps, drawn anew each step, whose finer codebooks are scored"
+        0.125,
+        "share of a batch's steps, drawn anew each step, whose finer codebooks are scored",
+        group="research",
     )
     init: str = _documented(
         "",
         "run or model folder, or starter: the shape and the weights to start from",
+        group="model",
     )
     freeze_trunk: bool = _documented(
-        False, "train the finer codebooks only; the coarse model of --init stays as it is"
+        False,
+        "train the finer codebooks only; the coarse model of --init stays as it is",
+        group="model",
     )
-    eval_every: int = _documented(250, "steps between validations; 0 for only the last")
-    eval_audio_s: float = _documented(300.0, "validation audio scored while training, s; 0: all")
-    save_every: int = _documented(250, "steps between checkpoints; 0 for only the last")
-    sample_every: int = _documented(0, "steps between audio samples; 0 for only the last")
-    sample_s: float = _documented(3.0, "length of an audio sample, seconds; 0 for none")
-    keep_checkpoints: int = _documented(2, "newest checkpoints kept, beside the best")
+    eval_every: int = _documented(
+        250, "steps between validations; 0 for only the last", group="output"
+    )
+    eval_audio_s: float = _documented(
+        300.0, "validation audio scored while training, s; 0: all", group="output"
+    )
+    save_every: int = _documented(
+        250, "steps between checkpoints; 0 for only the last", group="output"
+    )
+    sample_every: int = _documented(
+        0, "steps between audio samples; 0 for only the last", group="output"
+    )
+    sample_s: float = _documented(
+        3.0, "length of an audio sample, seconds; 0 for none", group="output"
+    )
+    keep_checkpoints: int = _documented(
+        2, "newest checkpoints kept, beside the best", group="output"
+    )
     patience: int = _documented(
         5, "validations in a row that may bring nothing better before training ends; 0: all"
     )
@@ -248,6 +296,7 @@ class TrainConfig:
         check("min_lr_ratio", "in [0, 1]", 0 <= self.min_lr_ratio <= 1)
         check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)
         check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)
+        object.__setattr__(self, "dtype", _DTYPE_NAMES.get(self.dtype, self.dtype))
         check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
         object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
         check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)

@@ -228,6 +228,7 @@ def examine() -> list[Finding]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `wgpt doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -244,11 +245,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="wgpt doctor", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from wgpt.cli import main
+
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -6,6 +6,15 @@ The command line prints the message alone and exits with `exit_code`.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: "; did you mean hybrid?", or nothing near."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
 
 class WgptError(Exception):
     """Above all errors of this package."""

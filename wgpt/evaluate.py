@@ -14,7 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt eval`."""
     parser.add_argument("run", metavar="RUN", help="folder of a training run")
     parser.add_argument("--data", help="prepared data folder (default: the one it was trained on)")
-    parser.add_argument("--split", default="valid", choices=("valid", "train"))
+    parser.add_argument(
+        "--split",
+        default="valid",
+        choices=("valid", "train"),
+        help="clips to score (default valid)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument(
         "--rollout-s",

@@ -26,38 +26,49 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt generate`."""
+    output = parser.add_argument_group("output")
+    sampling = parser.add_argument_group("sampling")
     parser.add_argument("run", metavar="RUN", help="run folder, its model folder, or starter")
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
-    parser.add_argument("--seconds", type=float, help="length; --stream without it does not end")
-    parser.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")
-    parser.add_argument(
+    output.add_argument("--seconds", type=float, help="length; --stream without it does not end")
+    output.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")
+    output.add_argument(
         "--stream",
         action="store_true",
         help="write raw sound to stdout as it is made, 24 kHz, one channel; for example "
         "`wgpt generate RUN --stream | aplay -t raw -f S16_LE -r 24000 -c 1`",
     )
-    parser.add_argument(
+    output.add_argument(
         "--format",
         choices=("s16le", "f32le"),
         default="s16le",
         help="samples of --stream: 16-bit integers or 32-bit floats (default s16le)",
     )
-    parser.add_argument("--n", type=int, default=1, help="continuations, seeds SEED, SEED+1, ...")
-    parser.add_argument("--with-prompt", action="store_true", help="write the prompt in front")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: most likely (default 1)")
-    parser.add_argument("--top-k", type=int, default=100, help="0: all (default 100)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default 1)")
-    parser.add_argument(
+    output.add_argument("--n", type=int, default=1, help="continuations, seeds SEED, SEED+1, ...")
+    output.add_argument("--with-prompt", action="store_true", help="write the prompt in front")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0: the likeliest token (default 1)",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=100, help="draw from the likeliest; 0: all (default 100)"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, help="share of probability kept (default 1)"
+    )
+    sampling.add_argument(
         "--fine-temperature",
         type=float,
         default=FINE_TEMPERATURE,
         help=f"temperature of the finer codebooks; 0: most likely (default {FINE_TEMPERATURE:g})",
     )
-    parser.add_argument(
+    sampling.add_argument(
         "--fine-top-k", type=int, default=0, help="top k of the finer codebooks; 0: all (default 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples (default 0)")
-    parser.add_argument(
+    sampling.add_argument("--seed", type=int, default=0, help="same seed, same samples (default 0)")
+    output.add_argument(
         "--end-when-stuck",
         type=float,
         metavar="S",
@@ -65,12 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default {ENDLESS_STUCK_S:g} without --seconds, else 0)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per file")
+    output.add_argument("--json", action="store_true", help="print one JSON object per file")
 
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt generate`."""
-
     if bool(args.out) == args.stream:
         raise ConfigError("generate: give one of --out AUDIO and --stream")
     if args.n < 1:

@@ -16,9 +16,9 @@ from wgpt.errors import Interrupted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, so that a larger command line can mount it."""
-    add = parser.add_argument
+    parser.usage = "%(prog)s AUDIO_DIR --out DATA [flags]"
+    add = parser.add_argument_group("data").add_argument
     add("audio_dir", metavar="AUDIO_DIR", help="folder of audio files, walked recursively")
-    add("--out", required=True, metavar="DATA", help="folder to write")
     add("--codec", default="mini", help="codec name or path (default: mini)")
     add(
         "--mel-sources", nargs="+", default=["wave"], metavar="SOURCE", type=mel_source_name,
@@ -32,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"skip longer files (default: {audio.MAX_SECONDS:g})",
     )  # fmt: skip
     add("--download", action="store_true", help="let the codec's weights be downloaded")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", required=True, metavar="DATA", help="folder to write")
     add("--overwrite", action="store_true", help="replace a finished folder that differs")
     add("--json", action="store_true", help="print the totals as one line of JSON")
     add("--quiet", action="store_true", help="no progress bars, warnings only")
+    add = parser.add_argument_group("mel", "the log-mel front end").add_argument
     for field in dataclasses.fields(MelConfig):
         if field.name in ("sample_rate_hz", "hop_samples"):  # the codec's
             continue

@@ -14,37 +14,41 @@ from wgpt.model.presets import PRESETS
 from wgpt.training import train
 from wgpt.training.allocator import keep_freed_memory
 
+GROUPS = {  # heading: what it says under it
+    "data": "what is read, and how it is cut into windows",
+    "model": "the shape; by default that of --preset or of --init",
+    "optimisation": None,
+    "output": None,
+    "research": "for a comparison or an experiment",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt train`: a flag for every TrainConfig and ModelConfig field."""
-    parser.add_argument("--data", help="folder written by `wgpt prepare`")
-    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    parser.add_argument(
+    parser.usage = "%(prog)s --data DATA --out RUN [flags]"
+    groups = {title: parser.add_argument_group(title, text) for title, text in GROUPS.items()}
+    groups["data"].add_argument("--data", help="folder written by `wgpt prepare`")
+    groups["model"].add_argument(
         "--preset", choices=tuple(PRESETS), help="default hybrid, or that of --init"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from RUN's newest checkpoint")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    training = parser.add_argument_group("training")
-    shape = parser.add_argument_group("model", "fields of the model, instead of the preset's")
-    for group, kind in ((training, TrainConfig), (shape, ModelConfig)):
+    output = groups["output"]
+    output.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
+    output.add_argument("--resume", action="store_true", help="resume RUN's newest checkpoint")
+    output.add_argument("--json", action="store_true", help="print the summary as JSON")
+    for kind, usual in ((TrainConfig, "optimisation"), (ModelConfig, "model")):
         for field in dataclasses.fields(kind):
+            add = groups[field.metadata["group"] or usual].add_argument
+            doc = field.metadata["doc"].replace("%", "%%")
             if type(field.default) is bool:
-                group.add_argument(
-                    config.flag_of(field),
-                    action="store_const",
-                    const=True,
-                    help=field.metadata["doc"],
-                )
+                add(config.flag_of(field), action="store_const", const=True, help=doc)
                 continue
             shown = kind is TrainConfig and field.default != ""
-            default = f" (default {field.default})" if shown else ""
-            group.add_argument(
+            add(
                 config.flag_of(field),
                 dest=field.name,
                 type=type(field.default),
-                metavar=type(field.default).__name__.upper(),
-                default=None,
-                help=f"{field.metadata['doc']}{default}".replace("%", "%%"),
+                metavar=field.metadata["choices"] or type(field.default).__name__.upper(),
+                help=f"{doc} (default {field.default})" if shown else doc,
             )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, did_you_mean
 from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.scores import Score, paired_difference, score
 from wgpt.evaluation.tables import score_table
@@ -66,8 +66,9 @@ def study(
     for arm in chosen:
         if arm not in known:
             raise ConfigError(
-                f"arms must be some of {', '.join(known)}, got {arm!r}; another mel source is "
-                "prepared with `wgpt prepare --mel-sources`"
+                f"arms must be some of {', '.join(known)}, got {arm!r}"
+                f"{did_you_mean(arm, known)}; another mel source is prepared with "
+                "`wgpt prepare --mel-sources`"
             )
     split = dataset.split("valid")
     if split.n_clips == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wgpt.config import ModelConfig
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, did_you_mean
 
 PRESETS: dict[str, tuple[ModelConfig, str]] = {
     "hybrid": (ModelConfig(), "mel slices and tokens, 4.0 M parameters (the paper's hybrid)"),
@@ -30,5 +30,7 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
 def preset(name: str) -> ModelConfig:
     """The model configuration of a preset. Raises ConfigError with the list for an unknown name."""
     if name not in PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise ConfigError(
+            f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}"
+        )
     return PRESETS[name][0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, did_you_mean
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 
@@ -35,7 +35,7 @@ def model_folder(run: str | Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(
             f"{folder / 'config.json'}: no such file; RUN is a folder written by `wgpt train`, or "
-            f"{NAME!r}, the model in the package"
+            f"{NAME!r}, the model in the package{did_you_mean(run, [NAME])}"
         )
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
