@@ -61,6 +61,17 @@ import("/player.js").then(async ({ Player, Sound }) => {
   done(Array.from(rendered.getChannelData(0)));
 });
 """
+# Take A for half a second, then B; gives which of them showed as pressed in between.
+COMPARE = """
+const done = arguments[0];
+const [a, b] = document.querySelectorAll(".ab button");
+a.click();
+setTimeout(() => {
+  const pressed = [a.ariaPressed, b.ariaPressed];
+  b.click();
+  done(pressed);
+}, 500);
+"""
 REQUEST = "Network.requestWillBeSent"
 WIDE, NARROW = 1280, 400
 
@@ -208,14 +219,14 @@ def test_page_from_an_example_to_a_comparison(open_page, generator, tmp_path, wi
     first = page.sound()
     np.testing.assert_array_equal(first, expected(generator, prompt, 120, seed=0))
 
-    # Heard while it came: in pieces that join without a gap, on a context at the sound's own rate.
+    # Heard: piece after piece, none over another. (They join to the sample while they come, see
+    # test_player_joins_pieces; on a busy machine the player waits until what is made will last.)
     pieces = page.scheduled()
-    assert len(pieces) >= 2
     heard = np.concatenate([samples for _, samples in pieces])
     np.testing.assert_array_equal(heard, first / 32768)
     lengths = [len(samples) / 24_000 for _, samples in pieces]
     begins = np.array([when for when, _ in pieces])
-    np.testing.assert_allclose(np.diff(begins), lengths[:-1], rtol=0, atol=1e-9)
+    assert (np.diff(begins) > np.array(lengths[:-1]) - 1e-9).all()
 
     # The picture shows the prompt and all of it.
     canvas = page.one(".take canvas")
@@ -227,12 +238,10 @@ def test_page_from_an_example_to_a_comparison(open_page, generator, tmp_path, wi
     assert [page.text(".take .title")] == ["Take 2 · seed 1Take 1 · seed 0"]
 
     # Compared: B takes over where A is.
-    page.click(".ab button[value=a]")
-    wait_for(lambda: page.one(".ab button[value=a]").get_attribute("aria-pressed") == "true", "A")
     n = len(page.scheduled())
-    page.click(".ab button[value=b]")
-    _, rest = page.scheduled()[n]
-    assert 0 < len(rest) < len(second)
+    assert page.driver.execute_async_script(COMPARE) == ["true", "false"]
+    _, rest = page.scheduled()[n + 1]
+    assert 0 < len(rest) < len(second) - 2400
     np.testing.assert_array_equal(rest, second[-len(rest) :] / 32768)
 
     # With the prompt in front, in the saved file as well.

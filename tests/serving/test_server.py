@@ -82,7 +82,15 @@ def test_serve_has_the_page_and_its_examples(server):
     wave, rate_hz = soundfile.read(io.BytesIO(body))
     assert (status, len(wave), rate_hz) == (200, 96_000, 24_000)
     assert server.get(f"/examples/{len(facts['examples'])}")[0] == 404
-    for path in ("/", "/style.css", "/app.js", "/player.js", "/recorder-worklet.js", "/icon.svg"):
+    for path in (
+        "/",
+        "/style.css",
+        "/app.js",
+        "/player.js",
+        "/view.js",
+        "/recorder-worklet.js",
+        "/icon.svg",
+    ):
         assert server.get(path)[0] == 200, path
 
 

@@ -1,51 +1,16 @@
 // The page of `wgpt serve`. The server keeps nothing: the prompt's file is sent with each request.
 
-import { Picture } from "/picture.js";
-import { Player, Sound } from "/player.js";
+import { ask, bytesOf, facts, linesOf, names } from "/api.js";
+import { Sound } from "/player.js";
 import { Recorder } from "/recorder.js";
+import { $, View, clock, from, onPlayer, player } from "/view.js";
 
-const $ = (place, root = document) => root.querySelector(place);
-const from = (id) => $(`#${id}`).content.firstElementChild.cloneNode(true);
-const facts = await (await fetch("/facts")).json();
-const names = Object.keys(facts.models);
-const clock = (n) => `${(n / facts.rate_hz).toFixed(1)} s`;
 const SILENCE_SCALE = { topDb: 20, peak: 16384 }; // of pictures without a prompt
 
 let prompt = null; // {file, name, views, samples, mel, scale}; null: the model starts from silence
 let request = null; // AbortController of what the server is making
 let recorder = null;
 const takes = [];
-const views = new Set();
-const player = new Player(showPlayer);
-
-// -- asking the server ----------------------------------------------------------------------------
-
-async function ask(path, parameters, file, signal) {
-  const query = new URLSearchParams(parameters);
-  const options = file === undefined ? {} : { method: "POST", body: file || "" };
-  const answer = await fetch(`${path}?${query}`, { ...options, signal }).catch((error) => {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is wgpt serve still running?");
-  });
-  if (!answer.ok) throw new Error(await answer.text());
-  return answer;
-}
-
-async function* linesOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) yield JSON.parse(line);
-  }
-}
-
-function bytesOf(base64) {
-  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer;
-}
 
 function fail(error) {
   if (error?.name === "AbortError") return;
@@ -53,62 +18,11 @@ function fail(error) {
   $("#error").hidden = !error;
 }
 
-// -- one sound: picture, play button, playhead ----------------------------------------------------
-
-class View {
-  constructor(place, title, sound, picture, start = () => 0) {
-    Object.assign(this, { sound, start, root: from("sound-template") });
-    $(".title", this.root).textContent = title;
-    place.append(this.root);
-    this.picture = new Picture($("canvas", this.root), sound, picture);
-    $("canvas", this.root).setAttribute("aria-label", `${title}: waveform and log-mel`);
-    $("canvas", this.root).onclick = (event) => this.seek(event.offsetX);
-    $(".play", this.root).onclick = () =>
-      player.sound === sound ? player.stop() : player.play(sound, this.start());
-    views.add(this);
-    this.refresh();
-  }
-
-  push(pcm, mel, pace) {
-    this.sound.push(new Int16Array(bytesOf(pcm)), pace);
-    this.picture.push(new Int8Array(bytesOf(mel)));
-  }
-
-  seek(x) {
-    const sample = this.picture.sampleAt(x);
-    if (sample >= 0 && sample < this.sound.length) player.play(this.sound, sample);
-  }
-
-  refresh() {
-    const mine = player.sound === this.sound;
-    const button = $(".play", this.root);
-    button.classList.toggle("on", mine && player.state === "playing");
-    button.classList.toggle("waiting", mine && player.state === "waiting");
-    button.ariaLabel = mine ? "Stop" : "Play";
-    button.disabled = !mine && !this.sound.length;
-    const head = $(".playhead", this.root);
-    head.hidden = !mine;
-    if (mine) head.style.left = `${this.picture.xOf(player.position)}px`;
-    const base = this.start(false);
-    const made = clock(this.sound.length - base);
-    $(".clock", this.root).textContent = mine ? `${clock(player.position - base)} / ${made}` : made;
-  }
-
-  remove() {
-    if (player.sound === this.sound) player.stop();
-    views.delete(this);
-    this.root.remove();
-  }
-}
-
-function showPlayer() {
-  for (const view of views) view.refresh();
+onPlayer(() => {
   for (const button of document.querySelectorAll(".ab button")) {
-    const take = takeOf(button.value);
-    button.ariaPressed = String(Boolean(take) && player.sound === take.view.sound);
+    button.ariaPressed = String(takeOf(button.value)?.view.sound === player.sound);
   }
-  if (player.state !== "idle") requestAnimationFrame(showPlayer);
-}
+});
 
 // -- the prompt -----------------------------------------------------------------------------------
 
