@@ -71,11 +71,8 @@ format: $(VENV)/.tools
 	$(VENV)/bin/ruff check --fix .
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
 
-# The kernels know no torch, so this needs a compiler alone. Per-target flags as in CMakeLists.txt.
-ISA_avx2 = -mavx2 -mfma -mf16c
-ISA_avx512 = $(ISA_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
-ISA_avx512_bf16 = $(ISA_avx512) -mavx512bf16
-ISA_amx = $(ISA_avx512_bf16) -mamx-tile -mamx-bf16
+# The kernels know no torch, so this needs a compiler alone.
+isa_flags = $(shell sed -n 's/^$(1) //p' csrc/kernels/cpu/dispatch/isa_flags.txt)
 SANITIZE_TARGETS = generic $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512_bf16 amx,neon)
 # With EMULATE=1: targets that run on emulated instructions, those that this machine lacks.
 NEEDS_avx512 = avx512f avx512bw avx512dq avx512vl
@@ -91,21 +88,21 @@ SANITIZE_OBJECTS = $(patsubst %,$(SANITIZE_OUT)/%.o,dispatch \
   $(patsubst %,target_%,$(filter-out $(EMULATED),$(SANITIZE_TARGETS))) \
   $(if $(EMULATED),avx512_emulator $(EMULATED:%=emulated_%)))
 SANITIZE_CXX = $(CXX) -std=c++17 -O1 -g1 -pthread -Icsrc $(SANITIZERS)
-CPU_HEADERS = $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*/*.h)
+CPU_HEADERS = $(wildcard csrc/kernels/*.h csrc/kernels/cpu/*/*.h csrc/kernels/cpu/dispatch/isa_flags.txt)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 $(SANITIZE_OUT)/%.o: csrc/kernels/cpu/dispatch/%.cpp $(CPU_HEADERS)
 	@mkdir -p $(@D)
-	$(SANITIZE_CXX) $(ISA_$(*:target_%=%)) -c $< -o $@
+	$(SANITIZE_CXX) $(call isa_flags,$(*:target_%=%)) -c $< -o $@
 
 $(SANITIZE_OUT)/emulated_%.o: csrc/kernels/cpu/dispatch/target_%.cpp tests/sanitize/avx512_emulator.h \
     $(CPU_HEADERS)
 	@mkdir -p $(@D)
-	$(SANITIZE_CXX) $(ISA_avx2) $(EMULATE_$*) -Wno-psabi -include $(word 2,$^) -c $< -o $@
+	$(SANITIZE_CXX) $(call isa_flags,avx2) $(EMULATE_$*) -Wno-psabi -include $(word 2,$^) -c $< -o $@
 
 $(SANITIZE_OUT)/avx512_emulator.o: tests/sanitize/avx512_emulator.cpp tests/sanitize/avx512_emulator.h
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O3 -g1 -ffp-contract=off $(ISA_avx2) -Wno-psabi -c $< -o $@
+	$(CXX) -std=c++17 -O3 -g1 -ffp-contract=off $(call isa_flags,avx2) -Wno-psabi -c $< -o $@
 
 $(SANITIZE_OUT)/kernels: tests/sanitize/kernels.cpp $(SANITIZE_OBJECTS)
 	$(SANITIZE_CXX) $(if $(EMULATE),-DWGPT_EMULATED) $^ -o $@

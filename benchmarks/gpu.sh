@@ -40,7 +40,7 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     echo "== compute-sanitizer $tool, small shapes"
     timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -x \
-      tests/test_ops_*.py -k "cuda and hand_computed" 2>&1 \
+      tests/ops -k "cuda and hand_computed" 2>&1 \
       | tee "$OUT/sanitizer-$tool.log" | tail -3
   done
 fi

@@ -138,7 +138,7 @@ def test_op_has_a_file_of_its_name_in_every_layer(op: str) -> None:
         f"csrc/kernels/cuda/{op}.cuh",
         f"csrc/ops/{op}.cpp",
         f"wgpt/ops/{op}.py",
-        f"tests/test_ops_{op}.py",
+        f"tests/ops/test_{op}.py",
     ]
     assert [layer for layer in layers if not (ROOT / layer).exists()] == []
 

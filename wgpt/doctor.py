@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -159,7 +159,7 @@ def check_ops() -> Iterator[Finding]:
     yield from _check_cuda(info)
 
 
-def _check_cuda(info: dict[str, Any]) -> Iterator[Finding]:
+def _check_cuda(info: Mapping[str, Any]) -> Iterator[Finding]:
     import torch
 
     kernels = ", ".join(info["cuda_archs"])

@@ -52,6 +52,14 @@ class Interrupted(WgptError):
     """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
 
 
+class OpError(WgptError, ValueError):
+    """An op was given what it cannot take; the message names the op, the argument and the rule."""
+
+
+class DerivativeError(WgptError, RuntimeError):
+    """A derivative was asked for that an op does not have."""
+
+
 class GenerationError(WgptError, RuntimeError):
     """A model gave no usable distribution while generating."""
 

@@ -6,21 +6,32 @@ import argparse
 import json
 import sys
 
+from wgpt.data.dataset import SPLITS
 from wgpt.evaluation import evaluate
 from wgpt.evaluation.tables import codebook_table, drift_table, score_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt eval`."""
-    parser.add_argument("run", metavar="RUN", help="folder of a training run")
-    parser.add_argument("--data", help="prepared data folder (default: the one it was trained on)")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
+    )
+    parser.add_argument(
+        "--data", help="prepared data folder (default: that of the run; a model folder has none)"
+    )
     parser.add_argument(
         "--split",
         default="valid",
-        choices=("valid", "train"),
+        choices=SPLITS,
         help="clips to score (default valid)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--context-s",
+        type=float,
+        metavar="S",
+        help="length of the scored windows, seconds (default: that of the training windows)",
+    )
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
     parser.add_argument(
         "--rollout-s",
         type=int,
@@ -35,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`wgpt eval`: prints the table, or JSON."""
     result = evaluate(
-        args.run, args.data, args.split, args.device, args.rollout_s, args.rollout_clips
+        args.run,
+        args.data,
+        args.split,
+        args.device,
+        args.rollout_s,
+        args.rollout_clips,
+        args.context_s,
     )
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")

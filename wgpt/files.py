@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from wgpt.errors import ConfigError
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -34,6 +36,37 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     """Writes bytes, or text as UTF-8, by `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Keeps other processes out of an existing folder; the system unlocks when this one dies.
+
+    what: is being done here, for the message. Raises ConfigError where another does it already;
+    does nothing on a system without such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: is being {what} by another process; wait for it"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Deletes the temporary files of `replacing` that a killed process left in a folder."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

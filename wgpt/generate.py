@@ -7,28 +7,36 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from wgpt import audio
+from wgpt.audio.recording import WRITERS
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import ConfigError
 from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator, Step
+from wgpt.generation.listener import Listener
 from wgpt.generation.prompt import n_steps_of
-from wgpt.generation.sampling import FINE_TEMPERATURE, Sampling
+from wgpt.generation.sampling import FINE_TEMPERATURE, Sampler, Sampling
 from wgpt.generation.stopping import StuckDetector
-from wgpt.ops.runtime import one_thread
+from wgpt.ops.runtime import one_thread, resolve_device
 
 log = logging.getLogger(__name__)
+
+CHUNK_STEPS = 6  # of --stream: 80 ms
+CLIP_ENDED = "the model ended the clip"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt generate`."""
     output = parser.add_argument_group("output")
     sampling = parser.add_argument_group("sampling")
-    parser.add_argument("run", metavar="RUN", help="run folder, its model folder, or starter")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
+    )
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
     output.add_argument("--seconds", type=float, help="length; --stream without it does not end")
     output.add_argument("--out", metavar="AUDIO", help="file to write (.wav, ...)")
@@ -75,12 +83,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end after S seconds of nothing but silence or a loop of at most 8 tokens; 0: never "
         f"(default {ENDLESS_STUCK_S:g} without --seconds, else 0)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
     output.add_argument("--json", action="store_true", help="print one JSON object per file")
 
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt generate`."""
+    seeds = range(args.seed, args.seed + max(args.n, 0))
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.fine_temperature, args.fine_top_k
+    )
+    _check(args)
+    Sampler(sampling, seeds)  # refuses a bad seed
+    device = resolve_device(args.device)
+    try:
+        prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
+    except audio.AudioError as error:
+        raise ConfigError(f"--prompt: {error}") from error
+    with one_thread():
+        generator = AudioGenerator.load(args.run, device)
+        work = _stream if args.stream else _write
+        work(args, generator, prompt, sampling, seeds)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what can be known to fail before a model is loaded."""
     if bool(args.out) == args.stream:
         raise ConfigError("generate: give one of --out AUDIO and --stream")
     if args.n < 1:
@@ -94,39 +122,66 @@ def run(args: argparse.Namespace) -> int:
             "generate: --stream writes raw sound, got a terminal as stdout; pipe it into a player, "
             "such as | aplay -t raw -f S16_LE -r 24000 -c 1"
         )
-    if args.out and args.seconds is None:
+    if args.seconds is not None:
+        n_steps_of(args.seconds, "--seconds")
+    elif args.out:
         raise ConfigError("generate: --out needs --seconds")
-    sampling = Sampling(
-        args.temperature, args.top_k, args.top_p, args.fine_temperature, args.fine_top_k
-    )
-    with one_thread():
-        generator = AudioGenerator.load(args.run, args.device)
-        prompt = audio.read(args.prompt) if args.prompt else np.zeros(0, np.float32)
-        work = _stream if args.stream else _write
-        return work(args, generator, prompt, sampling)
+    if args.end_when_stuck:
+        StuckDetector(args.end_when_stuck)
+    if args.out:
+        _check_out(Path(args.out))
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() not in WRITERS:
+        raise ConfigError(
+            f"--out: the suffix must be one of {', '.join(WRITERS)}, got {out.suffix!r} in {out}"
+        )
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {out.parent}; make it first")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out: {out} cannot be written")
 
 
 def _stream(
-    args: argparse.Namespace, generator: AudioGenerator, prompt: np.ndarray, sampling: Sampling
-) -> int:
+    args: argparse.Namespace,
+    generator: AudioGenerator,
+    prompt: np.ndarray,
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> None:
     """Raw PCM to stdout until the end, or until nobody reads."""
-    chunks = generator.stream(
-        prompt, args.seconds, sampling, args.seed, end_when_stuck_s=args.end_when_stuck
-    )
-    out = sys.stdout.buffer
+    endless = args.seconds is None
+    after_s = args.end_when_stuck
+    if after_s is None:
+        after_s = ENDLESS_STUCK_S if endless else 0.0
+    stuck = StuckDetector(after_s) if after_s else None
+    n_steps = None if endless else n_steps_of(args.seconds)
+    listener, out, waiting = Listener(prompt), sys.stdout.buffer, b""
     bar = tqdm(total=args.seconds, desc="generate", unit="s", unit_scale=True, disable=None)
     try:
         if args.with_prompt:
             out.write(_pcm(prompt, args.format))
-        for chunk in chunks:
-            out.write(_pcm(chunk, args.format))
-            out.flush()
-            bar.update(len(chunk) / SAMPLE_RATE_HZ)
+        for n_done, step in enumerate(generator.steps(prompt, n_steps, sampling, args.seed), 1):
+            listener.hear(step)
+            waiting += _pcm(step.wave, args.format)
+            reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
+            if n_done % CHUNK_STEPS == 0 or reason:
+                out.write(waiting)
+                out.flush()
+                waiting = b""
+            bar.update(1 / STEP_RATE_HZ)
+            if reason:
+                log.warning("ended after %.2f s: %s", n_done / STEP_RATE_HZ, reason)
+                break
+        out.write(waiting)
+        out.flush()
     except BrokenPipeError:  # the listener left, which is how an endless stream ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         bar.close()
-    return 0
+    for warning in listener.warnings():
+        log.warning("%s", warning)
 
 
 def _pcm(wave: np.ndarray, kind: str) -> bytes:
@@ -136,47 +191,69 @@ def _pcm(wave: np.ndarray, kind: str) -> bytes:
     return np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
 
 
+class _Take:
+    """One of --n continuations while it is made."""
+
+    def __init__(self, prompt: np.ndarray, end_when_stuck_s: float | None) -> None:
+        self.steps: list[Step] = []
+        self.ended = ""  # why, before its time
+        self.listener = Listener(prompt)
+        self._stuck = StuckDetector(end_when_stuck_s) if end_when_stuck_s else None
+
+    def add(self, step: Step) -> None:
+        """The next step, unless it has ended."""
+        if self.ended:
+            return
+        if step.ended:
+            self.ended = CLIP_ENDED
+            return
+        self.steps.append(step)
+        self.listener.hear(step)
+        if self._stuck:
+            self.ended = self._stuck.reason(step.wave, step.tokens[0]) or ""
+
+
 def _write(
-    args: argparse.Namespace, generator: AudioGenerator, prompt: np.ndarray, sampling: Sampling
-) -> int:
+    args: argparse.Namespace,
+    generator: AudioGenerator,
+    prompt: np.ndarray,
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> None:
     """--n continuations, each in a file of its own."""
-    seeds = [args.seed + i for i in range(args.n)]
-    ends: list[StuckDetector | None] = [
-        StuckDetector(args.end_when_stuck) if args.end_when_stuck else None for _ in seeds
-    ]
-    items: list[list[Step]] = [[] for _ in seeds]
-    ended = [False] * len(seeds)
+    takes = [_Take(prompt, args.end_when_stuck) for _ in seeds]
     n_steps = n_steps_of(args.seconds)
     batches = generator.steps_batch([prompt], n_steps, sampling, seeds)
     for batch in tqdm(batches, "generate", n_steps, unit="step", disable=None):
-        for i, step in enumerate(batch):
-            if ended[i]:
-                continue
-            items[i].append(step)
-            stuck = ends[i]
-            reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
-            if reason:
-                ended[i] = True
-                log.warning("ended after %.2f s: %s", len(items[i]) / STEP_RATE_HZ, reason)
-        if all(ended):
+        for take, step in zip(takes, batch, strict=True):
+            take.add(step)
+        if all(take.ended for take in takes):
             break
     path = Path(args.out)
-    for i, steps in enumerate(items):
+    for i, take in enumerate(takes):
         out = path if args.n == 1 else path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
-        wave = np.concatenate([step.wave for step in steps])
+        wave = np.concatenate([step.wave for step in take.steps])
         audio.write(out, np.concatenate([prompt, wave]) if args.with_prompt else wave)
+        if len(take.steps) < n_steps and not take.ended:
+            take.ended = CLIP_ENDED
+        seconds, warnings = len(wave) / SAMPLE_RATE_HZ, take.listener.warnings()
+        if take.ended:
+            log.warning("%s: ended after %.2f s: %s", out, seconds, take.ended)
+        for warning in warnings:
+            log.warning("%s: %s", out, warning)
         if not args.json:
             sys.stdout.write(f"{out}\n")
             continue
         facts = {
             "out": str(out),
             "seed": seeds[i],
-            "seconds": len(wave) / SAMPLE_RATE_HZ,
-            "tokens": [step.tokens[0] for step in steps],
-            "entropy_nats": [round(step.entropy_nats, 4) for step in steps],
+            "seconds": seconds,
+            "tokens": [step.tokens[0] for step in take.steps],
+            "entropy_nats": [round(step.entropy_nats, 4) for step in take.steps],
+            "ended": take.ended,
+            "warnings": warnings,
         }
         sys.stdout.write(json.dumps(facts) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

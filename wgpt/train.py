@@ -9,7 +9,6 @@ import sys
 
 from wgpt import config
 from wgpt.config import ModelConfig, TrainConfig
-from wgpt.errors import ConfigError
 from wgpt.model.presets import PRESETS
 from wgpt.training import train
 from wgpt.training.allocator import keep_freed_memory
@@ -33,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output = groups["output"]
     output.add_argument("--out", required=True, metavar="RUN", help="run folder to write")
-    output.add_argument("--resume", action="store_true", help="resume RUN's newest checkpoint")
+    output.add_argument(
+        "--resume", action="store_true", help="resume RUN, with settings given here"
+    )
     output.add_argument("--json", action="store_true", help="print the summary as JSON")
     for kind, usual in ((TrainConfig, "optimisation"), (ModelConfig, "model")):
         for field in dataclasses.fields(kind):
@@ -57,12 +58,6 @@ def run(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if v is not None}
     settings = {f.name: given[f.name] for f in dataclasses.fields(TrainConfig) if f.name in given}
     shape = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
-    if args.resume and (settings or shape):
-        fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig))
-        raise ConfigError(
-            f"--resume takes every setting from {args.out}/config.json; leave out "
-            + ", ".join(config.flag_of(f) for f in fields if f.name in settings | shape)
-        )
     keep_freed_memory()
     summary = train(args.data, args.out, args.preset, resume=args.resume, model=shape, **settings)
     if args.json:

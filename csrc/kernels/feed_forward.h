@@ -1,4 +1,4 @@
-// feed_forward's own arithmetic: the exact GELU between its two matrix products.
+// feed_forward's own arithmetic: the exact GELU between its two GEMMs.
 //
 //   forward: active = gelu(z)
 //   backward: active = gelu(z) again, d_z = d_active gelu'(z)

@@ -10,7 +10,7 @@
 // absent frame says "the mean".
 //
 // Where gradients will be wanted, forward also writes slope = gelu'(weight x + bias): its exponential is at hand there,
-// and backward then needs neither the product again nor weight and bias. With g = d_y * slope,
+// and backward then needs neither the GEMM again nor weight and bias. With g = d_y * slope,
 //   d_bias = sum_{b,t} g    d_weight = sum_{b,t} g x^T    d_pos[t] = sum_b d_y[b,t]     (frames, mean, inv_std are data)
 //
 // float32, bfloat16, float16 with float32 accumulation (and a float32 sum over all steps); float64 on CPU.

@@ -1,6 +1,6 @@
-// feed_forward for torch: down(gelu(up(x))), by blocks of rows. Between the products one pass makes the
-// activations, and in backward makes them again together with the gradient of the pre-activations, in
-// the place of theirs. Only the pre-activations are kept.
+// feed_forward for torch: down(gelu(up(x))), by blocks of rows. Between the GEMMs one pass computes the
+// activations; backward recomputes them in one pass with the gradient of the pre-activations, in place. Only
+// the pre-activations are saved.
 #include "kernels/feed_forward.h"
 
 #include <torch/csrc/stable/library.h>
@@ -31,18 +31,18 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tenso
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tensor& down) {
   check_inputs(kOp, x, up, down);
   const DType dtype = element_type(kOp, "x", x);
-  const int64_t n = x.size(0), hidden = up.size(0), at_once = rows_at_once(n);
+  const int64_t n = x.size(0), hidden = up.size(0), block_rows = rows_per_block(n);
   Tensor y = empty(x, {n, x.size(1)}), z = empty(x, {n, hidden});
-  const Tensor active_memory = empty(x, {at_once, hidden});
-  SharedOperand up_columns{transposed(up)}, down_columns{transposed(down)};
-  for (int64_t begin = 0; begin < n; begin += at_once) {
-    const int64_t n_rows = std::min(at_once, n - begin);
+  const Tensor active_memory = empty(x, {block_rows, hidden});
+  ReusedOperand up_columns{transposed(up)}, down_columns{transposed(down)};
+  for (int64_t begin = 0; begin < n; begin += block_rows) {
+    const int64_t n_rows = std::min(block_rows, n - begin);
     const Tensor z_rows = rows_of(z, begin, n_rows), active = rows_of(active_memory, 0, n_rows);
-    multiply(z_rows, rows_of(x, begin, n_rows), up_columns);
+    gemm(z_rows, rows_of(x, begin, n_rows), up_columns);
     const GeluForward call{dtype, z_rows.numel(), z_rows.const_data_ptr(),
                            active.mutable_data_ptr()};
     cpu::active().gelu_forward(call, torch_executor());
-    multiply(rows_of(y, begin, n_rows), active, down_columns);
+    gemm(rows_of(y, begin, n_rows), active, down_columns);
   }
   return {y, z};
 }
@@ -51,25 +51,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
                                             const Tensor& up, const Tensor& down) {
   check_inputs(kBackward, x, up, down);
   const DType dtype = element_type(kBackward, "x", x);
-  const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0), at_once = rows_at_once(n);
-  const bool by_blocks = sums_by_blocks(dtype);
+  const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0),
+                block_rows = rows_per_block(n);
+  const bool by_blocks = accumulates_by_blocks(dtype);
   check_shape(kBackward, "d_y", d_y, "(N, C)", {n, channels});
   check_shape(kBackward, "z", z_in, "(N, F)", {n, hidden});
   check_dtype(kBackward, "d_y", d_y, x.scalar_type(), " like x");
   check_dtype(kBackward, "z", z_in, x.scalar_type(), " like x");
   const Tensor z = contiguous(z_in);
-  const int64_t n_kept = by_blocks ? at_once : n;
+  const int64_t n_kept = by_blocks ? block_rows : n;
   const Tensor active_memory = empty(x, {n_kept, hidden}), d_z_memory = empty(x, {n_kept, hidden});
   Tensor d_x = empty(x, {n, channels}), d_up = empty(x, {hidden, channels}),
          d_down = empty(x, {channels, hidden});
   if (n == 0) return {d_x, zeroed(d_up), zeroed(d_down)};
-  SharedOperand up_rows{up}, down_rows{down};
-  for (int64_t begin = 0; begin < n; begin += at_once) {
-    const int64_t n_rows = std::min(at_once, n - begin), at = by_blocks ? 0 : begin;
+  ReusedOperand up_rows{up}, down_rows{down};
+  for (int64_t begin = 0; begin < n; begin += block_rows) {
+    const int64_t n_rows = std::min(block_rows, n - begin), at = by_blocks ? 0 : begin;
     const Tensor x_rows = rows_of(x, begin, n_rows), z_rows = rows_of(z, begin, n_rows),
                  d_y_rows = rows_of(d_y, begin, n_rows),
                  active = rows_of(active_memory, at, n_rows), d_z = rows_of(d_z_memory, at, n_rows);
-    multiply(d_z, d_y_rows, down_rows);
+    gemm(d_z, d_y_rows, down_rows);
     const GeluBackward call{dtype,
                             z_rows.numel(),
                             z_rows.const_data_ptr(),
@@ -77,14 +78,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
                             active.mutable_data_ptr(),
                             d_z.mutable_data_ptr()};
     cpu::active().gelu_backward(call, torch_executor());
-    multiply(rows_of(d_x, begin, n_rows), d_z, up_rows);
+    gemm(rows_of(d_x, begin, n_rows), d_z, up_rows);
     if (!by_blocks) continue;
-    multiply(d_down, transposed(d_y_rows), active, begin > 0);
-    multiply(d_up, transposed(d_z), x_rows, begin > 0);
+    gemm(d_down, transposed(d_y_rows), active, begin > 0);
+    gemm(d_up, transposed(d_z), x_rows, begin > 0);
   }
   if (!by_blocks) {
-    multiply(d_down, transposed(d_y), active_memory);
-    multiply(d_up, transposed(d_z_memory), x);
+    gemm(d_down, transposed(d_y), active_memory);
+    gemm(d_up, transposed(d_z_memory), x);
   }
   return {d_x, d_up, d_down};
 }

@@ -8,22 +8,22 @@
 
 namespace wgpt {
 
-// Matrix products of CPU tensors on all of torch's threads: those of the CPU target in use where they are
-// better (kernels/matmul.h), else torch's own. out = a b, or out += a b.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
+// GEMM of CPU tensors on all of torch's threads: out = a b, or out += a b. Runs the GEMM of the CPU target in
+// use where it is faster (kernels/gemm.h), else torch's.
+void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
-// The b of several products. A target that packs it does so once.
-struct SharedOperand {
+// The b of several GEMMs: a target that packs it does so once.
+struct ReusedOperand {
   Tensor b;
   std::optional<Tensor> packed = std::nullopt;
 };
-void multiply(const Tensor& out, const Tensor& a, SharedOperand& b);
+void gemm(const Tensor& out, const Tensor& a, ReusedOperand& b);
 
-// Rows that an op between products takes at once, so that what lies between them stays in the caches.
-int64_t rows_at_once(int64_t n);
+// Rows per block of an op that fuses GEMMs, so that the intermediates stay in the caches.
+int64_t rows_per_block(int64_t n);
 
-// Whether gradients of weights are sums over such blocks; types that would round each of them keep what lies
-// between the products of all rows, and make them of it at the end.
-bool sums_by_blocks(DType dtype);
+// Whether weight gradients accumulate block by block. 16-bit types would round at every block: they keep the
+// intermediates of all rows, for one GEMM at the end.
+bool accumulates_by_blocks(DType dtype);
 
 }  // namespace wgpt

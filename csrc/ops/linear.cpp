@@ -1,4 +1,4 @@
-// linear for torch: y = x weight^T and its two gradients, products of `multiply` all three.
+// linear for torch: y = x weight^T and its two gradients, three GEMMs (ops/gemm.h).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -20,7 +20,7 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& weight) {
 Tensor forward(const Tensor& x, const Tensor& weight) {
   check_inputs("linear", x, weight);
   Tensor y = empty(x, {x.size(0), weight.size(0)});
-  multiply(y, x, transposed(weight));
+  gemm(y, x, transposed(weight));
   return y;
 }
 
@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, const Te
   check_dtype(kOp, "d_y", d_y, x.scalar_type(), " like x");
   Tensor d_x = empty(x, {x.size(0), x.size(1)});
   Tensor d_weight = empty(weight, {weight.size(0), weight.size(1)});
-  multiply(d_x, d_y, weight);
-  multiply(d_weight, transposed(d_y), x);
+  gemm(d_x, d_y, weight);
+  gemm(d_weight, transposed(d_y), x);
   return {d_x, d_weight};
 }
 

@@ -1,6 +1,6 @@
-// linear_cross_entropy for torch: products around one pass over the rows, by blocks of them. One matrix
-// of a block's logits, then of their gradients, is all that is held (of all rows in 16-bit types), where
-// eager torch holds three or four of all rows. The row's formula stands in kernels/linear_cross_entropy.h.
+// linear_cross_entropy for torch: fused linear + cross-entropy, by blocks of rows. One (block, V) buffer holds
+// the logits, then their gradients (all N rows in 16-bit types), where eager torch holds three or four (N, V).
+// The formula of a row: kernels/linear_cross_entropy.h.
 #include "kernels/linear_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
@@ -54,20 +54,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   check_targets(targets, vocab, ignore_index);
 
   const DType dtype = element_type(kOp, "hidden", hidden);
-  const int64_t at_once = rows_at_once(n);
-  const bool by_blocks = !gradients || sums_by_blocks(dtype);
+  const int64_t block_rows = rows_per_block(n);
+  const bool by_blocks = !gradients || accumulates_by_blocks(dtype);
   const ScalarType sum_dtype = accumulation_type(dtype);
   const Tensor losses = empty(hidden, {n}, sum_dtype),
                correct = empty(hidden, {n}, ScalarType::Byte);
   Tensor d_hidden = gradients ? empty(hidden, {n, channels}) : empty(hidden, {0});
   Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
-  const Tensor logits_memory = empty(hidden, {by_blocks ? at_once : n, vocab});
-  SharedOperand weight_columns{transposed(weight)}, weight_rows{weight};
-  for (int64_t begin = 0; begin < n; begin += at_once) {
-    const int64_t n_rows = std::min(at_once, n - begin);
+  const Tensor logits_memory = empty(hidden, {by_blocks ? block_rows : n, vocab});
+  ReusedOperand weight_columns{transposed(weight)}, weight_rows{weight};
+  for (int64_t begin = 0; begin < n; begin += block_rows) {
+    const int64_t n_rows = std::min(block_rows, n - begin);
     const Tensor logits = rows_of(logits_memory, by_blocks ? 0 : begin, n_rows),
                  hidden_rows = rows_of(hidden, begin, n_rows);
-    multiply(logits, hidden_rows, weight_columns);
+    gemm(logits, hidden_rows, weight_columns);
     const CrossEntropyRows call{
         dtype,
         n_rows,
@@ -81,10 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
     };
     cpu::active().cross_entropy_rows(call, torch_executor());
     if (!gradients) continue;  // else the logits are their own gradients now
-    multiply(rows_of(d_hidden, begin, n_rows), logits, weight_rows);
-    if (by_blocks) multiply(d_weight, transposed(logits), hidden_rows, begin > 0);
+    gemm(rows_of(d_hidden, begin, n_rows), logits, weight_rows);
+    if (by_blocks) gemm(d_weight, transposed(logits), hidden_rows, begin > 0);
   }
-  if (!by_blocks) multiply(d_weight, transposed(logits_memory), hidden);
+  if (!by_blocks) gemm(d_weight, transposed(logits_memory), hidden);
   if (gradients && n == 0) zeroed(d_weight);
 
   Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);

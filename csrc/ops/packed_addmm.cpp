@@ -1,12 +1,11 @@
-// packed_addmm for torch: checks, allocation and launch; the formula stands in kernels/packed_addmm.h.
-#include "kernels/packed_addmm.h"
-
+// packed_addmm for torch, a GEMM with prepacked b: checks, allocation and launch. The formula: kernels/gemm.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 
 #include "checks.h"
 #include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/gemm.h"
 #include "ops/runtime.h"
 
 namespace wgpt {
@@ -22,14 +21,19 @@ Tensor forward(const Tensor& x_in, const Tensor& panels, const std::optional<Ten
   check_at_least(kOp, "columns", n, 0);
   check_dtype(kOp, "panels", panels, ScalarType::Float);
   check_shape(kOp, "panels", panels, "(P, K, 64)",
-              {(n + kPackedColumns - 1) / kPackedColumns, x_in.size(1), kPackedColumns});
+              {(n + kPanelColumns - 1) / kPanelColumns, x_in.size(1), kPanelColumns});
   if (!panels.is_contiguous()) fail(kOp, "panels must be contiguous");
   const Tensor x = with_dense_rows(x_in);
-  PackedAddmm call{x.size(0),   n,
-                   x.size(1),   x.const_data_ptr<float>(),
-                   x.stride(0), panels.const_data_ptr<float>(),
-                   nullptr,     0,
-                   nullptr};
+  Gemm call{};
+  call.dtype = DType::kFloat32;
+  call.m = x.size(0);
+  call.n = n;
+  call.k = x.size(1);
+  call.a = x.const_data_ptr();
+  call.a_row = x.stride(0);
+  call.a_column = 1;
+  call.b = panels.const_data_ptr();
+  call.b_packing = Packing::kPrepacked;
   std::optional<Tensor> addend;
   if (addend_in.has_value()) {
     check_dtype(kOp, "addend", *addend_in, ScalarType::Float);
@@ -40,12 +44,13 @@ Tensor forward(const Tensor& x_in, const Tensor& panels, const std::optional<Ten
       check_shape(kOp, "addend", *addend_in, "(M, N) or (N,)", {call.m, n});
     }
     addend = with_dense_rows(*addend_in);
-    call.addend = addend->const_data_ptr<float>();
+    call.addend = addend->const_data_ptr();
     call.addend_row = is_row ? 0 : addend->stride(0);
   }
   Tensor y = empty(x, {call.m, n});
-  call.y = y.mutable_data_ptr<float>();
-  if (call.m > 0 && n > 0) cpu::active().packed_addmm(call, torch_executor());
+  call.c = y.mutable_data_ptr();
+  call.c_row = n;
+  if (call.m > 0 && n > 0) cpu::active().gemm(call, torch_executor());
   return y;
 }
 

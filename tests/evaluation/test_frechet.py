@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from wgpt import codec
+from wgpt.audio.mel import MelFrontend
 from wgpt.codec.training.synth import render_music
+from wgpt.config import MelConfig
 from wgpt.evaluation import frechet
 from wgpt.evaluation.frechet import Statistics, distances, frechet_db, statistics
 from wgpt.evaluation.tables import distance_table
-from wgpt.generation import AudioGenerator
+from wgpt.generation import AudioGenerator, Step
 from wgpt.generation.sampling import Sampling
 
 
@@ -84,3 +87,48 @@ def test_distances_put_real_sound_first_and_all_codebooks_before_one(tiny_run):
     shown = distance_table({"music": found})
     assert "music: Frechet" in shown and f"{spectra[3]:.2f}" in shown
     assert "music: periodicity" in shown and f"{clear[3]:.2f}" in shown
+
+
+class Echo:
+    """Stands in for an AudioGenerator: "continues" prompt i with given codes (K, T)."""
+
+    def __init__(self, continuations):
+        self.codec, self.frontend = codec.load("mini"), MelFrontend(MelConfig())
+        self.continuations = continuations
+        self.n_codebooks = self.codec.n_codebooks
+
+    def steps_batch(self, prompts, n_steps, sampling, seeds):
+        assert len(prompts) == len(seeds) == len(self.continuations)
+        for step in range(n_steps):
+            codes = [tuple(new[:, step].tolist()) for new in self.continuations]
+            yield [Step(np.zeros(320, np.float32), one, 0.0) for one in codes]
+
+
+def test_distances_are_of_what_follows_the_prompt():
+    """Sounds that differ after the prompt alone, whose long prompts are the codec's."""
+    n_prompt, n_rest = 150, 30
+    waves = [render_music((n_prompt + n_rest) / 75, seed=seed) for seed in (0, 1)]
+    mini, frontend = codec.load("mini"), MelFrontend(MelConfig())
+    rests = [mini.encode(torch.from_numpy(wave))[:, n_prompt:] for wave in waves]
+    other = mini.encode(torch.from_numpy(render_music(n_rest / 75, seed=9)))
+    models = {"true rest": Echo(rests), "another": Echo([other, other])}
+    reference = [frontend(torch.from_numpy(render_music(2.0, seed=5))).numpy()]
+    found = distances(waves, n_prompt / 75, models, reference, Sampling())
+    ceiling, true, another = (
+        found[name] for name in ("codec, 8 codebook(s)", "true rest", "another")
+    )
+    for what, value in ceiling.items():  # the same sound, by the same codes
+        assert true[what] == pytest.approx(value, rel=1e-5), what
+    # By hand: |difference| of the average log-mel of the last 30 steps.
+    sizes = []
+    for wave in waves:
+        heard = mini.encode(torch.from_numpy(wave))[:, :n_prompt]
+        made = mini.decode(torch.cat([heard, other], 1))
+        mels = [frontend(sound).double().numpy() for sound in (torch.from_numpy(wave), made)]
+        mean = [
+            np.maximum(mel, mel[:n_prompt].max() - 10)[n_prompt:].mean(0) * 10 / np.log(10)
+            for mel in mels
+        ]
+        sizes.append(np.abs(mean[1] - mean[0]).mean())
+    assert another["spectrum_db"] == pytest.approx(np.mean(sizes), rel=1e-4)
+    assert another["spectrum_db"] > 2 * ceiling["spectrum_db"]

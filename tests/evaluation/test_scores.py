@@ -51,6 +51,8 @@ def test_score_counts_every_token_once(prepared, context):
     assert row["nll_nats"] == pytest.approx(math.log(1024), rel=1e-6)
     assert row["bits_per_s"] == pytest.approx(750, rel=1e-6)
     assert row["perplexity"] == pytest.approx(1024, rel=1e-5)
+    astray = Score("x", np.array([1e6]), np.array([0]), np.array([100]), ["."])
+    assert astray.row()["perplexity"] == float("inf")
     assert scored.n_tokens.tolist() == [split.clip_steps(i) for i in range(split.n_clips)]
 
 

@@ -12,6 +12,7 @@ import torch
 from wgpt import audio
 from wgpt.cli import main
 from wgpt.generation import AudioGenerator, Sampling
+from wgpt.model import HybridModel
 
 
 def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
@@ -25,10 +26,6 @@ def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
     assert main([*arguments, "--out", str(out), "--with-prompt"]) == 0
     assert len(audio.read(out)) == len(audio.read(prompt)) + 15 * 320
     assert main([*arguments[:2], "--seconds", "0", "--out", str(out)]) == 2
-    assert (
-        main([*arguments[:2], "--prompt", "nothing.wav", "--seconds", "1", "--out", "x.wav"]) == 1
-    )
-    assert "nothing.wav" in capsys.readouterr().err
 
 
 def command(*arguments):
@@ -92,11 +89,81 @@ def test_generate_command_writes_numbered_files(tiny_run, tmp_path, capsys):
             ["--out", "x.wav", "--seconds", "1", "--fine-top-k", "-1"],
             "fine_top_k must be at least 0, got -1",
         ),
+        (["--out", "x.m4a", "--seconds", "1"], "suffix must be one of .wav, .flac"),
+        (["--out", "x", "--seconds", "1"], "suffix must be one of .wav, .flac"),
+        (["--out", "no/x.wav", "--seconds", "1"], "--out: there is no folder no; make it first"),
+        (["--out", "folder.wav", "--seconds", "1"], "--out: folder.wav cannot be written"),
+        (["--out", "x.wav", "--seconds", "inf"], "--seconds must be at least one step"),
+        (["--out", "x.wav", "--seconds", "1", "--seed", "-1"], "seed must be in"),
+        (
+            ["--out", "x.wav", "--seconds", "1", "--end-when-stuck", "-2"],
+            "end_when_stuck_s must be at least one step",
+        ),
+        (
+            ["--out", "x.wav", "--seconds", "1", "--device", "tpu"],
+            "device must be auto or, on this machine, one of cpu",
+        ),
+        (["--out", "x.wav", "--seconds", "1", "--prompt", "no.wav"], "--prompt: no.wav: must be"),
+        (["--out", "x.wav", "--seconds", "1", "--prompt", "text.wav"], "--prompt: text.wav: must"),
     ],
 )
-def test_generate_command_refuses(tiny_run, flags, words, capsys):
-    assert main(["generate", str(tiny_run), *flags]) == 2
-    assert words in capsys.readouterr().err
+def test_generate_command_refuses_before_a_model_is_loaded(
+    flags, words, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "folder.wav").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AudioGenerator, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["generate", "starter", *flags]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.wav", "text.wav"]
+
+
+def test_generate_command_suggests_the_model_that_was_meant(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, meant in (("startr", True), ("my-own-run", False)):
+        assert main(["generate", name, "--seconds", "1", "--out", "x.wav"]) == 2
+        assert ("did you mean starter?" in capsys.readouterr().err) == meant
+
+
+def stuck_run(tiny_run, folder):
+    """The model of a run, made to say token 7 for ever."""
+    model = HybridModel.from_pretrained(tiny_run / "model")
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.norm.weight.zero_()
+        model.norm.weight[0] = 1000.0  # hidden states of one channel ...
+        model.head.weight[7, 0], model.head.weight[8, 0] = 1.0, -1.0  # ... of either sign
+    facts = json.loads((tiny_run / "model" / "config.json").read_text())
+    kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
+    model.save_pretrained(folder, extra=kept)
+    return folder
+
+
+def test_generate_command_says_what_is_wrong_with_the_sound(
+    tiny_run, recordings, tmp_path, capsys, caplog
+):
+    run, out = stuck_run(tiny_run, tmp_path / "model"), tmp_path / "y.wav"
+    prompt = sorted(recordings.rglob("*.wav"))[0]
+    common = ["generate", str(run), "--out", str(out), "--json", "--temperature", "0"]
+    assert main([*common, "--seconds", "2.2", "--prompt", str(prompt)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["tokens"]) <= {7, 8} and facts["ended"] == ""
+    assert any("one token repeats for" in warning for warning in facts["warnings"])
+    for warning in facts["warnings"]:
+        assert f"{out}: {warning}" in caplog.text
+    assert main([*common, "--seconds", "0.5"]) == 0
+    assert not any("repeats" in w for w in json.loads(capsys.readouterr().out)["warnings"])
+
+
+def test_generate_command_ends_a_file_that_is_stuck(tiny_run, tmp_path, capsys):
+    run, out = stuck_run(tiny_run, tmp_path / "model"), tmp_path / "y.wav"
+    common = ["generate", str(run), "--out", str(out), "--json", "--temperature", "0"]
+    assert main([*common, "--seconds", "1", "--end-when-stuck", "0.2"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "repeated for 0.2 s" in facts["ended"]
+    assert 0.2 <= facts["seconds"] < 0.4 and len(audio.read(out)) == facts["seconds"] * 24_000
 
 
 def test_generate_command_does_not_write_sound_to_a_terminal(tiny_run):

@@ -270,7 +270,18 @@ def test_sampling_refuses(options, words):
         ({"chunk_s": 0.0}, "chunk_s must be at least one step"),
         ({"end_when_stuck_s": -1.0}, "end_when_stuck_s must be at least one step"),
         ({"seed": -1}, "seed must be in"),
-        ({"prompt": np.zeros((2, 9), np.float32)}, r"prompt must be .*\(2, 9\)"),
+        (
+            {"prompt": np.zeros((2, 9), np.float32)},
+            r"prompt must be .*\(2, 9\); take the mean over channels with wave.mean\(0\)$",
+        ),
+        (
+            {"prompt": np.zeros((9, 2), np.float32)},
+            r"\(9, 2\); take the mean over channels with wave.mean\(1\)$",
+        ),
+        (
+            {"prompt": np.zeros(9, np.int16)},
+            r"int16 \(9,\); convert the samples with wave.astype\('float32'\) / 32768$",
+        ),
         ({"prompt": np.array([np.nan])}, "prompt must be finite"),
     ],
 )
@@ -339,3 +350,92 @@ def test_generate_endless_ends_when_it_is_stuck(caplog):
     assert n_steps == 39  # the first repeats the second: 38 repeats make 0.5 s
     assert "ended after 0.52 s: the same 1 token(s) repeated for 0.5 s" in caplog.text
     assert len(list(generator.stream(sampling=greedy, seconds=1.0, chunk_s=1 / 75))) == 75
+
+
+# -- the end of a clip -----------------------------------------------------------------------------
+
+
+def ends_at(generator, *n_steps):
+    """Item i of a batch draws the end-of-clip token for sure once it has made n_steps[i] steps."""
+    calls = []
+
+    def logits(hidden):
+        found = torch.zeros(len(hidden), 1025)
+        calls.append(len(hidden))
+        for row, end in enumerate(n_steps):
+            found[row, 1024] = 1000.0 if len(calls) > end else -1000.0
+        return found
+
+    generator.inference_model.logits = logits
+    generator.end_token = 1024
+    return generator
+
+
+def test_generate_ends_with_the_clip(caplog):
+    generator = ends_at(untrained("wave", window_steps=20), 7)
+    assert len(generator.generate(None, 1.0)) == 7 * 320
+    generator = ends_at(untrained("wave", window_steps=20), 7)
+    assert sum(map(len, generator.stream(None))) == 7 * 320  # an endless stream ends as well
+    for first in (0, 1):  # no continuation is empty
+        generator = ends_at(untrained("wave", window_steps=20), first)
+        assert len(generator.generate(None, 1.0)) == 320
+    generator = ends_at(untrained("wave", window_steps=20), 2)
+    steps = list(generator.steps(None, 9, Sampling(end_of_clip=False)))
+    assert len(steps) == 9 and all(max(step.tokens) < 1024 for step in steps)
+
+
+def test_generate_items_of_a_batch_end_by_themselves():
+    generator = ends_at(untrained("wave", window_steps=20), 3, 6)
+    batches = list(generator.steps_batch([None], 20, seeds=[1, 2]))
+    assert [[step.ended for step in batch] for batch in batches] == [
+        *[[False, False]] * 3, *[[True, False]] * 3,
+    ]  # fmt: skip
+    assert all(max(step.tokens) < 1024 for batch in batches for step in batch)
+
+
+def test_sampler_draws_the_end_as_often_as_the_model_says():
+    logits = torch.log(torch.tensor([[0.25, 0.25, 0.5]])).repeat(2000, 1)
+    draw = Sampler(Sampling(), range(2000))
+    first = draw(logits, end_token=2)
+    assert not draw.ended.any() and set(first.tolist()) == {0, 1}
+    tokens = draw(logits, end_token=2)
+    assert draw.ended.mean() == pytest.approx(0.5, abs=0.04)
+    assert set(tokens.tolist()) == {0, 1} and tokens.float().mean() == pytest.approx(0.5, abs=0.04)
+    never = Sampler(Sampling(end_of_clip=False), range(200))
+    for _ in range(3):
+        assert set(never(logits[:200], end_token=2).tolist()) == {0, 1}
+    assert not never.ended.any()
+
+
+# -- prompts longer than the context ---------------------------------------------------------------
+
+
+def test_generate_hears_a_long_prompt_by_a_window_of_the_training_context(
+    tiny_run, recordings, caplog
+):
+    """hybrid-xs has no window and was trained on 0.5 s, 38 steps."""
+    generator = AudioGenerator.load(tiny_run)
+    assert HybridModel.from_pretrained(tiny_run / "model").config.window_steps == 0
+    assert generator.model.config.window_steps == 38
+    long = audio.read(sorted(recordings.rglob("*.wav"))[0])[: 200 * 320]
+    state = generator.new_state()
+    state.feed(long)
+    next(state.steps(1))
+    layers = (*state._cache.layers, *state._cache.mel_layers)
+    assert all(layer._end - layer._start < 38 + 8 for layer in layers)
+    with caplog.at_level(logging.WARNING):
+        generator.generate(long[: 38 * 320], 0.02)
+        assert not caplog.text
+        generator.generate(long, 0.02)
+    assert "the prompt lasts 2.7 s; a step of this model attends to the latest 0.5 s" in caplog.text
+
+
+@torch.inference_mode()
+def test_set_window_makes_the_model_that_was_built_with_it(prompt):
+    whole, windowed = (untrained("wave", window_steps=n).model for n in (0, 9))
+    tokens = torch.randint(0, 1024, (1, 40))
+    frames = torch.randn(1, 40, 64)
+    assert not torch.allclose(whole(tokens, frames), windowed(tokens, frames), atol=1e-3)
+    whole.set_window(9)
+    assert torch.equal(whole(tokens, frames), windowed(tokens, frames))
+    assert whole.config == windowed.config and whole.new_cache().layers[0].window_steps == 9

@@ -12,9 +12,10 @@ from wgpt.cli import main
 from wgpt.codec.training import synth
 from wgpt.errors import ConfigError
 from wgpt.generation import AudioGenerator
-from wgpt.model import HybridModel
+from wgpt.model import HybridModel, presets
 from wgpt.runs import pretrained
 from wgpt.runs.metrics import read_metrics
+from wgpt.runs.model_record import ModelRecord
 from wgpt.training import train
 from wgpt.training.initial_weights import InitialWeights
 
@@ -96,6 +97,10 @@ def test_pack_shrinks_a_run_and_keeps_its_model(tiny_run, tmp_path):
     sizes = [(folder / "model.safetensors").stat().st_size
              for folder in (tmp_path / "out", tiny_run / "model")]  # fmt: skip
     assert sizes[0] < 0.53 * sizes[1]
+    records = [ModelRecord.read(folder) for folder in (tmp_path / "out", tiny_run / "model")]
+    assert [record.context_steps for record in records] == [38, 38]  # 0.5 s
+    assert records[0].run is None and records[1].run.folder == tiny_run
+    assert records[0].codec == records[1].codec and records[0].mel == records[1].mel
     assert len(AudioGenerator.load(tmp_path / "out").generate(None, 0.1)) == 8 * 320
     with pytest.raises(ConfigError, match="no such file"):
         pretrained.pack(tmp_path / "nothing", tmp_path / "no")
@@ -107,3 +112,16 @@ def test_model_folder_of_a_name_a_run_and_a_model(tiny_run, tmp_path):
     assert pretrained.model_folder(str(tiny_run / "model")) == tiny_run / "model"
     with pytest.raises(ConfigError, match=r"config\.json: no such file; RUN is a folder"):
         pretrained.model_folder(tmp_path / "nothing")
+
+
+def test_model_record_says_what_the_starter_was_trained_on(tmp_path):
+    record = ModelRecord.read(pretrained.FOLDER)
+    assert (record.preset, record.mel_source, record.context_steps) == (
+        "hybrid-xs", "decoded-8", 512,
+    )  # fmt: skip
+    HybridModel(presets.preset("gpt-xs")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json: was not written by .* no 'mel'"):
+        ModelRecord.read(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.json: no such file; a model folder holds"):
+        ModelRecord.read(tmp_path)

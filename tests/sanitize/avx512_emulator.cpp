@@ -55,7 +55,7 @@ inline __m512 fused(__m512 a, __m512 b, __m512 c) {
   return z.whole;
 }
 
-// What bfloat16 products and conversions do with subnormal numbers, whatever MXCSR says.
+// What bfloat16 multiplication and conversion do with subnormal numbers, whatever MXCSR says.
 inline Words flushed(Words x) { return (x & 0x7f800000u) == 0 ? x & 0x80000000u : x; }
 inline __m512 flushed(__m512 x) { return floats(flushed(words(x))); }
 
@@ -294,7 +294,7 @@ void _tile_release() { tiles() = {}; }
 void _tile_zero(int tile) {
   std::memset(configured_tiles(tile).rows[tile], 0, sizeof(Tiles::rows[0]));
 }
-// c[m, n] += the sum over k of the products of lower numbers + that of upper ones, by fused
+// c[m, n] += the sum over k of a b of the lower numbers + that of the upper ones, by fused
 // multiply-adds.
 void _tile_dpbf16ps(int c, int a, int b) {
   Tiles& tiles = configured_tiles(c);

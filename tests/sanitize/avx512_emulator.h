@@ -154,7 +154,7 @@ __m512d _mm512_unpacklo_pd(__m512d a, __m512d b);
 __m512d _mm512_unpackhi_pd(__m512d a, __m512d b);
 __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int choice);
 
-// Products of bfloat16.
+// bfloat16 dot products.
 __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b);
 void _tile_dpbf16ps(int c, int a, int b);
 

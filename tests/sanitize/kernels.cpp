@@ -240,39 +240,39 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         });
 }
 
-void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) {
+void gemm(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) {
   for (const bool a_across : {false, true}) {
     for (const bool b_across : {false, true}) {
       Block a(dtype, m * k), b(dtype, k * n);
       const auto call_of = [&](void* c, Packing b_packing, void* workspace) {
-        return Matmul{dtype,
-                      m,
-                      n,
-                      k,
-                      a.get(),
-                      b.get(),
-                      a_across ? 1 : k,
-                      a_across ? m : 1,
-                      b_across ? 1 : n,
-                      b_across ? k : 1,
-                      c,
-                      n,
-                      false,
-                      b_packing,
-                      workspace};
+        return Gemm{dtype,
+                    m,
+                    n,
+                    k,
+                    a.get(),
+                    b.get(),
+                    a_across ? 1 : k,
+                    a_across ? m : 1,
+                    b_across ? 1 : n,
+                    b_across ? k : 1,
+                    c,
+                    n,
+                    false,
+                    b_packing,
+                    workspace};
       };
-      for (const Packing first : {Packing::kByBlocks, Packing::kKeep}) {
-        check({{dtype, m * n}}, kernels.matmul_workspace_bytes(call_of(nullptr, first, nullptr)),
+      for (const Packing first : {Packing::kPackPerCall, Packing::kPackAndKeep}) {
+        check({{dtype, m * n}}, kernels.gemm_workspace_bytes(call_of(nullptr, first, nullptr)),
               [&](auto& out, void* workspace, const Executor& threads) {
                 bool is_finite = true;
                 Packing packing = first;
-                if (first == Packing::kKeep) {
+                if (first == Packing::kPackAndKeep) {
                   std::vector<float> other(static_cast<size_t>(m * n));  // enough for any type
-                  is_finite = kernels.matmul(call_of(other.data(), first, workspace), threads);
-                  packing = Packing::kKept;
+                  is_finite = kernels.gemm(call_of(other.data(), first, workspace), threads);
+                  packing = Packing::kPackedBefore;
                 }
-                const Matmul call = call_of(out[0]->get(), packing, workspace);
-                is_finite = kernels.matmul(call, threads) && is_finite;
+                const Gemm call = call_of(out[0]->get(), packing, workspace);
+                is_finite = kernels.gemm(call, threads) && is_finite;
                 if (!is_finite) fail("a result is not finite");
               });
       }
@@ -281,16 +281,29 @@ void matmul(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k
 }
 
 void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
-  const int64_t n_panels = (n + kPackedColumns - 1) / kPackedColumns, x_row = k + 3;
+  const int64_t n_panels = (n + kPanelColumns - 1) / kPanelColumns, x_row = k + 3;
   Block x(DType::kFloat32, (m - 1) * x_row + k),
-      panels(DType::kFloat32, n_panels * k * kPackedColumns), addend(DType::kFloat32, m * n);
+      panels(DType::kFloat32, n_panels * k * kPanelColumns), addend(DType::kFloat32, m * n);
   for (const int64_t addend_row : {int64_t{-1}, int64_t{0}, n}) {
     check({{DType::kFloat32, m * n}}, 0, [&](auto& out, void*, const Executor& threads) {
-      kernels.packed_addmm(
-          {m, n, k, static_cast<float*>(x.get()), x_row, static_cast<float*>(panels.get()),
-           addend_row < 0 ? nullptr : static_cast<float*>(addend.get()), addend_row,
-           static_cast<float*>(out[0]->get())},
-          threads);
+      const Gemm call{DType::kFloat32,
+                      m,
+                      n,
+                      k,
+                      x.get(),
+                      panels.get(),
+                      x_row,
+                      1,
+                      0,
+                      0,
+                      out[0]->get(),
+                      n,
+                      false,
+                      Packing::kPrepacked,
+                      nullptr,
+                      addend_row < 0 ? nullptr : addend.get(),
+                      addend_row};
+      kernels.gemm(call, threads);
     });
   }
 }
@@ -302,26 +315,26 @@ double tolerance_of(DType dtype) {
                                      : 2e-3;
 }
 
-// Products of the types that a target makes; generic makes all, to be compared with.
-void matmuls(const Kernels& kernels) {
+// GEMMs of the types that a target prefers its own for; generic runs all, to be compared with.
+void gemms(const Kernels& kernels) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     g_tolerance = tolerance_of(dtype);
-    g_what = std::string("matmul, ") + kernels.target + ", type " +
+    g_what = std::string("gemm, ") + kernels.target + ", type " +
              std::to_string(static_cast<int>(dtype));
     g_random = 1;
-    Matmul large{dtype};
+    Gemm large{dtype};
     large.m = large.n = large.k = 4096;
     if (!kernels.prefers_own_gemm(large) && &kernels != &cpu::generic::kKernels) {
       constexpr size_t kOutputs = 6 * 4 * 2;  // sizes, layouts, packings
       g_n_outputs += kOutputs;
       continue;
     }
-    matmul(kernels, dtype, 1, 1, 1);
-    matmul(kernels, dtype, 32, 64, 32);
-    matmul(kernels, dtype, 33, 65, 31);
-    matmul(kernels, dtype, 300, 47, 257);
-    matmul(kernels, dtype, 70, 550, 300);
-    matmul(kernels, dtype, 36, 130, 514);  // whole panels and units: rows are read in place
+    gemm(kernels, dtype, 1, 1, 1);
+    gemm(kernels, dtype, 32, 64, 32);
+    gemm(kernels, dtype, 33, 65, 31);
+    gemm(kernels, dtype, 300, 47, 257);
+    gemm(kernels, dtype, 70, 550, 300);
+    gemm(kernels, dtype, 36, 130, 514);  // whole panels and units: rows are read in place
   }
 }
 
@@ -373,7 +386,7 @@ int main() {
     g_n_outputs = 0;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
       run_all(*kernels, dtype);
-    matmuls(*kernels);
+    gemms(*kernels);
     g_random = 1;
     g_tolerance = tolerance_of(DType::kFloat32);
     g_what = std::string("packed_addmm, ") + kernels->target;

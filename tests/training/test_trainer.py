@@ -15,7 +15,7 @@ import torch
 
 from wgpt.config import TrainConfig
 from wgpt.data.dataset import Dataset
-from wgpt.errors import CheckpointError, ConfigError, TrainError
+from wgpt.errors import CheckpointError, TrainError
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.metrics import METRICS, read_metrics
@@ -161,14 +161,6 @@ def test_train_stops_at_a_loss_that_is_not_finite(prepared, tmp_path, monkeypatc
     monkeypatch.setattr(HybridModel, "hidden", broken)
     with pytest.raises(TrainError, match=r"step 1: loss nan.*\(clip, first step\) \[\(\d+, \d+\)"):
         train(prepared, tmp_path / "run", "gpt-xs", **SETTINGS)
-
-
-def test_train_refuses_an_existing_run_and_flags_on_resume(prepared, whole):
-    with pytest.raises(ConfigError, match=r"already holds a run; add --resume"):
-        train(prepared, whole, "hybrid-xs", **SETTINGS)
-    from wgpt.cli import main
-
-    assert main(["train", f"--out={whole}", "--resume", "--lr=1"]) == 2
 
 
 def test_train_finds_a_flipped_bit(whole, tmp_path):

@@ -163,7 +163,8 @@ def _roll_out(
     ]
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
-        batches = generator.steps_batch(heard, n_steps, Sampling(fine_temperature=1.0), seeds)
+        sampling = Sampling(fine_temperature=1.0, end_of_clip=False)
+        batches = generator.steps_batch(heard, n_steps, sampling, seeds)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T

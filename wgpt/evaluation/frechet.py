@@ -12,6 +12,7 @@ both: `periodicity` says how clearly voices and notes sound. None knows words or
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,7 @@ def distances(
     first = next(iter(generators.values()))
     codec, frontend = first.codec, first.frontend
     n_prompt = n_steps_of(prompt_s)
+    sampling = dataclasses.replace(sampling, end_of_clip=False)  # as long as the true rest
     n_steps = len(waves[0]) // codec.hop_samples - n_prompt
     real = statistics(reference, n_prompt, skip_prompt=False)
 

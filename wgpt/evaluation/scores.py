@@ -39,7 +39,7 @@ class Score:
             "group": group or "all",
             "nll_nats": nll,
             "accuracy": float(self.correct[of].sum()) / max(n_tokens, 1),
-            "perplexity": math.exp(nll),
+            "perplexity": math.inf if nll > 700 else math.exp(nll),  # a model gone astray
             "bits_per_s": nll / math.log(2) * STEP_RATE_HZ,
             "n_tokens": n_tokens,
         }

@@ -92,18 +92,23 @@ def study(
         "settings": settings,
         "arms": summaries,
         "rows": [row for one in scores for row in one.rows()],
-        "gaps": _gaps(by_name),
+        "gaps": gaps(by_name),
     }
     (out / "study.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "study.md").write_text(as_markdown(result) + "\n")
     return result
 
 
-def _gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
-    """Every arm minus the token-only twin, per group, with its bootstrap interval."""
-    gaps: list[dict[str, Any]] = []
+def gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
+    """Every arm minus the token-only twin, per group, with its bootstrap interval.
+
+    scores: by name, baselines and arms; without `tokens` there is nothing to compare with.
+
+    Returns rows {arm, group, nll_nats, low, high}: negative where the arm is better.
+    """
+    found: list[dict[str, Any]] = []
     if "tokens" not in scores:
-        return gaps
+        return found
     twin = scores["tokens"]
     groups = sorted(set(twin.groups))
     for name, arm in scores.items():
@@ -111,10 +116,10 @@ def _gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
             continue
         for group in [None, *groups] if len(groups) > 1 else [None]:
             gap, low, high = paired_difference(arm, twin, group)
-            gaps.append(
+            found.append(
                 {"arm": name, "group": group or "all", "nll_nats": gap, "low": low, "high": high}
             )
-    return gaps
+    return found
 
 
 def as_markdown(result: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,14 +24,15 @@ from torch import Tensor
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.audio.mel_stream import MelStream
-from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ, MelConfig, from_json
-from wgpt.errors import CodecError, ConfigError
+from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ
+from wgpt.errors import ConfigError
 from wgpt.generation.prompt import Prompt, Wave, checked_wave, n_steps_of, wave_of
 from wgpt.generation.sampling import Sampler, Sampling
 from wgpt.generation.stopping import StuckDetector
 from wgpt.model import Cache, HybridModel
 from wgpt.model.inference import InferenceModel
 from wgpt.ops.runtime import resolve_device
+from wgpt.runs.model_record import ModelRecord
 from wgpt.runs.pretrained import model_folder
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,14 @@ class Step:
     """One step (1/75 s) of a continuation.
 
     wave: float32 (320,) at 24 kHz; tokens: from coarse to fine; entropy_nats: entropy of the
-    distribution the coarse token was drawn from, after temperature, top-k and top-p.
+    distribution the coarse token was drawn from, after temperature, top-k and top-p; ended: the
+    model ended the clip before this step, which is what a batch gives until all items have ended.
     """
 
     wave: np.ndarray
     tokens: tuple[int, ...]
     entropy_nats: float
+    ended: bool = False
 
 
 @dataclass
@@ -68,36 +70,33 @@ class AudioGenerator:
     frontend: MelFrontend
     mel_source: str | None
 
+    def __post_init__(self) -> None:
+        n_codes = self.model.config.codebook_size
+        self.end_token = n_codes if self.model.head.out_features > n_codes else None
+
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> AudioGenerator:
         """From a run folder, a model folder that a run wrote, or `starter`, the package's model.
+
+        A model without an attention window gets one of its training windows' length: past it a
+        step would have more to attend to than ever in training (docs/closed-loop.md).
 
         device: auto, cpu, cuda or cuda:N. Raises ConfigError or CodecError naming the file that is
         missing or does not fit.
         """
         device = resolve_device(device)
         folder = model_folder(folder)
-        model = HybridModel.from_pretrained(folder, device)
-        path = folder / "config.json"
-        facts = json.loads(path.read_text())
-        try:
-            mel = from_json(MelConfig, facts["mel"], str(path))
-            source, identity = facts["codec"]["source"], facts["codec"]["identity"]
-            mel_source = facts["mel_source"]
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: was not written by `wgpt train`: no {error}") from None
-        if mel_source and mel_source.startswith("leaky"):
+        record = ModelRecord.read(folder)
+        if record.mel_source and record.mel_source.startswith("leaky"):
             raise ConfigError(
-                f"{path}: this model was trained on {mel_source}, slices that see past their "
-                "token; while generating there is no future to see. Train on mel source wave"
+                f"{folder}: this model was trained on {record.mel_source}, slices that see past "
+                "their token; while generating there is no future to see. Train on mel source wave"
             )
-        loaded = codec.load(source, device=device)
-        if loaded.identity["sha256"] != identity["sha256"]:
-            raise CodecError(
-                f"codec: {source} must have the weights the model was trained with, sha256 "
-                f"{identity['sha256']}, got {loaded.identity['sha256']}"
-            )
-        return cls(model, loaded, MelFrontend(mel), mel_source)
+        model = HybridModel.from_pretrained(folder, device)
+        if not model.config.window_steps and record.context_steps:
+            model.set_window(record.context_steps)
+        loaded = record.load_codec(device)
+        return cls(model, loaded, MelFrontend(record.mel), record.mel_source)
 
     @functools.cached_property
     def inference_model(self) -> InferenceModel:
@@ -132,7 +131,8 @@ class AudioGenerator:
 
         Args:
             prompt: float (L,) at 24 kHz or a recording's path; None starts from nothing.
-            seconds: length of the continuation, in whole steps of 1/75 s.
+            seconds: length of the continuation, in whole steps of 1/75 s; at most that where the
+                model has an end-of-clip token (Sampling.end_of_clip).
             sampling: how tokens are drawn; Sampling() by default.
             seed: the same arguments give the same samples on one machine.
 
@@ -187,7 +187,8 @@ class AudioGenerator:
     ) -> Iterator[Step]:
         """Yields n_steps steps (None: for ever) that continue the prompt, as they are made.
 
-        prompt: as in `generate`, cropped to whole steps from its end.
+        prompt: as in `generate`, cropped to whole steps from its end. Fewer steps come when the
+        model ends the clip.
         """
         batches = self.steps_batch([prompt], n_steps, sampling, [seed])
         return (steps[0] for steps in batches)
@@ -202,7 +203,8 @@ class AudioGenerator:
         """Yields a list of one step for each item, item i continuing prompts[i] with seeds[i].
 
         One prompt and several seeds give as many continuations of it. Prompts may differ in
-        length. Raises ConfigError, at the call, as `generate`, and when there are not as many
+        length. Items that ended their clip are marked; when all have, nothing more comes. Raises
+        ConfigError, at the call, as `generate`, and when there are not as many
         seeds as prompts.
         """
         if (len(prompts) != len(seeds) and len(prompts) != 1) or not seeds:
@@ -211,6 +213,7 @@ class AudioGenerator:
                 f"{len(seeds)} seeds"
             )
         waves = [wave_of(prompt) for prompt in prompts]
+        self._note_length(max(map(len, waves)))
         n_each = len(seeds) // len(prompts)  # items of a prompt
         places: dict[int, list[int]] = {}  # prompts of equal length advance in one batch
         for i in range(len(seeds)):
@@ -233,9 +236,20 @@ class AudioGenerator:
                     for at, part in zip(places.values(), parts, strict=True)
                     for i, step in zip(at, part, strict=True)
                 }
+                if all(step.ended for step in steps.values()):
+                    return
                 yield [steps[i] for i in range(len(seeds))]
 
         return batches()
+
+    def _note_length(self, n_samples: int) -> None:
+        window_steps = self.model.config.window_steps
+        if 0 < window_steps < n_samples // HOP_SAMPLES:
+            log.warning(
+                "the prompt lasts %.1f s; a step of this model attends to the latest %.1f s of it",
+                n_samples / self.sample_rate_hz,
+                window_steps / STEP_RATE_HZ,
+            )
 
     def new_state(self) -> GenerationState:
         """The state of a generation that was fed nothing yet."""
@@ -367,29 +381,30 @@ class GenerationState:
 
         seeds: one for each item; B is 1 but for what `join` returns.
 
-        Without a sliding window the cache and the cost of a step grow with the stream, and after
-        the length trained on the model is at positions it never saw.
+        Ends when every item has ended its clip. A model without an attention window (`load` gives
+        it one) grows its cache and the cost of a step with the stream.
         """
         if len(seeds) != len(self._state):
             raise ConfigError(
                 f"generate: there must be one seed for each of {len(self._state)} items, got "
                 f"{len(seeds)} seeds"
             )
-        return self.sample(n_steps, Sampler(sampling or Sampling(), seeds))
+        steps = self.sample(n_steps, Sampler(sampling or Sampling(), seeds))
+        return itertools.takewhile(lambda items: not all(item.ended for item in items), steps)
 
     @torch.inference_mode()
     def sample(self, n_steps: int | None, sampler: Sampler) -> Iterator[list[Step]]:
-        """`steps` with a Sampler for its B items."""
+        """`steps` with a Sampler for its B items; does not end with their clips."""
         self._finish()
         model, codec_device = self.generator.inference_model, self.generator.codec.device
         for n_done in itertools.count(1):
-            coarse = sampler(model.logits(self._state))
-            entropies = sampler.entropy_nats.tolist()
+            coarse = sampler(model.logits(self._state), self.generator.end_token)
+            entropies, ended = sampler.entropy_nats.tolist(), sampler.ended.tolist()
             fine = model.sample_fine(self._state, coarse, sampler.fine)
             codes = torch.cat((coarse[:, None], fine), 1)[:, :, None].to(codec_device)
             wave = self._decoder.push(codes)
-            rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, strict=True)
-            yield [Step(samples, tuple(chosen), entropy) for samples, chosen, entropy in rows]
+            rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, ended, strict=True)
+            yield [Step(samples, tuple(chosen), *facts) for samples, chosen, *facts in rows]
             if n_done == n_steps:
                 return
             if self._mel_decoder is not None and self._mel_decoder is not self._decoder:

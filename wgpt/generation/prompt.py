@@ -44,7 +44,20 @@ def checked_wave(wave: Wave) -> Tensor:
     if wave.dim() != 1 or not wave.is_floating_point():
         raise ConfigError(
             f"prompt must be floating point (L,) at 24 kHz, got {wave.dtype} {tuple(wave.shape)}"
+            + _advice(wave)
         )
     if not bool(torch.isfinite(wave).all()):
         raise ConfigError("prompt must be finite, got NaN or infinite samples")
     return wave.float()
+
+
+def _advice(wave: Tensor) -> str:
+    """How to make a prompt of a tensor that is none; "" where that is not clear."""
+    kind = str(wave.dtype).removeprefix("torch.")
+    steps = []
+    if kind in ("int16", "int32"):
+        steps.append(f"convert the samples with wave.astype('float32') / {2 ** int(kind[3:]) // 2}")
+    if wave.dim() == 2 and min(wave.shape) > 0:
+        axis = 0 if wave.shape[0] <= wave.shape[1] else 1
+        steps.append(f"take the mean over channels with wave.mean({axis})")
+    return "".join(f"; {step}" for step in steps)

@@ -25,6 +25,7 @@ class Sampling:
     fine_temperature, fine_top_k: the same for codebooks 1 and up, which top_p does not touch.
         Cooler than the coarse one: what a finer codebook adds at random is heard as noise
         (docs/closed-loop.md).
+    end_of_clip: a model with an end-of-clip token may end the clip; False: it goes on.
     """
 
     temperature: float = 1.0
@@ -32,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     fine_temperature: float = FINE_TEMPERATURE
     fine_top_k: int = 0
+    end_of_clip: bool = True
 
     def __post_init__(self) -> None:
         for name in ("temperature", "fine_temperature"):
@@ -61,13 +63,26 @@ class Sampler:
         self.sampling = sampling
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.entropy_nats = np.zeros(len(seeds))  # float64 (B,), of the latest coarse ones
+        self.ended = np.zeros(len(seeds), bool)  # rows that drew the end of their clip
+        self._n_drawn = 0
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """int64 (B,) on the device of logits (B, V); its distributions' entropies are kept."""
+    def __call__(self, logits: Tensor, end_token: int | None = None) -> Tensor:
+        """int64 (B,) on the device of logits (B, V); its distributions' entropies are kept.
+
+        end_token: V, the last entry of logits (B, V + 1), ends the clip. A row that draws it is
+        noted in `ended` and draws again from the codes, since the other rows of its batch may have
+        more to say. The first token of a continuation is always a code.
+        """
         sampling = self.sampling
-        tokens, self.entropy_nats = self._draw(
-            logits, sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        rules = (sampling.temperature, sampling.top_k, sampling.top_p)
+        codes = logits[:, :end_token]
+        may_end = sampling.end_of_clip and self._n_drawn > 0
+        tokens, self.entropy_nats = self._draw(logits if may_end else codes, *rules)
+        self._n_drawn += 1
+        if end_token is not None and may_end:
+            for row in (tokens == end_token).nonzero()[:, 0].tolist():
+                self.ended[row] = True
+                tokens[row] = self._draw_row(row, _float64(codes[row]), *rules)[0]
         return tokens
 
     def fine(self, logits: Tensor) -> Tensor:
@@ -78,12 +93,22 @@ class Sampler:
         self, logits: Tensor, temperature: float, top_k: int, top_p: float
     ) -> tuple[Tensor, np.ndarray]:
         """Tokens int64 (B,) and entropies float64 (B,), nats."""
-        rows = logits.detach().double().cpu().numpy()
+        rows = _float64(logits)
         drawn, entropies = np.empty(len(rows), dtype=np.int64), np.zeros(len(rows))
         for i, row in enumerate(rows):
-            uniform = float(torch.rand((), dtype=torch.float64, generator=self._generators[i]))
-            drawn[i], entropies[i] = _pick(row, uniform, temperature, top_k, top_p)
+            drawn[i], entropies[i] = self._draw_row(i, row, temperature, top_k, top_p)
         return torch.from_numpy(drawn).to(logits.device), entropies
+
+    def _draw_row(
+        self, i: int, row: np.ndarray, temperature: float, top_k: int, top_p: float
+    ) -> tuple[int, float]:
+        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generators[i]))
+        return _pick(row, uniform, temperature, top_k, top_p)
+
+
+def _float64(logits: Tensor) -> np.ndarray:
+    """Logits as float64 on the CPU, of the same shape."""
+    return logits.detach().double().cpu().numpy()
 
 
 def _pick(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from wgpt.model.cache import Cache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.fusion import Fusion
 from wgpt.model.latent import LatentHistory, centred
-from wgpt.model.transformer import Block, add_norm, op_for, rotary_angles
+from wgpt.model.transformer import Attention, Block, add_norm, op_for, rotary_angles
 
 _FORMAT = "wgpt-model-1"
 
@@ -107,6 +108,13 @@ class HybridModel(nn.Module):
         entries = centred(codebooks[: 1 + self.config.n_fine])
         self.latent.set_codebooks(entries)
         self.fine.start_from(entries)
+
+    def set_window(self, window_steps: int) -> None:
+        """Attention reaches back window_steps from now on, whatever it was trained with."""
+        self.config = dataclasses.replace(self.config, window_steps=window_steps)
+        for layer in self.modules():
+            if isinstance(layer, Attention):
+                layer.window_steps = window_steps
 
     @property
     def n_codebooks_read(self) -> int:

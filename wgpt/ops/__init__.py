@@ -1,17 +1,23 @@
-"""The fused ops, and what runs them.
+"""The fused ops, and what runs where: the device of the arguments decides.
 
-flash_attention, mel_embed and token_concat have CPU and CUDA kernels, and the device of the
-arguments decides. add_rms_norm, rotary_qkv, linear, feed_forward and linear_cross_entropy run on
-the CPU only, where a profile of the training step asked for them. There is no fallback, but for
-PackedMatrix, which is torch's product where packed_addmm is not. On CPUs the best instruction set
-that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or `set_cpu_target` names another;
-on x86 it flushes results too small for a normal float to zero. `reference` specifies each op in
-plain torch and runs only when asked.
+                                             CPU       CUDA              any other device
+    flash_attention, mel_embed, token_concat kernels   kernels           error
+    add_rms_norm, rotary_qkv, linear,
+    feed_forward, linear_cross_entropy       kernels   `reference`       `reference`
+    PackedMatrix (float32)                   kernels   torch's GEMM      torch's GEMM
+
+The second group has CPU kernels because a profile of the training step asked for them there;
+elsewhere it is the same formula in plain torch. `reference` specifies every op that way. A build
+without CUDA kernels raises OpError for the first group on CUDA tensors.
+
+On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
+`set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.
+Importing this package imports torch, and nothing else outside the standard library.
 """
 
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch  # first: wgpt._C resolves its symbols in the libtorch this loads
 
@@ -26,6 +32,7 @@ except ImportError as error:
         "tree run: make dev"
     ) from error
 
+from wgpt.errors import ConfigError
 from wgpt.ops import reference
 from wgpt.ops.add_rms_norm import add_rms_norm
 from wgpt.ops.feed_forward import feed_forward
@@ -38,6 +45,7 @@ from wgpt.ops.rotary_qkv import rotary_qkv
 from wgpt.ops.token_concat import token_concat
 
 __all__ = [
+    "Info",
     "PackedMatrix",
     "add_rms_norm",
     "feed_forward",
@@ -54,11 +62,34 @@ __all__ = [
 ]
 
 
-def info() -> dict[str, Any]:
-    """What runs the ops: CPU target and alternatives, CUDA architectures, torch versions."""
+class Info(TypedDict):
+    """What runs the ops; see `info`."""
+
+    cpu_target: str
+    cpu_targets: list[str]  # that this machine can run, best first
+    cpu_threads: int
+    cuda_archs: list[str]  # empty: a build without CUDA kernels
+    cuda_toolkit: str | None
+    cuda_available: bool
+    torch_running: str
+    torch_built: str
+    torch_oldest: str
+    compiler: str
+
+
+def info() -> Info:
+    """What runs the ops: CPU target and alternatives, CUDA architectures, torch versions.
+
+    Raises:
+        ConfigError: `WGPT_CPU_TARGET` names a target that this machine cannot run.
+    """
     build = _C.build_info()
+    try:
+        cpu_target = _C.cpu_target()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return {
-        "cpu_target": _C.cpu_target(),
+        "cpu_target": cpu_target,
         "cpu_targets": _C.cpu_targets(),
         "cpu_threads": torch.get_num_threads(),
         "cuda_archs": build["cuda_archs"].split(),
@@ -72,8 +103,15 @@ def info() -> dict[str, Any]:
 
 
 def set_cpu_target(name: str | None) -> None:
-    """Force the CPU target `name` (one of `info()["cpu_targets"]`); None goes back to the best.
+    """Forces a CPU target from now on.
 
-    Raises ValueError for a target that is not compiled in or that this machine cannot run.
+    Args:
+        name: one of `info()["cpu_targets"]`; None goes back to the best.
+
+    Raises:
+        ConfigError: a target that is not compiled in or that this machine cannot run.
     """
-    _C.set_cpu_target(name)
+    try:
+        _C.set_cpu_target(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -1,11 +1,12 @@
-"""add_rms_norm: the residual sum of a pre-norm block and its RMS norm, in one pass. CPU only."""
+"""add_rms_norm: the residual sum of a pre-norm block and its RMS norm, in one pass."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wgpt.ops.autocast import autocast_type, require_cpu, statistic_dtype
+from wgpt.ops import reference
+from wgpt.ops.autocast import autocast_type, statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
@@ -17,17 +18,26 @@ def add_rms_norm(
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """s = x + delta and s / rms(s) * weight, rms over the last axis; returns both.
+    """s = x + delta and s / rms(s) * weight, rms over the last axis.
 
-    x: (..., C) float32, bfloat16, float16 or float64, the residual stream. delta: (..., C), a
-    branch's result in a type of its own, or None; s is then x itself. weight: (C,).
-    dtype: of the normed output; None is the type autocast wants for products, else that of x.
+    Arithmetic is float32 (float64 for float64). Differentiable in x, delta and weight, with the
+    same bits for any number of threads. Source: Zhang and Sennrich, arXiv 1910.07467.
 
-    s has the type of x; sums and statistics are float32 (float64 for float64). Differentiable in x,
-    delta and weight, with the same bits for any number of threads. Raises ValueError for other
-    shapes, types or devices. Source: Zhang and Sennrich, arXiv 1910.07467.
+    Args:
+        x: (..., C), the residual stream; float32, bfloat16, float16 or float64.
+        delta: (..., C), a branch's result in a dtype of its own, or None: s is then x itself.
+        weight: (C,).
+        eps: added to the mean square.
+        dtype: of the normed output; None is the dtype autocast wants for GEMMs, else that of x.
+
+    Returns:
+        s in the dtype of x, and the normed s in `dtype`, both (..., C).
+
+    Raises:
+        OpError: for other shapes or dtypes.
     """
-    require_cpu("add_rms_norm", x)
+    if x.device.type != "cpu":
+        return reference.add_rms_norm(x, delta, weight, eps=eps, dtype=dtype)
     dtype = dtype or autocast_type(x)
     weight = weight.to(statistic_dtype(x))
     total, y, _ = _add_rms_norm(x, delta, weight, eps, dtype)

@@ -1,25 +1,37 @@
-"""feed_forward: two linear layers around an exact GELU that keep one tensor. CPU only."""
+"""feed_forward: two linear layers around an exact GELU that save one tensor."""
 
 from typing import Any
 
 from torch import Tensor
 
-from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops import reference
+from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """gelu(x up^T) down^T over the last axis of x (..., C), with up (F, C) and down (C, F).
+    """gelu(x up^T) down^T over the last axis of x.
 
-    float32, bfloat16, float16 or float64, all of one type. The matrix products are those of
-    `linear`, with their determinism. Only the pre-activations are kept for the backward, which
-    makes the activations again in the pass that needs their slope.
-    On the `amx` target a gradient of up or down that is not finite may be NaN where torch's is
-    infinite. Differentiable in all three. Raises ValueError for other shapes, types or devices.
+    The GEMMs are those of `linear`, with their determinism. Only the pre-activations are saved for
+    the backward, which recomputes the activations in the pass that needs their slope. On the `amx`
+    target a gradient of up or down that is not finite may be NaN where torch's is infinite.
+    Differentiable in all three.
+
+    Args:
+        x: (..., C); float32, bfloat16, float16 or float64.
+        up: (F, C), in the dtype of x.
+        down: (C, F), in the dtype of x.
+
+    Returns:
+        (..., C), in the dtype of x.
+
+    Raises:
+        OpError: for other shapes or dtypes.
     """
-    require_cpu("feed_forward", x)
+    if x.device.type != "cpu":
+        return reference.feed_forward(x, up, down)
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
-    y, _ = _feed_forward(x.reshape(-1, x.shape[-1]), up, down)
+    y: Tensor = _feed_forward(x.reshape(-1, x.shape[-1]), up, down)[0]
     return y.view(x.shape)
 
 

@@ -1,14 +1,57 @@
 """flash_attention: softmax attention in O(T) memory, differentiable also through its lse."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from wgpt.errors import OpError
 from wgpt.ops import reference
-from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -21,25 +64,32 @@ def flash_attention(
     window: int = 0,
     first_key: Tensor | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
 
-    q (B, Tq, H, D), k and v (B, Tk, H, D) with D in {32, 64, 128}, float32, bfloat16 or float16
-    (float64 on CPU). Slices of a fused projection are read in place; only a strided last axis costs
-    a copy. Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step,
-    against a key/value cache.
-
-    scale: factor of the scores; None is 1 / sqrt(D).
-    causal: query at position p sees keys j <= p; needs Tq <= Tk.
-    window: > 0: only keys with p - window < j (not causal: also j < p + window) are seen.
-    first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
-        last key that the query sees without it, non-decreasing along a row. Causal attention over
-        packed documents: the start of the query's document (`first_key_of`). No gradient.
-
-    Returns out (B, Tq, H, D), contiguous, in the type of q; with `return_lse` also the natural
-    log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64). Accumulates in float32 and
-    gives the same bits for any number of threads. Raises ValueError for arguments outside these.
+    Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step, against a KV
+    cache. Slices of a fused projection are read in place; only a strided last axis costs a copy.
+    Accumulates in float32 (float64 for float64); the same bits for any number of threads.
+    Differentiable in q, k and v, through out and lse.
     Source: Dao et al., FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691.
+
+    Args:
+        q: (B, Tq, H, D) with D in {32, 64, 128}; float32, bfloat16, float16, or float64 on the CPU.
+        k, v: (B, Tk, H, D), in the dtype of q.
+        scale: factor of the scores; None is 1 / sqrt(D).
+        causal: the query at position p sees keys j <= p; needs Tq <= Tk.
+        window: > 0: it sees only keys with p - window < j (not causal: also j < p + window).
+        first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
+            last key that the query sees without it, non-decreasing along a row. Causal attention
+            over packed documents: the start of the query's document (`first_key_of`). No gradient.
+        return_lse: return the log-sum-exp too.
+
+    Returns:
+        out (B, Tq, H, D), contiguous, in the dtype of q; with `return_lse` also the natural
+        log-sum-exp of the scores (B, H, Tq), float32 (float64 for float64).
+
+    Raises:
+        OpError: for other shapes, dtypes or options.
     """
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
@@ -55,6 +105,8 @@ def flash_attention(
             first_key=first_key,
             return_lse=return_lse,
         )
+    out: Tensor
+    lse: Tensor
     out, lse = _flash_attention(q, k, v, scale, causal, window)
     return (out, lse) if return_lse else out
 
@@ -62,20 +114,27 @@ def flash_attention(
 def first_key_of(
     cu_seqlens: Sequence[Tensor | Sequence[int]], steps: int, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """`first_key` (B, steps) int32 of rows in which documents lie end to end: each step's document.
+    """The `first_key` of rows in which documents lie end to end: the start of each step's document.
 
-    cu_seqlens: of each row the cumulative lengths of its documents, 0 first, as integers: document
-        n takes the steps [cu_seqlens[b][n], cu_seqlens[b][n + 1]). Steps behind the last document
-        (padding) are one document more. Empty documents are allowed.
+    Args:
+        cu_seqlens: of each row the cumulative lengths of its documents, 0 first, as integers:
+            document n takes the steps [cu_seqlens[b][n], cu_seqlens[b][n + 1]). Steps behind the
+            last document (padding) are one document more. Empty documents are allowed.
+        steps: of a row.
+        device: of the result.
 
-    Raises ValueError for lengths that do not begin at 0, fall, or pass `steps`.
+    Returns:
+        (B, steps) int32.
+
+    Raises:
+        OpError: for lengths that do not begin at 0, fall, or pass `steps`.
     """
     rows = []
     for b, borders in enumerate(cu_seqlens):
         starts = torch.as_tensor(borders, dtype=torch.int64, device="cpu")
         good = starts.dim() == 1 and len(starts) > 0 and starts[0] == 0
         if not (good and (starts.diff() >= 0).all() and starts[-1] <= steps):
-            raise ValueError(
+            raise OpError(
                 f"first_key_of: cu_seqlens[{b}] must rise from 0 to at most steps = {steps}, "
                 f"got {starts.tolist()}"
             )
@@ -86,16 +145,12 @@ def first_key_of(
     return torch.stack(rows).to(device, torch.int32)
 
 
-def _statistic_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @register_fake("flash_attention")
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     batch, q_steps, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=_statistic_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=statistic_dtype(q))
 
 
 @register_fake("flash_attention_backward")

@@ -1,10 +1,10 @@
-"""How an op gets its gradient: one formula, registered with torch, and a shorter way to it.
+"""How an op gets its gradient: one formula, registered with torch, and a fast eager path.
 
-torch.compile, torch.export and callers of torch.ops.wgpt meet the formula that
+torch.compile, torch.export and callers of torch.ops.wgpt use the formula that
 `torch.library.register_autograd` registers. Called eagerly that costs 40 to 120 us more for a
 forward with its backward than an autograd.Function around the kernels alone (docs/log.md), so the
 public functions call that: the same formula, over the ops' second names in torch.ops.wgpt_kernels,
-which know of no gradient.
+which have no gradient registered.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,29 @@ from typing import Any
 
 import torch
 
+from wgpt.errors import DerivativeError, OpError
+
 
 def differentiable(
     name: str,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Gives the op wgpt::`name` its gradient and returns what to call for it, eagerly or not.
+    """Registers the gradient of the op wgpt::`name`.
 
-    setup_context(ctx, inputs, output) and backward(ctx, *gradients) as register_autograd takes
-    them; backward calls wgpt::`name`_backward, which has no derivative, by `backward_op`.
+    Args:
+        name: the op's name.
+        setup_context: (ctx, inputs, output), as `torch.library.register_autograd` takes it.
+        backward: (ctx, *gradients); calls wgpt::`name`_backward, which has no derivative, by
+            `backward_op`.
+
+    Returns:
+        A function that calls the op with its gradient, eagerly or compiled. It raises OpError for
+        arguments that the op refuses.
     """
 
     def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{name}: second derivatives are not implemented")
+        raise DerivativeError(f"{name}: second derivatives are not implemented")
 
     torch.library.register_autograd(f"wgpt::{name}", backward, setup_context=setup_context)
     torch.library.register_autograd(f"wgpt::{name}_backward", refuse)
@@ -44,16 +53,19 @@ def differentiable(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return registered(*inputs)
-        return apply(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
+        try:
+            return apply(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
+        except ValueError as error:  # a check of csrc/checks.h
+            raise OpError(str(error)) from None
 
     return call
 
 
 def backward_op(name: str) -> Callable[..., Any]:
-    """What a formula calls for wgpt::`name`_backward.
+    """The function that a backward formula calls for wgpt::`name`_backward.
 
-    Where a graph of the backward itself is made, or traced, that is the op which says that it has
-    no derivative.
+    Where the backward itself is recorded (create_graph) or traced, it is the registered op, which
+    raises when it is differentiated.
     """
     registered = getattr(torch.ops.wgpt, f"{name}_backward").default
     kernel = getattr(torch.ops.wgpt_kernels, f"{name}_backward").default
@@ -67,7 +79,7 @@ def backward_op(name: str) -> Callable[..., Any]:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates what gives outputs without data, for both names of an op."""
+    """Decorator: registers a fake (outputs without data) for both names of an op."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         for namespace in ("wgpt", "wgpt_kernels"):

@@ -1,28 +1,37 @@
-"""linear: y = x weight^T, with products faster than torch's where they can be. CPU only."""
+"""linear: y = x weight^T; runs our GEMM where it beats torch's."""
 
 from typing import Any
 
 from torch import Tensor
 
-from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops import reference
+from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T over the last axis of x (..., C), with weight (F, C): (..., F).
+    """x weight^T over the last axis of x.
 
-    float32, bfloat16, float16 or float64, both of one type. The CPU target in use makes some
-    products itself, with an error no larger than torch's and the same bits for any number of
-    threads: large ones in float32 on `amx` (each of six bfloat16 ones), `avx512*` and `avx2`, large
-    ones in bfloat16 on `avx512_bf16`, and those in bfloat16 and float16 where torch has no
-    instructions for them and is slow. All others are torch's. Differentiable in both. Raises
-    ValueError for other shapes, types or devices.
+    The CPU target in use runs its own GEMM, with an error no larger than torch's and the same bits
+    for any number of threads, for large float32 ones on `amx` (bf16x3), `avx512*` and `avx2`, for
+    large bfloat16 ones on `avx512_bf16`, and for bfloat16 and float16 where torch has no
+    instructions for them and is slow. All others are torch's GEMM, which gives the same bits for
+    the same number of threads. Differentiable in both.
 
-    torch's products give the same bits for the same number of threads.
+    Args:
+        x: (..., C); float32, bfloat16, float16 or float64.
+        weight: (F, C), in the dtype of x.
+
+    Returns:
+        (..., F), in the dtype of x.
+
+    Raises:
+        OpError: for other shapes or dtypes.
     """
-    require_cpu("linear", x)
+    if x.device.type != "cpu":
+        return reference.linear(x, weight)
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
-    y = _linear(x.reshape(-1, x.shape[-1]), weight)
+    y: Tensor = _linear(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,29 +1,39 @@
-"""linear_cross_entropy: the head's loss and its gradients in one (N, V) matrix. CPU only."""
+"""linear_cross_entropy: fused linear + cross-entropy, gradients included, in one (N, V) buffer."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wgpt.ops.autocast import cast_to_autocast_type, require_cpu
+from wgpt.ops import reference
+from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.gradient import differentiable, register_fake
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """The summed NLL in nats of targets under softmax(hidden weight^T), and how many it got right.
+    """The summed NLL of targets under softmax(hidden weight^T), and the number of hits.
 
-    hidden (..., C), weight (V, C) of the same type, targets (...) int64 in [0, V) or ignore_index.
-    Returns the sum (), float32 (float64 for float64), differentiable in hidden and weight, and the
-    count () int64 of targets that are the first of their largest logits.
+    The logits become their own gradients in place, and nothing of their size is saved: the forward
+    computes the gradients of hidden and weight, the backward only scales them. The GEMMs are those
+    of `linear`, with their determinism. On devices other than the CPU all logits are written.
 
-    The logits become their own gradients in place, and nothing of their size is kept: the gradients
-    of hidden and weight are made in the forward and only scaled by the backward. The matrix
-    products are those of `linear`, with their determinism. Raises ValueError for other shapes,
-    types, targets or devices.
+    Args:
+        hidden: (..., C); float32, bfloat16, float16 or float64.
+        weight: (V, C), in the dtype of hidden.
+        targets: (...) int64, in [0, V) or ignore_index.
+        ignore_index: targets of this value count for nothing.
+
+    Returns:
+        The NLL in nats (), float32 (float64 for float64), differentiable in hidden and weight, and
+        the number () int64 of targets that are the first of their largest logits.
+
+    Raises:
+        OpError: for other shapes, dtypes or targets.
     """
-    require_cpu("linear_cross_entropy", hidden)
+    if hidden.device.type != "cpu":
+        return reference.linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, n_correct, _, _ = _linear_cross_entropy(
@@ -47,7 +57,7 @@ def _fake(
 
 @torch.library.custom_op("wgpt::linear_cross_entropy_backward", mutates_args=())
 def _scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gradients times d_loss, which torch keeps in its own type for the product."""
+    """Both gradients times d_loss: multiplied in the dtype of d_loss, rounded once."""
     scaled, scaled_weight = ((g * d_loss).to(g.dtype) for g in (d_hidden, d_weight))
     return scaled, scaled_weight
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wgpt.errors import DerivativeError, OpError
 from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
@@ -24,16 +25,23 @@ def mel_embed(
 
     A slice is the `frames_per_step` frames that end with the step and `context_frames` more on
     their left; frames before the first count as the mean (zero after normalisation). No step sees a
-    later frame.
+    later frame. Differentiable in weight, bias and pos.
 
-    frames: (B, T * frames_per_step, M), data; float32, float16 or the type of weight.
-    mean, inv_std: (M,), data: x = (frame - mean) * inv_std in float32 (float64 for float64).
-    weight: (Cm, (context_frames + frames_per_step) * M), oldest frame first; bias: (Cm,).
-    pos: (>= T, Cm) or None.
+    Args:
+        frames: (B, T * frames_per_step, M), data; float32, float16 or the dtype of weight.
+        mean, inv_std: (M,), data: x = (frame - mean) * inv_std in float32 (float64 for float64).
+        weight: (Cm, (context_frames + frames_per_step) * M), oldest frame first; float32, bfloat16,
+            float16, or float64 on the CPU.
+        bias: (Cm,), in the dtype of weight.
+        pos: (>= T, Cm) in the dtype of weight, or None.
+        frames_per_step: frames that end with a step.
+        context_frames: frames of left context.
 
-    Returns (B, T, Cm), contiguous, in the type of weight: float32, bfloat16, float16, or float64 on
-    CPU. Differentiable in weight, bias and pos; frames, mean and inv_std are data, and asking for
-    their gradient raises ValueError, as does any argument outside the above.
+    Returns:
+        (B, T, Cm), contiguous, in the dtype of weight.
+
+    Raises:
+        OpError: for other shapes or dtypes, or where frames, mean or inv_std requires a gradient.
     """
     weight, bias, pos = cast_to_autocast_type(weight, bias, pos)  # type: ignore[assignment]
     save_slope = False
@@ -50,15 +58,15 @@ def mel_embed(
         mean = mean.to(statistics)
     if inv_std.dtype != statistics:
         inv_std = inv_std.to(statistics)
-    y, _ = _mel_embed(
+    y: Tensor = _mel_embed(
         frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames, save_slope
-    )
+    )[0]
     return y
 
 
 def _refuse_gradient(**data: Tensor) -> None:
     name = next(name for name, tensor in data.items() if tensor.requires_grad)
-    raise ValueError(
+    raise OpError(
         f"mel_embed: {name} is data and gets no gradient, but it requires one; pass {name}.detach()"
     )
 
@@ -109,7 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[:3]):
-        raise RuntimeError("mel_embed: frames, mean and inv_std are data and get no gradient")
+        raise DerivativeError("mel_embed: frames, mean and inv_std are data and get no gradient")
     if d_y is None:
         return (None,) * 9
     d_weight, d_bias, d_pos = _mel_embed_backward(

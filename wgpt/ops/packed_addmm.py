@@ -1,27 +1,31 @@
-"""packed_addmm: products of rows with one matrix, each row with the bits that it has alone."""
+"""packed_addmm: a prepacked, batch-invariant GEMM for few rows, as in decoding."""
 
 import torch
 from torch import Tensor
 
+from wgpt.errors import OpError
 from wgpt.ops.gradient import register_fake
 
-_COLUMNS = 64  # of a panel: kPackedColumns of csrc/kernels/packed_addmm.h
+_COLUMNS = 64  # of a panel: kPanelColumns of csrc/kernels/gemm.h
 
 
 class PackedMatrix:
-    """A matrix (K, N), laid out once for many products with a few rows each.
+    """A matrix (K, N), packed once for many GEMMs with few rows each. Holds a copy; no gradients.
 
-    float32 on the CPU: a row of a result has the same bits whatever the other rows are, however
-    many there are and on any number of threads, which no BLAS promises; an item of a batch gets
-    what it gets alone. Other types and devices: torch's own products and errors, without that
-    promise. Holds a copy. No gradients. Raises ValueError for what is not a matrix.
+    float32 on the CPU is batch-invariant: a row of a result has the same bits whatever the other
+    rows are, however many there are, on any number of threads. No BLAS promises that. Other dtypes
+    and devices run torch's GEMM, without that promise.
+
+    Args:
+        matrix: (K, N).
+
+    Raises:
+        OpError: for what is not a matrix.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.dim() != 2:
-            raise ValueError(
-                f"packed_addmm: matrix must have shape (K, N), got {tuple(matrix.shape)}"
-            )
+            raise OpError(f"packed_addmm: matrix must have shape (K, N), got {tuple(matrix.shape)}")
         matrix = matrix.detach()
         self.shape = matrix.shape
         self._plain: Tensor | None = None
@@ -35,7 +39,7 @@ class PackedMatrix:
         self._panels = panels.clone(memory_format=torch.contiguous_format)
 
     def mm(self, x: Tensor) -> Tensor:
-        """x (M, K) times the matrix: (M, N). Raises ValueError for other shapes or types."""
+        """x (M, K) times the matrix: (M, N). Raises OpError for other shapes or dtypes."""
         if self._plain is not None:
             return x.mm(self._plain)
         return _packed_addmm(x, self._panels, None, self.shape[1])
@@ -52,4 +56,9 @@ def _fake(x: Tensor, panels: Tensor, addend: Tensor | None, columns: int) -> Ten
     return x.new_empty((x.shape[0], columns))
 
 
-_packed_addmm = torch.ops.wgpt_kernels.packed_addmm.default
+def _packed_addmm(x: Tensor, panels: Tensor, addend: Tensor | None, columns: int) -> Tensor:
+    try:
+        y: Tensor = torch.ops.wgpt_kernels.packed_addmm.default(x, panels, addend, columns)
+    except ValueError as error:  # a check of csrc/checks.h
+        raise OpError(str(error)) from None
+    return y

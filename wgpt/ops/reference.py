@@ -3,6 +3,8 @@
 Written for reading, not for speed; differentiable, on any device and in any floating-point type.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,48 @@ def token_concat(
     if mel_hidden is not None:
         y = torch.cat([y, mel_hidden], dim=-1)
     return y if pos is None else y + pos[: tokens.shape[1]]
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    first_key: Tensor | None = None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -97,12 +141,12 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     """See `wgpt.ops.rotary_qkv`."""
     cos, sin = (angle[:, None, :].to(qkv.dtype) for angle in (cos, sin))
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
     q, k, v = qkv.unbind(2)
-    return turned(q), turned(k), v
+    return rotated(q), rotated(k), v
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,25 +1,37 @@
-"""rotary_qkv: queries, keys and values of a fused projection, turned by position. CPU only."""
+"""rotary_qkv: split a fused projection into q, k, v and rotate q and k by position (RoPE)."""
 
 from typing import Any
 
 from torch import Tensor
 
-from wgpt.ops.autocast import require_cpu, statistic_dtype
+from wgpt.errors import DerivativeError
+from wgpt.ops import reference
+from wgpt.ops.autocast import statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
 
 def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, each (B, T, H, D) contiguous, of qkv (B, T, 3, H, D); q and k turned.
+    """q, k and v of a fused projection, with q and k rotated (RoPE).
 
-    Channel pairs (i, i + D/2) turn by the angle whose cosine and sine stand in cos and sin
-    (T, D/2), which are constants. float32, bfloat16, float16 or float64; arithmetic in float32
-    (float64). Differentiable in qkv: the backward turns back and packs in the same pass. Raises
-    ValueError for other shapes, types or devices.
-    Source: Su et al., RoFormer, arXiv 2104.09864.
+    Channel pairs (i, i + D/2) are rotated by the angle with the given cosine and sine. Arithmetic
+    is float32 (float64 for float64). Differentiable in qkv: the backward rotates back and packs in
+    the same pass. Source: Su et al., RoFormer, arXiv 2104.09864.
+
+    Args:
+        qkv: (B, T, 3, H, D); float32, bfloat16, float16 or float64.
+        cos, sin: (T, D/2), constants.
+
+    Returns:
+        q, k and v, each (B, T, H, D) contiguous, in the dtype of qkv.
+
+    Raises:
+        OpError: for other shapes or dtypes.
     """
-    require_cpu("rotary_qkv", qkv)
+    if qkv.device.type != "cpu":
+        return reference.rotary_qkv(qkv, cos, sin)
     statistics = statistic_dtype(qkv)
-    return _rotary_qkv(qkv, cos.to(statistics), sin.to(statistics))
+    q, k, v = _rotary_qkv(qkv, cos.to(statistics), sin.to(statistics))
+    return q, k, v
 
 
 @register_fake("rotary_qkv")
@@ -41,7 +53,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
     if any(ctx.needs_input_grad[1:]):
-        raise RuntimeError("rotary_qkv: cos and sin are constants and get no gradient")
+        raise DerivativeError("rotary_qkv: cos and sin are constants and get no gradient")
     return _rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors), None, None
 
 

@@ -14,8 +14,12 @@ def resolve_device(name: str) -> str:
     """`auto` becomes cuda if there is one, else cpu. Raises ConfigError for what is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ConfigError(f"device must be auto, cpu, or an available cuda device, got {name!r}")
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *(["cuda"] if n_cuda else []), *(f"cuda:{i}" for i in range(n_cuda))]
+    if name not in known:
+        raise ConfigError(
+            f"device must be auto or, on this machine, one of {', '.join(known)}, got {name!r}"
+        )
     return name
 
 

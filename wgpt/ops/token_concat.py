@@ -13,18 +13,26 @@ def token_concat(
 ) -> Tensor:
     """cat(table[tokens], mel_hidden) (+ pos[:T]) over the channels, in one pass.
 
-    tokens: (B, T) int64 in [0, V). table: (V, Ct). mel_hidden: (B, T, Cm), or None for tokens only;
-    a slice of a wider tensor is read in place. pos: (>= T, Ct + Cm) or None.
+    Differentiable in table, mel_hidden and pos; the gradient of table sums each row in a fixed
+    order, so it has the same bits for any number of threads. On CUDA a token outside [0, V) makes
+    its step's token channels NaN: a check would wait for the device.
 
-    Returns (B, T, Ct + Cm), contiguous, in the type of table: float32, bfloat16, float16, or
-    float64 on CPU. Differentiable in table, mel_hidden and pos; the gradient of table sums each row
-    in a fixed order, so it has the same bits for any number of threads.
+    Args:
+        tokens: (B, T) int64 in [0, V).
+        table: (V, Ct); float32, bfloat16, float16, or float64 on the CPU.
+        mel_hidden: (B, T, Cm) in the dtype of table, or None for tokens only; a slice of a wider
+            tensor is read in place.
+        pos: (>= T, Ct + Cm) in the dtype of table, or None.
 
-    A token outside [0, V) raises ValueError on the CPU. On CUDA that check would wait for the
-    device, so there the step's token channels become NaN.
+    Returns:
+        (B, T, Ct + Cm), contiguous, in the dtype of table.
+
+    Raises:
+        OpError: for other shapes or dtypes; on the CPU also for a token outside [0, V).
     """
     table, mel_hidden, pos = cast_to_widest_type(table, mel_hidden, pos)  # type: ignore[assignment]
-    return _token_concat(tokens, table, mel_hidden, pos)
+    y: Tensor = _token_concat(tokens, table, mel_hidden, pos)
+    return y
 
 
 @register_fake("token_concat")

@@ -84,6 +84,12 @@ def list_steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary folders of a killed `save`."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def copy_model(checkpoint: Path, target: Path) -> None:
     """Makes `target` the model folder of a checkpoint, unless it is already.
 

@@ -10,6 +10,7 @@ import torch
 from wgpt.errors import ConfigError, did_you_mean
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
+from wgpt.runs.model_record import ModelRecord
 
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
@@ -73,6 +74,7 @@ def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
     model = HybridModel.from_pretrained(folder)
     facts = json.loads((folder / "config.json").read_text())
     kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
+    kept["context_steps"] = ModelRecord.read(folder).context_steps
     card = card or (folder / "README.md").read_text()
     model.save_pretrained(out, card, kept, STORED)
     return Path(out) / "model.safetensors"

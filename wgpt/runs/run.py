@@ -1,6 +1,7 @@
 """A run folder: what a training run was asked to do, where its files lie, and how to open it again.
 
-RUN/config.json        preset, model, training settings, data folder and codec identity
+RUN/config.json        preset, model, training settings and what changed them on the way, data
+                       folder and codec identity
     metrics.csv        one row per training step and per validation
     plots/loss.png     loss curves by step and by epoch
     samples/           audio sampled while training
@@ -33,6 +34,8 @@ class Run:
     model: ModelConfig
     config: TrainConfig
     data: dict[str, Any]  # facts_of(data)
+    # What --resume changed: {"from_step": n, "changed": {field: [old, new]}}, in order.
+    changes: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def create(
@@ -46,18 +49,22 @@ class Run:
                 f"{path}: this folder already holds a run; add --resume to go on with it, "
                 "or choose another --out"
             )
-        facts = facts_of(data)
-        run = cls(folder, preset, model, config, facts)
         folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, preset, model, config, facts_of(data))
+        run.write()
+        return run
+
+    def write(self) -> None:
+        """Writes config.json: the settings as they are now, and `changes`."""
         description = {
             "format": _FORMAT,
-            "preset": preset,
-            "model": to_json(model),
-            "train": to_json(config),
-            "data": facts,
+            "preset": self.preset,
+            "model": to_json(self.model),
+            "train": to_json(self.config),
+            "data": self.data,
+            **({"changes": list(self.changes)} if self.changes else {}),
         }
-        write_atomically(path, json.dumps(description, indent=2) + "\n")
-        return run
+        write_atomically(self.folder / "config.json", json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -78,6 +85,7 @@ class Run:
                 from_json(ModelConfig, description["model"], str(path)),
                 from_json(TrainConfig, description["train"], str(path)),
                 dict(description["data"]),
+                tuple(description.get("changes", ())),
             )
         except KeyError as error:
             raise ConfigError(f"{path}: has no {error}") from None
@@ -97,6 +105,11 @@ class Run:
 
         Raises DataError when that folder was made with another codec or mel.
         """
+        if path is None and not Path(self.data["path"]).is_dir():
+            raise DataError(
+                f"{self.folder}: its data are no longer at {self.data['path']}; name the folder "
+                "they are in now with --data"
+            )
         dataset = Dataset(path or self.data["path"])
         expected = self.data["codec"]["identity"]
         if dataset.codec_identity != expected:

@@ -15,6 +15,7 @@ from wgpt.runs.pretrained import model_folder
 
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
 _LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
+CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout")  # of ModelConfig, with --init
 
 
 class InitialWeights:
@@ -67,7 +68,7 @@ class InitialWeights:
         """
         for name, value in changes.items():
             own = getattr(self.model.config, name)
-            if name not in (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout") and value != own:
+            if name not in CHANGEABLE_FIELDS and value != own:
                 raise ConfigError(
                     f"model: {name} must be that of --init, {own} ({self.path}), got {value}"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -11,11 +12,13 @@ from wgpt import codec
 from wgpt.config import ModelConfig, TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
+from wgpt.files import locked
 from wgpt.model.presets import preset as preset_shape
 from wgpt.runs import checkpoint
 from wgpt.runs.run import Run, facts_of
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.initial_weights import InitialWeights
+from wgpt.training.resume import with_changes
 from wgpt.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,15 @@ def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
     data.normalisation(settings.mel_source)
 
 
+def check_ranks(settings: TrainConfig, processes: ProcessGroup) -> None:
+    """Raises ConfigError unless the batch can be dealt to all processes."""
+    if settings.batch_size % processes.size:
+        raise ConfigError(
+            f"--batch-size must be divisible by the {processes.size} processes of torchrun, "
+            f"got {settings.batch_size}"
+        )
+
+
 def train(
     data: str | Path | None,
     out: str | Path,
@@ -72,16 +84,22 @@ def train(
         out: run folder; must not hold a run yet unless `resume`.
         preset: a name of config.PRESETS; by default `hybrid`, or that of `init`.
         model: ModelConfig fields to change from the preset, or from the shape of `init`.
-        settings: TrainConfig fields. On resume all of them come from the run's config.json.
+        settings: TrainConfig fields. On resume those of the run's config.json hold but for what
+            is given here, from the next step on; it is recorded there (Run.changes).
 
     Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
     """
     if resume:
         run = Run.open(out)
         dataset = run.dataset(data)
-        begun = bool(checkpoint.list_steps(run.checkpoints))
-        warm = InitialWeights(run.config.init) if run.config.init and not begun else None
-        processes = ProcessGroup.join(run.config.device)
+        kept = checkpoint.list_steps(run.checkpoints)
+        step = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        changed = with_changes(run, step, preset, model or {}, settings)
+        check_fit(changed.model, changed.config, dataset)
+        warm = InitialWeights(run.config.init) if run.config.init and not kept else None
+        processes = ProcessGroup.join(changed.config.device)
+        check_ranks(changed.config, processes)
+        is_changed, run = changed is not run, changed
     else:
         if data is None:
             raise ConfigError("data must name a prepared folder; make one with `wgpt prepare`")
@@ -112,16 +130,21 @@ def train(
             shape = dataclasses.replace(shape, latent_dim=latent_dim)
         check_fit(shape, chosen, dataset)
         processes = ProcessGroup.join(chosen.device)
-        run = Run(Path(out), preset, shape, chosen, facts_of(dataset))
+        check_ranks(chosen, processes)
+        run, is_changed = Run(Path(out), preset, shape, chosen, facts_of(dataset)), False
         if processes.rank == 0:
             run = Run.create(out, preset, shape, chosen, dataset)
-    if processes.rank == 0:
-        dataset.verify()
-    trainer = Trainer(run, dataset, processes)
-    if warm is not None:
-        warm.load_into(trainer.model)
-    log.info("%s: %s", run.preset, trainer.model.describe())
+    is_first = processes.rank == 0
     try:
-        return trainer.fit(resume)
+        with locked(run.folder, "trained") if is_first else contextlib.nullcontext():
+            if is_first:
+                dataset.verify()
+                if is_changed:
+                    run.write()
+            trainer = Trainer(run, dataset, processes)
+            if warm is not None:
+                warm.load_into(trainer.model)
+            log.info("%s: %s", run.preset, trainer.model.describe())
+            return trainer.fit(resume)
     finally:
         processes.leave()

@@ -14,6 +14,7 @@ from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset, Split
 from wgpt.evaluation.scores import codebook_scores
+from wgpt.files import remove_leftovers
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
@@ -42,6 +43,9 @@ class RunRecord:
         """after_step: rows of later steps are dropped from metrics.csv (they are done again)."""
         self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
         self.progress = progress
+        for folder in (run.folder, run.model_folder):
+            remove_leftovers(folder)
+        checkpoint.remove_leftovers(run.checkpoints)
         self.metrics = Metrics(run.folder / "metrics.csv", after_step)
         self._show_best()  # a kill may have come between a checkpoint and the model folder
 
@@ -111,6 +115,7 @@ class RunRecord:
                 "step": step,
                 "mel": config.to_json(self.data.mel_config),
                 "mel_source": self.mel_source,
+                "context_steps": self.run.config.context_steps,
                 "codec": self.run.data["codec"],
             },
         )

@@ -27,6 +27,7 @@ from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord
+from wgpt.training.resume import resume_command
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class Trainer:
         if not is_new:
             start, saved = checkpoint.load_newest(self.run.checkpoints, self.model, self.optimizer)
             self.progress = Progress(**saved)
+            if any(change["from_step"] == start for change in self.run.changes):
+                self.progress.n_worse = 0  # other settings: a new hope
             log.info("resumed from step %d", start)
         if self.processes.rank == 0:
             self.record = RunRecord(
@@ -152,7 +155,11 @@ class Trainer:
         """Trains from step `start` on; returns the last step."""
         settings, record = self.settings, self.record
         if self._is_exhausted():
-            log.info("ended early before; raise --patience or --max-steps to go on")
+            log.info(
+                "ended at step %d for want of improvement; more patience goes on: %s",
+                start,
+                resume_command(self.run, patience=2 * settings.patience),
+            )
             return start
         bar = tqdm(
             prefetch(self.batches.batch, start, settings.max_steps),
@@ -188,7 +195,7 @@ class Trainer:
                 bar.close()
                 raise Interrupted(
                     f"stopped at step {step} of {settings.max_steps}, everything is saved; go on "
-                    f"with: wgpt train --out {self.run.folder} --resume"
+                    f"with: {resume_command(self.run)}"
                 )
         bar.close()
         if record:
@@ -196,8 +203,9 @@ class Trainer:
         if record and step < settings.max_steps:
             log.info(
                 "ended at step %d of %d: %d validations in a row brought nothing better than "
-                "step %d; --patience is how many may",
+                "step %d; more patience goes on: %s",
                 step, settings.max_steps, self.progress.n_worse, self.progress.best_step,
+                resume_command(self.run, patience=2 * settings.patience),
             )  # fmt: skip
         return step
 
@@ -242,10 +250,11 @@ class Trainer:
         facts = self.processes.sum(torch.stack(parts)).tolist()
         if not (math.isfinite(facts[0]) and math.isfinite(norm.item())):
             rows = list(zip(batch.clips.tolist(), batch.starts.tolist(), strict=True))
+            command = resume_command(self.run, lr=float(f"{settings.lr / 3:.1g}"))
             raise TrainError(
                 f"step {step}: loss {facts[0]}, gradient norm {norm.item()}: not finite; the batch "
-                f"was (clip, first step) {rows} of {self.data.path}; lower --lr, raise "
-                "--warmup-steps, or look at these clips"
+                f"was (clip, first step) {rows} of {self.data.path}. Go on from the last "
+                f"checkpoint at a lower rate: {command}"
             )
         self.optimizer.step()
         rate = self.optimizer.param_groups[0]["lr"]

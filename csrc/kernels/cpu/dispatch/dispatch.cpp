@@ -45,9 +45,9 @@ namespace {
 constexpr int kMaxTargets = 5;
 
 #if defined(__x86_64__)
-// Linux gives a process the tile registers only when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM,
+// Linux grants a process the AMX tile registers only on request: arch_prctl(ARCH_REQ_XCOMP_PERM,
 // XFEATURE_XTILEDATA).
-bool may_use_tiles() {
+bool may_use_amx() {
 #if defined(__linux__)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
@@ -71,7 +71,7 @@ struct Available {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
     if (has_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-        may_use_tiles()) {
+        may_use_amx()) {
       targets[n++] = &amx::kKernels;
     }
     // vdpbf16ps gives twice the rate of float32 on AMD, half of it on Intel (measured: Zen 5,
@@ -134,7 +134,7 @@ double peak_flops(DType dtype) {
   double best = 0;
   for (int i = 0; i < 60; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    const double flops = active().multiply_adds(dtype, kBlocks);
+    const double flops = active().run_fmas(dtype, kBlocks);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, flops / seconds.count());
   }

@@ -7,10 +7,9 @@
 #include "kernels/add_rms_norm.h"
 #include "kernels/feed_forward.h"
 #include "kernels/flash_attention.h"
+#include "kernels/gemm.h"
 #include "kernels/linear_cross_entropy.h"
-#include "kernels/matmul.h"
 #include "kernels/mel_embed.h"
-#include "kernels/packed_addmm.h"
 #include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
 
@@ -35,12 +34,11 @@ struct Kernels {
   void (*gelu_forward)(const GeluForward&, const Executor&);
   void (*gelu_backward)(const GeluBackward&, const Executor&);
   void (*cross_entropy_rows)(const CrossEntropyRows&, const Executor&);
-  // Whether matmul is as fast as torch's own product, or faster; pointers are not looked at.
-  bool (*prefers_own_gemm)(const Matmul&);
-  bool (*matmul)(const Matmul&, const Executor&);
-  size_t (*matmul_workspace_bytes)(const Matmul&);
-  void (*packed_addmm)(const PackedAddmm&, const Executor&);
-  double (*multiply_adds)(DType, int64_t n);  // n register tiles of products; returns their FLOPs
+  // Whether gemm is at least as fast as torch's; pointers are not looked at.
+  bool (*prefers_own_gemm)(const Gemm&);
+  bool (*gemm)(const Gemm&, const Executor&);
+  size_t (*gemm_workspace_bytes)(const Gemm&);
+  double (*run_fmas)(DType, int64_t n);  // n steps of a register block; returns their FLOPs
 };
 
 // The targets compiled in that this machine can run, best first; ends with nullptr.

@@ -1,5 +1,5 @@
-// The machine's arithmetic limit, for benchmarks: multiply-adds on registers alone, as many as a
-// tile keeps busy.
+// Measured peak FLOP/s, for benchmarks: FMAs (or AMX) on registers alone, one register block of
+// accumulators.
 #pragma once
 
 #include "kernels/cpu/attention/visibility.h"
@@ -7,18 +7,18 @@
 namespace wgpt::cpu::WGPT_TARGET {
 
 template <typename Dot>
-double multiply_add_blocks(int64_t n) {
+double run_fma_blocks(int64_t n) {
   constexpr int kRowGroup = Dot::kRows;
-  // Read anew for every register: equal numbers that the compiler must not merge.
+  // Volatile: equal numbers that the compiler must not merge.
   volatile float zero = 0.0f;
   alignas(64) RegisterBlock<kRowGroup, kVectors> sums;
   WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(zero);
   }
-  if constexpr (Dot::kIsAmx) {  // operands come from L1, under cover of the products
+  if constexpr (Dot::kIsAmx) {  // operands come from L1, overlapped
 #if defined(__AMX_BF16__)
-    // Numbers that differ in every bit, as those of models do: products of zeros need less power, and a
-    // Sapphire Rapids makes a tenth (bfloat16) to a third (float32) more of them.
+    // Random numbers, as those of models are: zeros need less power, and a Sapphire Rapids reaches a tenth
+    // (bfloat16) to a third (float32) more with them.
     constexpr int kSpan = 256;
     alignas(64) uint32_t units[(kSpan + 2 * kRowGroup) * kLanes];
     uint32_t state = 1;
@@ -48,10 +48,10 @@ double multiply_add_blocks(int64_t n) {
   return 2.0 * kRowGroup * kStrip * Dot::kPerUnit * static_cast<double>(n);
 }
 
-// Does n tiles of the products that attention makes for a dtype; gives their FLOPs.
-inline double multiply_adds(DType dtype, int64_t n) {
-  if (dtype == DType::kBFloat16) return multiply_add_blocks<AttentionDot<BFloat16>::Type>(n);
-  return multiply_add_blocks<AttentionDot<float>::Type>(n);
+// n steps of the micro-kernel that attention uses for a dtype; returns their FLOPs.
+inline double run_fmas(DType dtype, int64_t n) {
+  if (dtype == DType::kBFloat16) return run_fma_blocks<AttentionDot<BFloat16>::Type>(n);
+  return run_fma_blocks<AttentionDot<float>::Type>(n);
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -12,7 +12,6 @@
 #include "kernels/cpu/elementwise/rotary_qkv.h"
 #include "kernels/cpu/elementwise/token_concat.h"
 #include "kernels/cpu/gemm/gemm.h"
-#include "kernels/cpu/gemm/packed_addmm.h"
 #include "kernels/cpu/mel_embed/mel_embed.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
@@ -41,10 +40,9 @@ const Kernels kKernels{
     gelu_backward,
     cross_entropy_rows,
     prefers_own_gemm,
-    matmul,
-    matmul_workspace_bytes,
-    packed_addmm,
-    multiply_adds,
+    gemm,
+    gemm_workspace_bytes,
+    run_fmas,
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

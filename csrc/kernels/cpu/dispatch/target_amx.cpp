@@ -1,4 +1,4 @@
-// x86-64 with AVX-512, vdpbf16ps and the tile registers of AMX. Flags: those of avx512_bf16 and
-// -mamx-tile -mamx-bf16.
+// x86-64 with AVX-512, vdpbf16ps and AMX.
+// Flags: isa_flags.txt.
 #define WGPT_TARGET amx
 #include "kernels/cpu/dispatch/target.h"

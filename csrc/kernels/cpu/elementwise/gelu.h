@@ -114,7 +114,7 @@ inline double gelu(double x, double& slope) {
   return gelu(x);
 }
 
-// How the GELU of elements of a type is made.
+// The GELU for elements of a type.
 struct ExactGelu {
   Floats operator()(Floats x, Floats& slope) const { return gelu(x, slope); }
   double operator()(double x, double& slope) const { return gelu(x, slope); }

@@ -9,10 +9,10 @@ namespace wgpt::cpu::WGPT_TARGET {
 
 constexpr int64_t kRotaryStepsPerTask = 64;
 
-// out = (a cos - b sin, b cos + a sin) for the halves a, b of one head; kSign -1 turns back.
+// out = (a cos - b sin, b cos + a sin) for the halves a, b of one head; kSign -1 rotates back.
 template <int kSign, typename Element, typename Sum>
-inline void turn_head(const Element* in, const Sum* cos, const Sum* sin, int64_t half,
-                      Element* out) {
+inline void rotate_head(const Element* in, const Sum* cos, const Sum* sin, int64_t half,
+                        Element* out) {
   if constexpr (sizeof(Element) < sizeof(double)) {
     if (half % kLanes == 0) {
       const Floats direction = splat(kSign);
@@ -57,8 +57,8 @@ void rotary_qkv_forward_as(const RotaryForward& args, const Executor& executor) 
     Element *q = static_cast<Element*>(args.q) + step * width,
             *k = static_cast<Element*>(args.k) + step * width;
     for (int64_t c = 0; c < width; c += d) {
-      turn_head<1>(in + c, cos, sin, d / 2, q + c);
-      turn_head<1>(in + width + c, cos, sin, d / 2, k + c);
+      rotate_head<1>(in + c, cos, sin, d / 2, q + c);
+      rotate_head<1>(in + width + c, cos, sin, d / 2, k + c);
     }
     std::memcpy(static_cast<Element*>(args.v) + step * width, in + 2 * width,
                 static_cast<size_t>(width) * sizeof(Element));
@@ -76,8 +76,8 @@ void rotary_qkv_backward_as(const RotaryBackward& args, const Executor& executor
     const Element *dq = static_cast<const Element*>(args.dq) + step * width,
                   *dk = static_cast<const Element*>(args.dk) + step * width;
     for (int64_t c = 0; c < width; c += d) {
-      turn_head<-1>(dq + c, cos, sin, d / 2, out + c);
-      turn_head<-1>(dk + c, cos, sin, d / 2, out + width + c);
+      rotate_head<-1>(dq + c, cos, sin, d / 2, out + c);
+      rotate_head<-1>(dk + c, cos, sin, d / 2, out + width + c);
     }
     std::memcpy(out + 2 * width, static_cast<const Element*>(args.dv) + step * width,
                 static_cast<size_t>(width) * sizeof(Element));

@@ -136,7 +136,7 @@ WGPT_INLINE void store_row_terms(float* out, [[maybe_unused]] int64_t term,
   store_row<Dot>(out, row);
 }
 
-// Two rows of results as a row of pairs: the b operand of a product over the rows.
+// Two rows of results as a row of pairs: the b operand of a GEMM whose k loop runs over the rows.
 template <typename Dot, int kColumns>
 WGPT_INLINE void store_pairs_over_rows([[maybe_unused]] float* out, [[maybe_unused]] int64_t term,
                                        [[maybe_unused]] const Floats (&x)[kColumns],

@@ -1,5 +1,5 @@
 // bf16x3: a float32 as the sum of three bfloat16 terms, for GEMMs on AMX. The formula, its error and its
-// limits: kernels/matmul.h.
+// limits: kernels/gemm.h.
 #pragma once
 
 #include "kernels/cpu/simd/vec.h"

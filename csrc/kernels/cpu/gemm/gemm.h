@@ -1,62 +1,64 @@
-// The way through a matmul: packing, blocks and threads. What is computed: kernels/matmul.h; how blocks of
-// packed panels are multiplied: gemm_amx.h (AMX), gemm_vector.h.
+// GEMM driver: packing, cache blocking, threads. The formula: kernels/gemm.h; the kernels on packed panels:
+// gemm_amx_fp32.h, gemm_vector.h; prepacked b and few rows: gemm_prepacked.h.
 //
-//   for each piece of k (or once for all of k, where b is kept for several products)
-//     the shared operand packed, by threads                     in the workspace
-//     task = a chunk of the other one, its own
-//       for each block of the piece                             its own packed, in L2, or where it lies
-//         for each group of shared panels   all products of its own and these
+//   for each k slice (all of k, where packed b is kept for several calls)
+//     the shared operand packed, by all threads                 in the workspace
+//     task = a chunk of the panels of the other operand, private to the task
+//       for each k block of the slice                           private panels packed, in L2, or in place
+//         for each group of shared panels   private panels times these
 //
-// Shared is the smaller operand: what one thread has packed and another reads crosses between their
-// caches. A panel is some rows of a or columns of b.
+// Shared is the smaller operand: panels that one thread packs and another reads move between their caches.
+// A panel is some rows of a or columns of b.
 #pragma once
 
-#include "kernels/cpu/gemm/gemm_amx.h"
+#include "kernels/cpu/gemm/gemm_amx_fp32.h"
+#include "kernels/cpu/gemm/gemm_prepacked.h"
 #include "kernels/cpu/gemm/gemm_vector.h"
 #include "kernels/cpu/threads/tasks.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// kOwnRows: tasks own rows of a and share b, else they own columns of b and share a.
-template <typename Product, bool kOwnRows>
-class MatmulBy {
-  using Element = typename Product::Element;
-  static constexpr int64_t kBlockDepth = Product::kBlockDepth, kStepDepth = Product::kStepDepth,
-                           kOwn = Product::template kPanel<kOwnRows>,
-                           kShared = Product::template kPanel<!kOwnRows>,
-                           kOwnFloats = Product::template kFloatsPerDepth<kOwnRows>,
-                           kSharedFloats = Product::template kFloatsPerDepth<!kOwnRows>;
+// kPrivateRows: tasks have private rows of a and share b, else private columns of b and share a.
+template <typename Kernel, bool kPrivateRows>
+class GemmDriver {
+  using Element = typename Kernel::Element;
+  static constexpr int64_t kKBlockDepth = Kernel::kKBlockDepth, kStepDepth = Kernel::kStepDepth,
+                           kPrivate = Kernel::template kPanel<kPrivateRows>,
+                           kShared = Kernel::template kPanel<!kPrivateRows>,
+                           kPrivateFloats = Kernel::template kFloatsPerDepth<kPrivateRows>,
+                           kSharedFloats = Kernel::template kFloatsPerDepth<!kPrivateRows>;
 
  public:
-  MatmulBy(const Matmul& args, const Executor& executor)
+  GemmDriver(const Gemm& args, const Executor& executor)
       : args_(args),
         executor_(executor),
-        own_(kOwnRows ? rows_of_a() : columns_of_b()),
-        shared_(kOwnRows ? columns_of_b() : rows_of_a()),
-        n_own_(ceil_div(own_.n_outer, kOwn)),
+        private_(kPrivateRows ? rows_of_a() : columns_of_b()),
+        shared_(kPrivateRows ? columns_of_b() : rows_of_a()),
+        n_private_(ceil_div(private_.n_outer, kPrivate)),
         n_shared_(ceil_div(shared_.n_outer, kShared)),
         shared_packed_(static_cast<float*>(args.workspace)) {
-    // Chunks are as even as threads; with fewer of them than threads a task has some of the shared
-    // panels.
+    // As many chunks as make equal rounds for the threads; with fewer chunks than threads, the shared panels
+    // are divided into groups too.
     const int64_t n_threads = max_of(1, executor.n_threads);
-    const int64_t n_rounds = ceil_div(n_own_, Product::template kOwnPanels<kOwnRows> * n_threads);
-    n_chunks_ = min_of(n_own_, n_rounds * n_threads);
+    const int64_t n_rounds =
+        ceil_div(n_private_, Kernel::template kPrivatePanels<kPrivateRows> * n_threads);
+    n_chunks_ = min_of(n_private_, n_rounds * n_threads);
     n_groups_ = min_of(n_shared_, ceil_div(n_threads, n_chunks_));
   }
 
-  static size_t workspace_bytes(const Matmul& args) {
-    const int64_t n = ceil_div(kOwnRows ? args.n : args.m, kShared);
-    const int64_t depth = round_up(min_of(args.k, depth_at_once(args)), kStepDepth);
+  static size_t workspace_bytes(const Gemm& args) {
+    const int64_t n = ceil_div(kPrivateRows ? args.n : args.m, kShared);
+    const int64_t depth = round_up(min_of(args.k, k_slice_depth(args)), kStepDepth);
     return static_cast<size_t>(n * depth * kSharedFloats) * sizeof(float);
   }
 
-  // Gives false where c should be made by another implementation.
+  // Returns false where some element of c is not finite and the kernel cannot tell what it should be.
   bool run() {
-    const int64_t depth = depth_at_once(args_);
+    const int64_t depth = k_slice_depth(args_);
     for (int64_t begin = 0; begin < args_.k; begin += depth) {
-      const Span piece{begin, begin + min_of(depth, args_.k - begin)};
-      if (args_.b_packing != Packing::kKept) pack_shared(piece);
-      run_tasks(executor_, n_chunks_ * n_groups_, [&](int64_t task) { multiply(task, piece); });
+      const Span k_slice{begin, begin + min_of(depth, args_.k - begin)};
+      if (args_.b_packing != Packing::kPackedBefore) pack_shared(k_slice);
+      run_tasks(executor_, n_chunks_ * n_groups_, [&](int64_t task) { run_task(task, k_slice); });
     }
     return all_finite_;
   }
@@ -69,93 +71,99 @@ class MatmulBy {
     return {static_cast<const Element*>(args_.b), args_.b_column, args_.b_row, args_.n, args_.k};
   }
 
-  // The piece of k that is packed between two waits for all threads.
-  static int64_t depth_at_once(const Matmul& args) {
-    return args.b_packing == Packing::kByBlocks ? Product::kDepthAtOnce : args.k;
+  // Depth of a k slice: what is packed between two barriers.
+  static int64_t k_slice_depth(const Gemm& args) {
+    return args.b_packing == Packing::kPackPerCall ? Kernel::kKSliceDepth : args.k;
   }
 
-  static int64_t steps_of(int64_t begin, int64_t end) {
-    return ceil_div(min_of(end - begin, kBlockDepth), kStepDepth);
+  static int64_t n_steps_of(int64_t begin, int64_t end) {
+    return ceil_div(min_of(end - begin, kKBlockDepth), kStepDepth);
   }
 
-  // The i-th of n_parts parts of n panels, as even as can be.
-  static Span part(int64_t n, int64_t n_parts, int64_t i) {
-    return {n * i / n_parts, n * (i + 1) / n_parts};
+  // The i-th of n_splits even splits of n panels.
+  static Span split_evenly(int64_t n, int64_t n_splits, int64_t i) {
+    return {n * i / n_splits, n * (i + 1) / n_splits};
   }
 
-  // Where the shared panels of the block from `block` on begin.
-  float* shared_block(const Span& piece, int64_t block) const {
-    return shared_packed_ + n_shared_ * (block - piece.begin) * kSharedFloats;
+  // Shared panels of the k block that starts at k_block.
+  float* shared_k_block(const Span& k_slice, int64_t k_block) const {
+    return shared_packed_ + n_shared_ * (k_block - k_slice.begin) * kSharedFloats;
   }
 
   // In the order in which the operand lies in memory.
-  void pack_shared(const Span& piece) {
-    const auto pack = [&](int64_t block, Span panels, Span steps) {
-      Product::template pack<!kOwnRows>(shared_, 0, block, steps_of(block, piece.end), panels,
-                                        steps, shared_block(piece, block));
+  void pack_shared(const Span& k_slice) {
+    const auto pack = [&](int64_t k_block, Span panels, Span steps) {
+      Kernel::template pack<!kPrivateRows>(shared_, 0, k_block, n_steps_of(k_block, k_slice.end),
+                                           panels, steps, shared_k_block(k_slice, k_block));
     };
     if (shared_.depth == 1) {
       run_tasks(executor_, n_shared_, [&](int64_t panel) {
-        for (int64_t block = piece.begin; block < piece.end; block += kBlockDepth)
-          pack(block, {panel, panel + 1}, {0, steps_of(block, piece.end)});
+        for (int64_t k_block = k_slice.begin; k_block < k_slice.end; k_block += kKBlockDepth)
+          pack(k_block, {panel, panel + 1}, {0, n_steps_of(k_block, k_slice.end)});
       });
     } else {
-      run_tasks(executor_, ceil_div(piece.size(), kStepDepth), [&](int64_t step) {
-        const int64_t block = step * kStepDepth / kBlockDepth * kBlockDepth;
-        const int64_t own = step - block / kStepDepth;
-        pack(piece.begin + block, {0, n_shared_}, {own, own + 1});
+      run_tasks(executor_, ceil_div(k_slice.size(), kStepDepth), [&](int64_t step) {
+        const int64_t k_block = step * kStepDepth / kKBlockDepth * kKBlockDepth;
+        const int64_t step_in_block = step - k_block / kStepDepth;
+        pack(k_slice.begin + k_block, {0, n_shared_}, {step_in_block, step_in_block + 1});
       });
     }
   }
 
-  void multiply(int64_t task, const Span& piece) {
-    const Span own = part(n_own_, n_chunks_, task / n_groups_),
-               shared = part(n_shared_, n_groups_, task % n_groups_);
-    const Span rows = (kOwnRows ? own : shared), columns = (kOwnRows ? shared : own);
+  void run_task(int64_t task, const Span& k_slice) {
+    const Span private_span = split_evenly(n_private_, n_chunks_, task / n_groups_),
+               shared_span = split_evenly(n_shared_, n_groups_, task % n_groups_);
+    const Span rows = (kPrivateRows ? private_span : shared_span),
+               columns = (kPrivateRows ? shared_span : private_span);
     bool in_place = false;
-    if constexpr (kOwnRows && Product::kReadsInPlace) in_place = Product::reads_in_place(own_);
-    const int64_t own_floats =
-        in_place ? 0 : own.size() * steps_of(piece.begin, piece.end) * kStepDepth * kOwnFloats;
-    const int64_t sums_floats = Product::sums_floats(args_, rows, columns);
-    auto* own_packed = static_cast<float*>(
-        thread_scratch(static_cast<size_t>(own_floats + sums_floats) * sizeof(float)));
-    Product product(args_, rows, columns, own_packed + own_floats);
-    for (int64_t block = piece.begin; block < piece.end; block += kBlockDepth) {
-      const int64_t n_steps = steps_of(block, piece.end);
-      const int64_t own_panel = n_steps * kStepDepth * kOwnFloats,
+    if constexpr (kPrivateRows && Kernel::kReadsInPlace)
+      in_place = Kernel::reads_in_place(private_);
+    const int64_t private_floats = in_place ? 0
+                                            : private_span.size() *
+                                                  n_steps_of(k_slice.begin, k_slice.end) *
+                                                  kStepDepth * kPrivateFloats;
+    const int64_t accumulator_floats = Kernel::accumulator_floats(args_, rows, columns);
+    auto* private_packed = static_cast<float*>(
+        thread_scratch(static_cast<size_t>(private_floats + accumulator_floats) * sizeof(float)));
+    Kernel kernel(args_, rows, columns, private_packed + private_floats);
+    for (int64_t k_block = k_slice.begin; k_block < k_slice.end; k_block += kKBlockDepth) {
+      const int64_t n_steps = n_steps_of(k_block, k_slice.end);
+      const int64_t private_panel = n_steps * kStepDepth * kPrivateFloats,
                     shared_panel = n_steps * kStepDepth * kSharedFloats;
-      Panels mine{own_packed, own_panel, own};
+      Panels private_panels{private_packed, private_panel, private_span};
       if (!in_place) {
-        Product::template pack<kOwnRows>(own_, own.begin * kOwn, block, n_steps, {0, own.size()},
-                                         {0, n_steps}, own_packed);
-      } else if constexpr (Product::kReadsInPlace) {
-        mine = Product::in_place(own_, own, block);
+        Kernel::template pack<kPrivateRows>(private_, private_span.begin * kPrivate, k_block,
+                                            n_steps, {0, private_span.size()}, {0, n_steps},
+                                            private_packed);
+      } else if constexpr (Kernel::kReadsInPlace) {
+        private_panels = Kernel::in_place(private_, private_span, k_block);
       }
-      const Block here{min_of(kBlockDepth, piece.end - block), n_steps, block == 0,
-                       block + kBlockDepth >= args_.k};
-      constexpr int64_t kGroup = Product::template kSharedPanels<!kOwnRows>;
-      for (int64_t j = shared.begin; j < shared.end; j += kGroup) {
-        const Panels others{shared_block(piece, block) + j * shared_panel,
-                            shared_panel,
-                            {j, min_of(j + kGroup, shared.end)}};
-        product.template multiply<kOwnRows>(kOwnRows ? mine : others, kOwnRows ? others : mine,
-                                            here);
+      const KBlock here{min_of(kKBlockDepth, k_slice.end - k_block), n_steps, k_block == 0,
+                        k_block + kKBlockDepth >= args_.k};
+      constexpr int64_t kGroup = Kernel::template kSharedPanels<!kPrivateRows>;
+      for (int64_t j = shared_span.begin; j < shared_span.end; j += kGroup) {
+        const Panels shared_panels{shared_k_block(k_slice, k_block) + j * shared_panel,
+                                   shared_panel,
+                                   {j, min_of(j + kGroup, shared_span.end)}};
+        kernel.template accumulate<kPrivateRows>(kPrivateRows ? private_panels : shared_panels,
+                                                 kPrivateRows ? shared_panels : private_panels,
+                                                 here);
       }
     }
-    if (!product.finish()) __atomic_store_n(&all_finite_, false, __ATOMIC_RELAXED);
+    if (!kernel.finish()) __atomic_store_n(&all_finite_, false, __ATOMIC_RELAXED);
   }
 
-  const Matmul& args_;
+  const Gemm& args_;
   const Executor& executor_;
-  const Operand<Element> own_, shared_;
-  const int64_t n_own_, n_shared_;
+  const Operand<Element> private_, shared_;
+  const int64_t n_private_, n_shared_;
   float* const shared_packed_;
   int64_t n_chunks_, n_groups_;
   bool all_finite_ = true;
 };
 
-// Whether products for which torch has instructions are better made here.
-inline bool is_large(const Matmul& args) {
+// Whether our GEMM beats torch's for types that torch has instructions for.
+inline bool is_large(const Gemm& args) {
 #if defined(__AMX_BF16__)
   // Measured, two threads, ours and torch's: 256 x 256 x 256 90 and 87 us, 512 x 256 x 256 130 and 164,
   // 64 x 128 x 128 19 and 10.
@@ -168,9 +176,9 @@ inline bool is_large(const Matmul& args) {
   return args.m >= 32 && args.n >= 32 && args.m * args.n * args.k >= kLeastWork;
 }
 
-// For bfloat16 and float16 also small ones where torch has no instructions for them: it then takes tens of
-// times as long as for float32. Where it has a matrix unit, torch's are. Empty ones are torch's too.
-inline bool prefers_own_gemm(const Matmul& args) {
+// bfloat16 and float16: also small GEMMs where torch has no instructions for them, since it then takes tens
+// of times as long as for float32. On AMX, torch's (oneDNN) run. Empty GEMMs are torch's too.
+inline bool prefers_own_gemm(const Gemm& args) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return false;
   switch (args.dtype) {
     case DType::kFloat32:
@@ -188,10 +196,10 @@ inline bool prefers_own_gemm(const Matmul& args) {
 
 #if defined(__AMX_BF16__)
 template <typename Element>
-using ProductOf = TileProduct;
+using GemmKernelOf = AmxFp32Gemm;
 #else
 template <typename Element>
-using ProductOf = VectorProduct<Element>;
+using GemmKernelOf = VectorGemm<Element>;
 #endif
 
 template <typename T>
@@ -199,14 +207,14 @@ struct Type {
   using type = T;
 };
 
-// Calls body(Type<T>{}) for the MatmulBy whose type and owner suit args.
+// Calls body(Type<T>{}) for the GemmDriver of the dtype; the larger operand is private.
 template <typename Body>
-inline auto with_matmul(const Matmul& args, Body&& body) {
-  const bool owns_rows = args.b_packing != Packing::kByBlocks || args.m >= args.n;
+inline auto with_gemm(const Gemm& args, Body&& body) {
+  const bool private_rows = args.b_packing != Packing::kPackPerCall || args.m >= args.n;
   const auto of = [&](auto e) {
-    using Product = ProductOf<decltype(e)>;
-    return owns_rows ? body(Type<MatmulBy<Product, true>>{})
-                     : body(Type<MatmulBy<Product, false>>{});
+    using Kernel = GemmKernelOf<decltype(e)>;
+    return private_rows ? body(Type<GemmDriver<Kernel, true>>{})
+                        : body(Type<GemmDriver<Kernel, false>>{});
   };
 #if !defined(__AMX_BF16__)
   if (args.dtype == DType::kBFloat16) return of(BFloat16{});
@@ -215,13 +223,19 @@ inline auto with_matmul(const Matmul& args, Body&& body) {
   return of(float{});
 }
 
-inline bool matmul(const Matmul& args, const Executor& executor) {
-  return with_matmul(args,
-                     [&](auto by) { return typename decltype(by)::type(args, executor).run(); });
+inline bool gemm(const Gemm& args, const Executor& executor) {
+  if (args.b_packing == Packing::kPrepacked) {
+    PrepackedGemm(args, executor).run();
+    return true;
+  }
+  return with_gemm(
+      args, [&](auto driver) { return typename decltype(driver)::type(args, executor).run(); });
 }
 
-inline size_t matmul_workspace_bytes(const Matmul& args) {
-  return with_matmul(args, [&](auto by) { return decltype(by)::type::workspace_bytes(args); });
+inline size_t gemm_workspace_bytes(const Gemm& args) {
+  if (args.b_packing == Packing::kPrepacked) return 0;
+  return with_gemm(args,
+                   [&](auto driver) { return decltype(driver)::type::workspace_bytes(args); });
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

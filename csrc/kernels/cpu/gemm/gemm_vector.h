@@ -1,12 +1,12 @@
-// matmul by vector multiply-adds, on blocks of packed panels. The way through a product: gemm.h.
+// GEMM with vector FMAs on packed panels. The loops: gemm.h.
 //
-//   for each panel of rows, each strip of columns   kRows x kColumns sums in registers
+//   for each panel of rows, each strip of columns   an MR x NR register block (kRows x kColumns)
 //
-// A panel of rows over a block of k stays in L1 while strips come from L2: the panel is read again and again
-// by single elements, a strip once by whole vectors. A packed strip is [k][column]. A panel of rows is
-// [row][k] where the matrix has its elements side by side along k, else [k][row]: no transpose, since
-// multiply-adds read single elements of it, and the former need not be packed where a is made of whole
-// panels. All of it in units (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs.
+// A panel of rows over a k block stays in L1 while strips stream from L2: single elements of the panel are
+// broadcast again and again, a strip is read once by whole vectors. A packed strip is [k][column]. A panel of
+// rows is [row][k] where a is contiguous along k, else [k][row]: no transpose, since FMAs broadcast single
+// elements of it, and the former need not be packed where a is whole panels. All of it counts in units
+// (microkernel.h): where pairs of bfloat16 are multiplied at once, k counts pairs.
 #pragma once
 
 #include "kernels/cpu/gemm/microkernel.h"
@@ -17,7 +17,7 @@
 namespace wgpt::cpu::WGPT_TARGET {
 
 template <typename ElementType>
-class VectorProduct {
+class VectorGemm {
  public:
   using Element = ElementType;
   using Dot = typename DotOf<Element>::Type;
@@ -28,28 +28,28 @@ class VectorProduct {
   template <bool kIsRows>
   static constexpr int64_t kFloatsPerDepth = kPanel<kIsRows> / kPerUnit;
   static constexpr int64_t kStepDepth = 16 * kPerUnit;
-  static constexpr int64_t kBlockDepth = 256 * kPerUnit;
-  // Types that are rounded when they are stored are so once, after all of k.
+  static constexpr int64_t kKBlockDepth = 256 * kPerUnit;
+  // 16-bit types are rounded once, after all of k.
   static constexpr bool kIsRounded = sizeof(Element) < sizeof(float);
-  // Whether elements become other units than they are in memory.
+  // Whether elements are converted when packed.
   static constexpr bool kIsWidened = kIsRounded && kPerUnit == 1;
-  static constexpr int64_t kDepthAtOnce = kIsRounded ? INT64_MAX : 4 * kBlockDepth;
-  // What a task keeps in L2: 96 KiB of its own and 128 of the shared operand.
+  static constexpr int64_t kKSliceDepth = kIsRounded ? INT64_MAX : 4 * kKBlockDepth;
+  // Panels that a task keeps in L2: 96 KiB of the private and 128 of the shared operand.
   template <bool kIsRows>
-  static constexpr int64_t kOwnPanels = 96 / kPanel<kIsRows>;
+  static constexpr int64_t kPrivatePanels = 96 / kPanel<kIsRows>;
   template <bool kIsRows>
   static constexpr int64_t kSharedPanels = 128 / kPanel<kIsRows>;
 
-  // For a task of these panels of rows and columns; sums: as many floats as sums_floats says.
-  VectorProduct(const Matmul& args, Span rows, Span columns, float* sums)
+  // For a task of these panels of rows and columns; accumulators: accumulator_floats() floats.
+  VectorGemm(const Gemm& args, Span rows, Span columns, float* accumulators)
       : args_(args),
         rows_are_dense_(args.a_column == 1),
-        sums_(sums),
-        sums_row_(columns.size() * kColumns),
-        first_sum_(rows.begin * kRows * sums_row_ + columns.begin * kColumns) {}
+        accumulators_(accumulators),
+        accumulators_row_(columns.size() * kColumns),
+        first_accumulator_(rows.begin * kRows * accumulators_row_ + columns.begin * kColumns) {}
 
-  static int64_t sums_floats(const Matmul& args, Span rows, Span columns) {
-    const bool is_needed = kIsRounded && args.k > kBlockDepth;
+  static int64_t accumulator_floats(const Gemm& args, Span rows, Span columns) {
+    const bool is_needed = kIsRounded && args.k > kKBlockDepth;
     return is_needed ? rows.size() * kRows * columns.size() * kColumns : 0;
   }
 
@@ -59,7 +59,7 @@ class VectorProduct {
     const int64_t begin = steps.begin * kStepDepth,
                   end = min_of(steps.end * kStepDepth, x.n_depth - k);
     const int64_t row = n_steps * kStepDepth / kPerUnit;  // units of a row of a dense panel
-    if (x.depth != 1) return pack_across<kIsRows>(x, i, k, row, panels, {begin, end}, out);
+    if (x.depth != 1) return pack_outer<kIsRows>(x, i, k, row, panels, {begin, end}, out);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t first = i + p * kPanel<kIsRows>;
       float* panel = out + p * kPanel<kIsRows> * row;
@@ -73,14 +73,14 @@ class VectorProduct {
           }
         }
       } else {
-        pack_turned(x, first, k, {begin, end}, panel);
+        pack_transposed(x, first, k, {begin, end}, panel);
       }
     }
   }
 
   static constexpr bool kReadsInPlace = !kIsWidened;
 
-  // Whether rows may be read where they lie: their elements side by side, as whole units and panels.
+  // Whether rows may be read in place: contiguous along k, whole units, whole panels.
   static bool reads_in_place(const Operand<Element>& rows) {
     return rows.depth == 1 && rows.outer % kPerUnit == 0 && rows.n_depth % kPerUnit == 0 &&
            rows.n_outer % kRows == 0 && reinterpret_cast<uintptr_t>(rows.data) % sizeof(float) == 0;
@@ -91,22 +91,22 @@ class VectorProduct {
     return {reinterpret_cast<const float*>(first), kRows * (rows.outer / kPerUnit), panels};
   }
 
-  template <bool kOwnRows>
-  void multiply(const Panels& rows, const Panels& columns, const Block& block) {
+  template <bool kPrivateRows>
+  void accumulate(const Panels& rows, const Panels& columns, const KBlock& block) {
     for (int64_t i = 0; i < rows.span.size(); ++i) {
       for (int64_t j = 0; j < columns.span.size(); ++j) {
         const int64_t row = (rows.span.begin + i) * kRows,
                       column = (columns.span.begin + j) * kColumns;
         if (rows_are_dense_) {
-          multiply_panels<true>(rows[i], rows.floats / kRows, columns[j], block, row, column);
+          gemm_panels<true>(rows[i], rows.floats / kRows, columns[j], block, row, column);
         } else {
-          multiply_panels<false>(rows[i], 1, columns[j], block, row, column);
+          gemm_panels<false>(rows[i], 1, columns[j], block, row, column);
         }
       }
     }
   }
 
-  // Infinities and NaN come out as they should.
+  // Infinities and NaN come out right.
   bool finish() { return true; }
 
  private:
@@ -138,11 +138,11 @@ class VectorProduct {
     }
   }
 
-  // Of a matrix whose elements lie side by side from row to row, or column to column. Rows of memory are
-  // asked for some steps ahead: each is in a page of its own, where the machine does not look ahead.
+  // Packs a matrix that is contiguous along its outer dimension (rows of a, columns of b). Software prefetch:
+  // each step of k is in a page of its own, where the hardware prefetcher stops.
   template <bool kIsRows>
-  static void pack_across(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_units,
-                          Span panels, Span depths, float* out) {
+  static void pack_outer(const Operand<Element>& x, int64_t i, int64_t k, int64_t n_units,
+                         Span panels, Span depths, float* out) {
     constexpr int64_t kWidth = kPanel<kIsRows>, kPanels = 32, kAhead = 8,
                       kLine = 64 / sizeof(Element);
     alignas(64) static constexpr Element kZeros[kPanels * kWidth] = {};
@@ -168,9 +168,9 @@ class VectorProduct {
     }
   }
 
-  // A strip of columns from `first` on whose elements lie side by side along k.
-  static void pack_turned(const Operand<Element>& x, int64_t first, int64_t k, Span depths,
-                          float* strip) {
+  // Packs a strip of columns from `first` on of a matrix that is contiguous along k.
+  static void pack_transposed(const Operand<Element>& x, int64_t first, int64_t k, Span depths,
+                              float* strip) {
     alignas(64) float block[kLanes * kLanes];
     for (int64_t column = 0; column < kColumns; column += kLanes) {
       const int64_t n = min_of<int64_t>(kLanes, x.n_outer - first - column);
@@ -190,12 +190,12 @@ class VectorProduct {
   }
 
   template <bool kDenseRows>
-  __attribute__((noinline)) void multiply_panels(const float* a, int64_t a_row, const float* b,
-                                                 const Block& block, int64_t row, int64_t column) {
+  __attribute__((noinline)) void gemm_panels(const float* a, int64_t a_row, const float* b,
+                                             const KBlock& block, int64_t row, int64_t column) {
     const int64_t n_rows = min_of<int64_t>(kRows, args_.m - row),
                   n_columns = min_of<int64_t>(kColumns, args_.n - column);
     auto* c = static_cast<Element*>(args_.c) + row * args_.c_row + column;
-    for (int64_t r = 0; r < n_rows; ++r) {  // the sums take long enough to hide the way to memory
+    for (int64_t r = 0; r < n_rows; ++r) {  // the k loop hides the latency
       __builtin_prefetch(c + r * args_.c_row, 1);
       __builtin_prefetch(c + r * args_.c_row + n_columns - 1, 1);
     }
@@ -206,20 +206,20 @@ class VectorProduct {
     // Unrolled: 2 to 4 % faster; in attention that gains nothing and takes half as long again to compile.
     _Pragma("GCC unroll 4") for (int64_t k = 0; k < n_units; ++k)
         gemm_unit<Dot>(a + k * a_step, a_row, b + k * kColumns, sums);
-    const int64_t sums_at = row * sums_row_ + column - first_sum_;
+    const int64_t at = row * accumulators_row_ + column - first_accumulator_;
     const bool is_stored = !kIsRounded || block.is_last;
-    const bool adds_sums = kIsRounded && !block.is_first;
+    const bool adds_accumulators = kIsRounded && !block.is_first;
     const bool adds_c =
         kIsRounded ? block.is_last && args_.accumulate : !block.is_first || args_.accumulate;
     if (n_rows == kRows && n_columns == kColumns) {
       WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
         WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v) {
           Element* out = c + r * args_.c_row + v * kLanes;
-          const int64_t mine = sums_at + r * sums_row_ + v * kLanes;
+          const int64_t mine = at + r * accumulators_row_ + v * kLanes;
           Floats x = sums[r][v];
-          if (adds_sums) x = x + load(sums_ + mine);
+          if (adds_accumulators) x = x + load(accumulators_ + mine);
           if (adds_c) x = x + load(out);
-          is_stored ? store(out, x) : store(sums_ + mine, x);
+          is_stored ? store(out, x) : store(accumulators_ + mine, x);
         }
       }
       return;
@@ -229,23 +229,23 @@ class VectorProduct {
     for (int64_t r = 0; r < n_rows; ++r) {
       for (int64_t j = 0; j < n_columns; ++j) {
         Element& out = c[r * args_.c_row + j];
-        const int64_t mine = sums_at + r * sums_row_ + j;
+        const int64_t mine = at + r * accumulators_row_ + j;
         float x = edge[r * kColumns + j];
-        if (adds_sums) x += sums_[mine];
+        if (adds_accumulators) x += accumulators_[mine];
         if (adds_c) x += WGPT_TARGET::widen(out);
         if (is_stored) {
           out = narrow<Element>(x);
         } else {
-          sums_[mine] = x;
+          accumulators_[mine] = x;
         }
       }
     }
   }
 
-  const Matmul& args_;
+  const Gemm& args_;
   const bool rows_are_dense_;
-  float* const sums_;
-  const int64_t sums_row_, first_sum_;
+  float* const accumulators_;
+  const int64_t accumulators_row_, first_accumulator_;
 };
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -1,8 +1,8 @@
-// What every way of making a matmul shares: operands by strides, and what is left to do with sums.
+// What the GEMM driver and its kernels share: operands by strides, panels, k blocks.
 #pragma once
 
 #include "kernels/cpu/simd/elements.h"
-#include "kernels/matmul.h"
+#include "kernels/gemm.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -20,8 +20,8 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// A block of k of a product under way.
-struct Block {
+// A block of k.
+struct KBlock {
   int64_t n_depth, n_steps;  // elements of k, and steps of packed panels that hold them
   bool is_first, is_last;    // of all of k
 };

@@ -1,7 +1,7 @@
 // mel_embed on the CPU: which code runs for the types.
 #pragma once
 
-#include "kernels/cpu/mel_embed/mel_embed_amx.h"
+#include "kernels/cpu/mel_embed/mel_embed_gemm.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -18,8 +18,8 @@ inline size_t mel_embed_backward_workspace_bytes(const MelEmbedShape& shape) {
   return static_cast<size_t>(n_floats) * sizeof(float);
 }
 
-// Calls body(Dot{}): products of pairs where there are any and a slice is made of whole vectors of
-// them, else of floats.
+// Calls body(Dot{}): a bfloat16 micro-kernel where there is one and a slice is whole vectors of pairs, else
+// float32 FMAs. The slice decides, not the number of steps: a step has the same bits whatever the others are.
 template <typename Element, typename Body>
 inline void with_mel_dot(const MelEmbedShape& shape, Body&& body) {
   using Dot = typename DotOf<Element>::Type;
@@ -27,18 +27,6 @@ inline void with_mel_dot(const MelEmbedShape& shape, Body&& body) {
     if (shape.mels % (2 * kLanes) == 0) return body(Dot{});
   }
   body(FloatDot{});
-}
-
-// The op by products of split numbers. False where the target or the slice has none of them or a sum is
-// not finite: then with_mel_dot's are to be made. What decides is the slice, not the number of steps, so
-// that a step has the same bits among whatever others.
-template <typename Element, typename Frame, typename Args>
-inline bool made_by_splits([[maybe_unused]] const Args& args,
-                           [[maybe_unused]] const Executor& executor) {
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<Element, float>) return mel_embed_by_splits<Frame>(args, executor);
-#endif
-  return false;
 }
 
 // Calls body(Element{}, Frame{}).
@@ -56,10 +44,10 @@ inline void mel_embed_forward(const MelEmbedForward& args, const Executor& execu
     using Element = decltype(element);
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      mel_embed_forward_by_rows<Frame>(args, executor);
-    } else if (!made_by_splits<Element, Frame>(args, executor)) {
+      mel_embed_forward_float64<Frame>(args, executor);
+    } else {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
-        mel_embed_forward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+        mel_embed_forward_blocks<Element, Frame, decltype(dot)>(args, executor);
       });
     }
   });
@@ -70,13 +58,13 @@ inline void mel_embed_backward(const MelEmbedBackward& args, const Executor& exe
     using Element = decltype(element);
     using Frame = decltype(frame);
     if constexpr (sizeof(Element) == sizeof(double)) {
-      mel_embed_backward_by_rows<Frame>(args, executor);
+      mel_embed_backward_float64<Frame>(args, executor);
       if (args.d_pos == nullptr) return;
       run_tasks(executor, sum_over_batch_tasks(args.pos_rows),
                 [&](int64_t task) { sum_mel_pos<double>(args, task); });
-    } else if (!made_by_splits<Element, Frame>(args, executor)) {
+    } else {
       with_mel_dot<Element>(args.shape, [&](auto dot) {
-        mel_embed_backward_by_tiles<Element, Frame, decltype(dot)>(args, executor);
+        mel_embed_backward_blocks<Element, Frame, decltype(dot)>(args, executor);
       });
     }
   });

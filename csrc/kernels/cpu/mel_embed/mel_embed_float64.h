@@ -1,4 +1,4 @@
-// mel_embed in double, step by step: for gradient checks, not for speed. Formula and shapes:
+// mel_embed in float64, step by step: for gradient checks, not for speed. Formula and shapes:
 // kernels/mel_embed.h.
 #pragma once
 
@@ -47,7 +47,7 @@ inline void project_step(const MelEmbedForward& args, int64_t b, int64_t t, doub
 }
 
 template <typename Frame>
-void mel_embed_forward_by_rows(const MelEmbedForward& args, const Executor& executor) {
+void mel_embed_forward_float64(const MelEmbedForward& args, const Executor& executor) {
   const MelEmbedShape& shape = args.shape;
   const int64_t k = mel_slice_size(shape), cm = shape.channels;
   run_tasks(executor, shape.batch * shape.steps, [&](int64_t row) {
@@ -64,9 +64,9 @@ void mel_embed_forward_by_rows(const MelEmbedForward& args, const Executor& exec
   });
 }
 
-// One task owns a channel and walks all steps: slow, and free of partial sums.
+// One task owns a channel and loops over all steps: slow, and free of partial sums.
 template <typename Frame>
-void mel_embed_backward_by_rows(const MelEmbedBackward& args, const Executor& executor) {
+void mel_embed_backward_float64(const MelEmbedBackward& args, const Executor& executor) {
   const MelEmbedShape& shape = args.shape;
   const int64_t k = mel_slice_size(shape), cm = shape.channels,
                 width = shape.frames_per_step + shape.context_frames;

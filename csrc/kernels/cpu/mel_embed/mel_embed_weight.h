@@ -15,12 +15,12 @@ struct PackedMelWeight {
 template <typename Element, typename Dot>
 PackedMelWeight pack_mel_weight(const MelEmbedShape& shape, const void* weight, const void* bias) {
   thread_local Scratch scratch;  // of the calling thread; the others only read it
-  constexpr bool kLiesAsUnits = sizeof(Element) * Dot::kPerUnit == sizeof(float);
+  constexpr bool kIsUnits = sizeof(Element) * Dot::kPerUnit == sizeof(float);
   const int64_t k = mel_slice_size(shape), n_units = k / Dot::kPerUnit, cm = shape.channels,
                 n = round_up(cm, kStrip);
   auto* out =
       static_cast<float*>(scratch.reserve(static_cast<size_t>((k + 1) * n) * sizeof(float)));
-  const int64_t n_blocks = kLiesAsUnits ? n_units / kLanes * kLanes : 0;  // transposed by blocks
+  const int64_t n_blocks = kIsUnits ? n_units / kLanes * kLanes : 0;  // transposed by blocks
   for (int64_t c = 0; c < n; c += kLanes) {
     float* column = out + c / kStrip * kStrip * n_units + c % kStrip;
     const Element* rows = static_cast<const Element*>(weight) + c * k;

@@ -26,7 +26,7 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// a * b + c with an unrounded product, also where fma has to round it: a score of 150 minus its lse
+// a * b + c without rounding a * b, also where fma has to round it: a score of 150 minus its lse
 // would otherwise lose two digits more than torch does.
 inline Floats fma_unrounded(Floats a, Floats b, Floats c) {
 #if defined(__FMA__) || defined(__aarch64__)

@@ -121,7 +121,7 @@ WGPT_DEVICE void copy_async_commit() {
 #endif
 }
 
-// Waits until at most kGroups of this thread's newest groups are under way. Others see the data after a barrier.
+// Waits until at most kGroups of this thread's newest groups are in flight. Others see the data after a barrier.
 template <int kGroups>
 WGPT_DEVICE void copy_async_wait() {
 #ifdef __CUDACC__

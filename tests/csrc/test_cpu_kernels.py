@@ -243,7 +243,7 @@ def test_mel_embed_of_whole_vectors_is_as_accurate_as_torch(
     dtype: torch.dtype,
     target: str,
 ) -> None:
-    """64 bins a frame: products of pairs of bfloat16 where the target has them."""
+    """64 bins a frame: bfloat16 pairs (vdpbf16ps or AMX) where the target has them."""
     sizes = (2, steps, 64, channels, frames_per_step, context_frames)
     check_accuracy(mel_call(*sizes, pos_rows=steps, dtype=dtype))
 
@@ -253,7 +253,7 @@ def test_mel_embed_of_whole_vectors_is_as_accurate_as_torch(
 def test_mel_embed_answers_infinities_alike_on_every_target(
     name: str, value: float, target: str
 ) -> None:
-    """Where products are made of split numbers, infinities and what overflows are NaN in them."""
+    """Infinities and what overflows come out as in torch."""
     call = mel_call(2, 40, 64, 33, 1, 2, pos_rows=40)
     tensor = call.tensors[name]
     assert tensor is not None

@@ -1,10 +1,11 @@
-"""packed_addmm: accuracy, the same bits in any company, every CPU target, errors."""
+"""packed_addmm: accuracy, batch invariance, every CPU target, errors."""
 
 import pytest
 import torch
 from numerics import assert_as_accurate_as_torch, nudge
 
 from wgpt import ops
+from wgpt.errors import OpError
 from wgpt.ops import PackedMatrix
 
 SHAPES = [(1, 1, 1), (1, 300, 70), (6, 64, 64), (7, 257, 65), (53, 700, 130), (9, 0, 5)]  # M, K, N
@@ -21,7 +22,7 @@ def operands(m: int, k: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_as_accurate_as_torchs(shape: tuple[int, int, int], target: str) -> None:
+def test_gemms_are_as_accurate_as_torchs(shape: tuple[int, int, int], target: str) -> None:
     (x, matrix), n = operands(*shape), shape[2]
     packed, exact = PackedMatrix(matrix), x.double() @ matrix.double()
     nudged = nudge(x.double(), x.dtype) @ nudge(matrix.double(), x.dtype)
@@ -46,7 +47,7 @@ def test_a_row_has_the_bits_it_has_alone(
                 assert torch.equal(packed.addmm(addend[i:j], x[i:j]), whole[i:j])
 
 
-def test_a_product_of_many_rows_has_the_bits_for_any_threads(
+def test_a_gemm_of_many_rows_has_the_bits_for_any_threads(
     target: str, restore_threads: None
 ) -> None:
     x, matrix = operands(150, 300, 200)  # more than one task of rows, and of columns
@@ -80,7 +81,7 @@ def test_infinities_and_nan_stay_in_their_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_torchs_products(dtype: torch.dtype) -> None:
+def test_other_dtypes_run_torchs_gemm(dtype: torch.dtype) -> None:
     x, matrix = (t.to(dtype) for t in operands(3, 20, 30))
     addend, packed = torch.randn(30, dtype=dtype), PackedMatrix(matrix)
     assert torch.equal(packed.mm(x), x.mm(matrix))
@@ -95,18 +96,18 @@ def test_op_passes_opcheck() -> None:
 
 
 def test_arguments_outside_the_rules_are_named() -> None:
-    with pytest.raises(ValueError, match=r"matrix must have shape \(K, N\), got \(3,\)"):
+    with pytest.raises(OpError, match=r"matrix must have shape \(K, N\), got \(3,\)"):
         PackedMatrix(torch.zeros(3))
     packed = PackedMatrix(torch.zeros(4, 70))
-    with pytest.raises(ValueError, match="x must be float32, got float64"):
+    with pytest.raises(OpError, match="x must be float32, got float64"):
         packed.mm(torch.zeros(2, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"x must have shape \(M, K\)"):
+    with pytest.raises(OpError, match=r"x must have shape \(M, K\)"):
         packed.mm(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"panels must have shape .* got \(2, 4, 64\)"):
+    with pytest.raises(OpError, match=r"panels must have shape .* got \(2, 4, 64\)"):
         packed.mm(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"addend must have shape \(N,\) = \(70,\), got \(7,\)"):
+    with pytest.raises(OpError, match=r"addend must have shape \(N,\) = \(70,\), got \(7,\)"):
         packed.addmm(torch.zeros(7), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"addend must have shape \(M, N\) or \(N,\)"):
+    with pytest.raises(OpError, match=r"addend must have shape \(M, N\) or \(N,\)"):
         packed.addmm(torch.zeros(3, 70), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="addend must be float32"):
+    with pytest.raises(OpError, match="addend must be float32"):
         packed.addmm(torch.zeros(70, dtype=torch.float64), torch.zeros(2, 4))

@@ -7,6 +7,7 @@ import torch
 from op_cases import MAKERS, Call, assert_same_bits, check_accuracy, run
 
 from wgpt import ops
+from wgpt.errors import ConfigError, DerivativeError, OpError
 
 OPS = list(MAKERS)
 SAMPLES: dict[str, dict[str, Any]] = {
@@ -130,7 +131,7 @@ def test_op_refuses_second_derivatives(name: str) -> None:
         **{**call.options, **({"return_lse": False} if name == "flash_attention" else {})},
     )
     (grad,) = torch.autograd.grad(y.square().sum(), next(iter(leaves.values())), create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}: second derivatives are not implemented"):
+    with pytest.raises(DerivativeError, match=f"{name}: second derivatives are not implemented"):
         grad.square().sum().backward()
 
 
@@ -177,7 +178,7 @@ def test_op_is_as_accurate_as_torch_on_every_cpu_target(
 
 
 def test_unknown_cpu_target_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"must be one of .*generic.*got 'sse9'"):
+    with pytest.raises(ConfigError, match=r"must be one of .*generic.*got 'sse9'"):
         ops.set_cpu_target("sse9")
 
 
@@ -186,7 +187,7 @@ def test_op_runs_under_autocast(name: str, device: str) -> None:
     call = sample(name, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         values = run(call.op, call)
-    # products run in the autocast type; gathering keeps the widest type, like torch.cat
+    # GEMMs run in the autocast type; gathering keeps the widest type, like torch.cat
     expected = torch.float32 if name == "token_concat" else torch.bfloat16
     assert values["y"].dtype == expected
     assert all(values[f"d_{n}"].dtype == torch.float32 for n in call.parameters)
@@ -195,7 +196,7 @@ def test_op_runs_under_autocast(name: str, device: str) -> None:
     mixed.tensors[second] = mixed.tensors[second].bfloat16()  # type: ignore[union-attr]
     with torch.autocast(device, dtype=torch.bfloat16):
         assert run(mixed.op, mixed)["y"].dtype == expected
-    with pytest.raises(ValueError, match=f"{second} must be float32 like"):
+    with pytest.raises(OpError, match=f"{second} must be float32 like"):
         run(mixed.op, mixed)
 
 

@@ -1,12 +1,13 @@
-// mel_embed by tiles of consecutive steps. Formula and shapes: kernels/mel_embed.h.
+// mel_embed by step blocks: an implicit GEMM with a fused prologue and epilogue. Formula and shapes:
+// kernels/mel_embed.h.
 //
-// A tile's frames are normalised once into one buffer, and the slice of step t is simply the buffer
-// from frame t r on: overlapping rows, never unfolded. Both products, z = x weight^T and d_weight =
-// g^T x, read them in place through the micro-kernel. FLOPs: 2 K Cm a step forward and as many
-// backward, K = (c + r) M; at K = 64 the GELU costs nearly as much as a product.
+// The frames of a step block are normalised once into one buffer, and the slice of step t is simply the
+// buffer from frame t r on: overlapping rows, never unfolded. Both GEMMs, z = x weight^T and d_weight = g^T x,
+// read them in place through the micro-kernel. FLOPs: 2 K Cm a step forward and as many backward,
+// K = (c + r) M; at K = 64 the GELU costs nearly as much as a GEMM.
 //
-// With bfloat16 products the normalised frames and g are rounded to bfloat16, as torch's are; the
-// sums, the bias and the GELU are float32.
+// bfloat16: the normalised frames and g are rounded to bfloat16, as torch's are; accumulation, bias and GELU
+// are float32.
 #pragma once
 
 #include "kernels/cpu/elementwise/batch_sum.h"
@@ -14,19 +15,16 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
-// Steps of a tile: frames, pre-activations and gradients stay in L2. With products of 16 x 16 x 32
-// bfloat16, reading and writing the partial d_weight is what counts. Measured, backward of 8 x 750 steps,
-// 128 channels, 0 and 3 frames of context, two threads, us: 96 steps 210 and 414, 192 186 and 360, 384
-// (two tiles a chunk) 192 and 367.
+// Steps of a block: frames, pre-activations and gradients stay in L2. With AMX, reading and writing the
+// partial d_weight dominates. Measured, backward of 8 x 750 steps, 128 channels, 0 and 3 frames of context,
+// two threads, us: 96 steps 210 and 414, 192 186 and 360, 384 (two blocks a chunk) 192 and 367.
 template <typename Dot>
-constexpr int kMelSteps = Dot::kIsAmx && Dot::kTerms == 1 ? 192 : 96;
-constexpr int kMelTilesPerChunk = 4;  // tiles of one partial d_weight
+constexpr int kMelSteps = Dot::kIsAmx ? 192 : 96;
+constexpr int kMelBlocksPerChunk = 4;  // step blocks of one partial d_weight
 constexpr int kMelMaxChunks = 64;
 
 // Rows of a partial d_weight: those of whole row groups, for every Dot.
-inline int64_t mel_partial_rows(int64_t channels) {
-  return max_of(round_up(channels, 48), round_up(channels, 32));
-}
+inline int64_t mel_partial_rows(int64_t channels) { return round_up(channels, 48); }
 
 // Calls body(first, Constant<width>{}) for vectors [0, n_vectors), kVectors at a time.
 template <typename Body>
@@ -37,12 +35,12 @@ WGPT_INLINE void for_each_width(int64_t n_vectors, Body&& body) {
   }
 }
 
-// A tile's normalised frames. The slice of step t starts at x + t x_row, overlapping its neighbours.
+// A step block's normalised frames. The slice of step t starts at x + t x_row, overlapping its neighbours.
 template <typename Frame, typename Dot>
 class MelSlices {
  public:
   static constexpr int kPer = Dot::kPerUnit;
-  using Product = std::conditional_t<kPer == 1, float, BFloat16>;
+  using GemmElement = std::conditional_t<kPer == 1, float, BFloat16>;
 
   explicit MelSlices(const MelEmbedShape& shape) : shape_(shape) {
     k = mel_slice_size(shape);
@@ -53,29 +51,29 @@ class MelSlices {
     return round_up(kMelSteps<Dot> * row + k + kStrip, kPer * kLanes) / kPer;
   }
 
-  static int64_t tiles_per_sequence(const MelEmbedShape& shape) {
+  static int64_t step_blocks_per_sequence(const MelEmbedShape& shape) {
     return ceil_div(shape.steps, kMelSteps<Dot>);
   }
 
   template <typename Args>
-  void load_tile(const Args& args, int64_t tile) {
-    b = tile / tiles_per_sequence(shape_);
-    t = tile % tiles_per_sequence(shape_) * kMelSteps<Dot>;
+  void load_step_block(const Args& args, int64_t step_block) {
+    b = step_block / step_blocks_per_sequence(shape_);
+    t = step_block % step_blocks_per_sequence(shape_) * kMelSteps<Dot>;
     n = min_of<int64_t>(kMelSteps<Dot>, shape_.steps - t);
     const int64_t n_frames = n * shape_.frames_per_step + shape_.context_frames;
     normalise_frames<Frame>(shape_, args.frames, args.mean, args.inv_std, b,
                             t * shape_.frames_per_step - shape_.context_frames, n_frames,
                             elements());
-    // What fills up a row group, and the partner of an odd last step.
+    // Zeros up to a whole row group, and the partner of an odd last step.
     const int64_t n_absent = round_up(n, Dot::kRows) - n;
     clear_floats(units + n_frames * shape_.mels / kPer, n_absent * row / kPer);
   }
 
-  Product* elements() { return reinterpret_cast<Product*>(units); }
+  GemmElement* elements() { return reinterpret_cast<GemmElement*>(units); }
 
   int64_t k, row;               // elements of a slice, and between those of neighbouring steps
-  int64_t b = 0, t = 0, n = 0;  // the tile: its sequence, first step and steps
-  float* units = nullptr;       // n_floats() that the owner brings: the slices as units of Dot
+  int64_t b = 0, t = 0, n = 0;  // the block: its sequence, first step and steps
+  float* units = nullptr;       // n_floats() of the owner's memory: the slices as units of Dot
 
  private:
   const MelEmbedShape& shape_;
@@ -109,23 +107,23 @@ WGPT_INLINE void activate_mel_step(const MelEmbedForward& args,
 }
 
 template <typename Element, typename Frame, typename Dot>
-class MelForwardTile {
+class MelForwardBlock {
  public:
   static constexpr int kRowGroup = Dot::kRows;
-  // Steps projected before they are activated: what a matrix product stored is read late enough not
-  // to wait for it; vectors go at once, for L1's sake.
+  // Steps projected before the epilogue: with AMX all, so that its stores have completed; with vectors a row
+  // group, which is still in L1.
   static constexpr int kRowsAhead = Dot::kIsAmx ? kMelSteps<Dot> : kRowGroup;
 
-  MelForwardTile(const MelEmbedForward& args, PackedMelWeight packed)
+  MelForwardBlock(const MelEmbedForward& args, PackedMelWeight packed)
       : args_(args), cm_(args.shape.channels), packed_(packed), slices_(args.shape) {
     const int64_t n_floats = kRowsAhead * kStrip + slices_.n_floats();
     z_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     slices_.units = z_ + kRowsAhead * kStrip;
   }
 
-  void run(int64_t tile) {
+  void run(int64_t step_block) {
     [[maybe_unused]] const typename Dot::Scope scope;
-    slices_.load_tile(args_, tile);
+    slices_.load_step_block(args_, step_block);
     for_each_width(ceil_div(cm_, kLanes), [&](int64_t first_vector, auto width) {
       const int64_t c = first_vector * kLanes,
                     n_here = min_of<int64_t>(width.value * kLanes, cm_ - c);
@@ -167,50 +165,51 @@ class MelForwardTile {
 };
 
 template <typename Element, typename Frame, typename Dot>
-void mel_embed_forward_by_tiles(const MelEmbedForward& args, const Executor& executor) {
+void mel_embed_forward_blocks(const MelEmbedForward& args, const Executor& executor) {
   const PackedMelWeight packed = pack_mel_weight<Element, Dot>(args.shape, args.weight, args.bias);
-  const int64_t n_tiles = args.shape.batch * MelSlices<Frame, Dot>::tiles_per_sequence(args.shape);
-  run_tasks(executor, n_tiles,
-            [&](int64_t task) { MelForwardTile<Element, Frame, Dot>(args, packed).run(task); });
+  const int64_t n_step_blocks =
+      args.shape.batch * MelSlices<Frame, Dot>::step_blocks_per_sequence(args.shape);
+  run_tasks(executor, n_step_blocks,
+            [&](int64_t task) { MelForwardBlock<Element, Frame, Dot>(args, packed).run(task); });
 }
 
 template <typename Element, typename Frame, typename Dot>
-class MelBackwardTile {
+class MelBackwardBlock {
  public:
-  using Product = typename MelSlices<Frame, Dot>::Product;
+  using GemmElement = typename MelSlices<Frame, Dot>::GemmElement;
   static constexpr int kPer = Dot::kPerUnit;
   static constexpr int kRowGroup = Dot::kRows;
 
-  explicit MelBackwardTile(const MelEmbedBackward& args)
+  explicit MelBackwardBlock(const MelEmbedBackward& args)
       : args_(args), cm_(args.shape.channels), slices_(args.shape) {
     g_row_ = round_up(round_up(cm_, kRowGroup), kLanes);
-    across_row_ = slices_.k + kLanes;  // not a power of two, for the sake of L1's sets
+    pairs_row_ = slices_.k + kLanes;  // not a power of two, to avoid conflict misses in L1
     const int64_t n_g = kMelSteps<Dot> / kPer * g_row_,
-                  n_across = kPer == 1 ? 0 : kMelSteps<Dot> / 2 * across_row_,
+                  n_pairs_floats = kPer == 1 ? 0 : kMelSteps<Dot> / 2 * pairs_row_,
                   n_columns = Dot::kIsAmx ? n_g : 0;
-    const int64_t n_floats = n_g + n_across + n_columns + slices_.n_floats();
+    const int64_t n_floats = n_g + n_pairs_floats + n_columns + slices_.n_floats();
     g_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
-    x_across_ = g_ + n_g;
-    g_columns_ = x_across_ + n_across;
+    x_pairs_ = g_ + n_g;
+    g_columns_ = x_pairs_ + n_pairs_floats;
     slices_.units = g_columns_ + n_columns;
   }
 
   // partial: d_weight (Cm rounded up, K rounded up), then d_bias.
-  void run(int64_t tile, float* partial) {
+  void run(int64_t step_block, float* partial) {
     [[maybe_unused]] const typename Dot::Scope scope;
-    slices_.load_tile(args_, tile);
+    slices_.load_step_block(args_, step_block);
     const int64_t row_floats = round_up(slices_.k, kLanes);
     load_gradients(partial + mel_partial_rows(cm_) * row_floats);
     if constexpr (kPer == 2) pair_rows();
-    const float* x = kPer == 1 ? slices_.units : x_across_;
-    const int64_t x_row = kPer == 1 ? slices_.row : across_row_;
+    const float* x = kPer == 1 ? slices_.units : x_pairs_;
+    const int64_t x_row = kPer == 1 ? slices_.row : pairs_row_;
     for_each_width(row_floats / kLanes, [&](int64_t first_vector, auto width) {
       const int64_t column = first_vector * kLanes;
       for (int64_t c = 0; c < cm_; c += kRowGroup) {
         if constexpr (Dot::kIsAmx) {
           amx_gemm_16x64<width.value, false>(
-              g_columns_ + c * kMelSteps<Dot> / 2, kMelSteps<Dot> / 2, x_across_ + column,
-              across_row_, kMelSteps<Dot> / 2, partial + c * row_floats + column, row_floats);
+              g_columns_ + c * kMelSteps<Dot> / 2, kMelSteps<Dot> / 2, x_pairs_ + column,
+              pairs_row_, kMelSteps<Dot> / 2, partial + c * row_floats + column, row_floats);
           continue;
         }
         RegisterBlock<kRowGroup, width.value> sums;
@@ -222,8 +221,8 @@ class MelBackwardTile {
   }
 
  private:
-  // g = d_y * slope as units over steps, and its sum over the tile's steps. The channels that fill
-  // up a row group are zero: numbers left there by others may be subnormal, 150 cycles each.
+  // g = d_y * slope as units over steps, and its sum over the block's steps. Channels that pad a row group
+  // are zero: numbers left in the scratch may be subnormal, 150 cycles each.
   void load_gradients(float* d_bias) {
     const int64_t n_vector = cm_ - cm_ % kLanes;
     for (int64_t i = 0; i < slices_.n; i += kPer) {
@@ -249,27 +248,27 @@ class MelBackwardTile {
       }
       clear_floats(g + n_vector, g_row_ - n_vector);
       for (int64_t c = n_vector; c < cm_; ++c) {
-        auto* unit = reinterpret_cast<Product*>(g + c);
+        auto* unit = reinterpret_cast<GemmElement*>(g + c);
         for (int64_t j = 0; j < (has_second ? 2 : 1); ++j) {
-          const float product = widen(d_y[j * cm_ + c]) * widen(slope[j * cm_ + c]);
-          unit[j] = narrow<Product>(product);
-          d_bias[c] += product;
+          const float value = widen(d_y[j * cm_ + c]) * widen(slope[j * cm_ + c]);
+          unit[j] = narrow<GemmElement>(value);
+          d_bias[c] += value;
         }
       }
     }
   }
 
-  // Pairs of steps of x, for the product over steps; an odd last step has a partner of zeros.
+  // Pairs of steps of x, for the GEMM over steps; an odd last step has a partner of zeros.
   void pair_rows() {
 #if defined(__AVX512BF16__)
     for (int64_t i = 0; i < slices_.n; i += 2) {
       const BFloat16 *first = slices_.elements() + i * slices_.row, *second = first + slices_.row;
-      float* x = x_across_ + i / 2 * across_row_;
+      float* x = x_pairs_ + i / 2 * pairs_row_;
       for (int64_t k = 0; k < slices_.k; k += 2 * kLanes) interleave(first + k, second + k, x + k);
     }
-    if constexpr (Dot::kIsAmx) {  // a whole tile of steps, g by columns
+    if constexpr (Dot::kIsAmx) {  // padded to a whole step block, g transposed
       const int64_t n_pairs = ceil_div(slices_.n, 2), n_absent = kMelSteps<Dot> / 2 - n_pairs;
-      clear_floats(x_across_ + n_pairs * across_row_, n_absent * across_row_);
+      clear_floats(x_pairs_ + n_pairs * pairs_row_, n_absent * pairs_row_);
       clear_floats(g_ + n_pairs * g_row_, n_absent * g_row_);
       for (int64_t c = 0; c < g_row_; c += kLanes) {
         for (int64_t pair = 0; pair < kMelSteps<Dot> / 2; pair += kLanes) {
@@ -284,23 +283,24 @@ class MelBackwardTile {
   const MelEmbedBackward& args_;
   const int64_t cm_;
   MelSlices<Frame, Dot> slices_;
-  int64_t g_row_, across_row_;
-  float *g_, *x_across_;  // x_across_: pairs of two steps
-  float* g_columns_;      // MatrixDot only: [channel][pair of steps]
+  int64_t g_row_, pairs_row_;
+  float *g_, *x_pairs_;  // x_pairs_: pairs of steps
+  float* g_columns_;     // Amx16x64Dot only: [channel][pair of steps]
 };
 
-// How the tiles are cut for d_weight: a function of the shape alone.
+// How the step blocks are split for d_weight: a function of the shape alone.
 struct MelChunks {
-  int64_t n_tiles, tiles_per_chunk, n_chunks, partial_floats;
+  int64_t n_step_blocks, blocks_per_chunk, n_chunks, partial_floats;
 };
 
 template <typename Dot>
 MelChunks mel_chunks(const MelEmbedShape& shape) {
-  const int64_t n_tiles = shape.batch * ceil_div(shape.steps, kMelSteps<Dot>);
-  const int64_t per_chunk = max_of<int64_t>(kMelTilesPerChunk, ceil_div(n_tiles, kMelMaxChunks));
+  const int64_t n_step_blocks = shape.batch * ceil_div(shape.steps, kMelSteps<Dot>);
+  const int64_t per_chunk =
+      max_of<int64_t>(kMelBlocksPerChunk, ceil_div(n_step_blocks, kMelMaxChunks));
   const int64_t channels = mel_partial_rows(shape.channels),
                 row = round_up(mel_slice_size(shape), kLanes);
-  return {n_tiles, per_chunk, ceil_div(n_tiles, per_chunk),
+  return {n_step_blocks, per_chunk, ceil_div(n_step_blocks, per_chunk),
           round_up(channels * row + shape.channels, kLanes)};
 }
 
@@ -312,7 +312,7 @@ inline void sum_mel_pos(const MelEmbedBackward& args, int64_t task) {
 }
 
 template <typename Element, typename Frame, typename Dot>
-void mel_embed_backward_by_tiles(const MelEmbedBackward& args, const Executor& executor) {
+void mel_embed_backward_blocks(const MelEmbedBackward& args, const Executor& executor) {
   const MelEmbedShape& shape = args.shape;
   const MelChunks chunks = mel_chunks<Dot>(shape);
   auto* partials = static_cast<float*>(args.workspace);
@@ -321,10 +321,10 @@ void mel_embed_backward_by_tiles(const MelEmbedBackward& args, const Executor& e
     if (chunk >= chunks.n_chunks) return sum_mel_pos<Element>(args, chunk - chunks.n_chunks);
     float* partial = partials + chunk * chunks.partial_floats;
     clear_floats(partial, chunks.partial_floats);
-    MelBackwardTile<Element, Frame, Dot> tile(args);
-    const int64_t first = chunk * chunks.tiles_per_chunk;
-    for (int64_t i = first; i < min_of(first + chunks.tiles_per_chunk, chunks.n_tiles); ++i)
-      tile.run(i, partial);
+    MelBackwardBlock<Element, Frame, Dot> step_block(args);
+    const int64_t first = chunk * chunks.blocks_per_chunk;
+    for (int64_t i = first; i < min_of(first + chunks.blocks_per_chunk, chunks.n_step_blocks); ++i)
+      step_block.run(i, partial);
   });
   const int64_t k = mel_slice_size(shape), row = round_up(k, kLanes), cm = shape.channels;
   const auto sum_partials = [&](int64_t offset, int64_t n, Element* out) {

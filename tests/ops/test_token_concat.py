@@ -14,6 +14,7 @@ from op_cases import (
 )
 
 from wgpt import ops
+from wgpt.errors import OpError
 
 SIZES = [  # batch, steps, vocab, token_channels, mel_channels
     (1, 1, 1, 1, 0),
@@ -85,7 +86,7 @@ def test_token_concat_names_the_token_out_of_range(token: int, at: tuple[int, in
     tokens = torch.zeros(2, 19, dtype=torch.int64)
     tokens[at] = token
     message = rf"token_concat: tokens must lie in \[0, 1024\), got {token} at \[{at[0]}, {at[1]}\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OpError, match=message):
         ops.token_concat(tokens, torch.zeros(1024, 4))
 
 
@@ -116,5 +117,5 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("tensors", "message"), REFUSALS)
 def test_token_concat_refuses(tensors: dict[str, Any], message: str) -> None:
     arguments = dict(token_call().tensors, **tensors)
-    with pytest.raises(ValueError, match="token_concat: .*" + message):
+    with pytest.raises(OpError, match="token_concat: .*" + message):
         ops.token_concat(**arguments)  # type: ignore[arg-type]

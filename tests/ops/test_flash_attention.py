@@ -16,6 +16,7 @@ from op_cases import (
 )
 
 from wgpt import ops
+from wgpt.errors import OpError
 
 SIZES = [  # batch, q_steps, kv_steps, heads, head_dim
     (1, 1, 1, 1, 32),
@@ -196,19 +197,19 @@ def _tensor(*shape: int, **options: Any) -> torch.Tensor:
 def test_flash_attention_refuses(
     arguments: tuple[Any, ...], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match="flash_attention: " + message):
+    with pytest.raises(OpError, match="flash_attention: " + message):
         ops.flash_attention(*arguments, **options)
 
 
 def test_flash_attention_refuses_mixed_devices(cuda: str) -> None:
     q = torch.zeros(1, 5, 1, 32, device=cuda)
-    with pytest.raises(ValueError, match="k must be on cuda:0 like q, got cpu"):
+    with pytest.raises(OpError, match="k must be on cuda:0 like q, got cpu"):
         ops.flash_attention(q, q.cpu(), q)
 
 
 def test_flash_attention_refuses_float64_on_cuda(cuda: str) -> None:
     q = torch.zeros(1, 5, 1, 32, device=cuda, dtype=torch.float64)
-    with pytest.raises(ValueError, match="q may be float64 on the CPU only"):
+    with pytest.raises(OpError, match="q may be float64 on the CPU only"):
         ops.flash_attention(q, q, q)
 
 
@@ -225,7 +226,7 @@ def test_first_key_of_is_the_start_of_each_document(cu_seqlens: Any) -> None:
 
 @pytest.mark.parametrize("cu_seqlens", [[], [1, 4], [0, 4, 3], [0, 10]], ids=str)
 def test_first_key_of_refuses_what_is_no_row_of_documents(cu_seqlens: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"first_key_of: cu_seqlens\[1\] must rise from 0 to at"):
+    with pytest.raises(OpError, match=r"first_key_of: cu_seqlens\[1\] must rise from 0 to at"):
         ops.first_key_of([[0, 9], cu_seqlens], 9)
 
 

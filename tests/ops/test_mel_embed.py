@@ -15,6 +15,7 @@ from op_cases import (
 )
 
 from wgpt import ops
+from wgpt.errors import OpError
 
 SIZES = [  # batch, steps, mels, channels, frames_per_step, context_frames
     (1, 1, 1, 1, 1, 0),
@@ -125,7 +126,7 @@ def test_mel_embed_unused_pos_rows_get_zero_gradient(device: str) -> None:
 def test_mel_embed_refuses_a_gradient_for_data(name: str) -> None:
     call = mel_call()
     call.tensors[name].requires_grad_()  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=rf"mel_embed: {name} is data .* pass {name}.detach\(\)"):
+    with pytest.raises(OpError, match=rf"mel_embed: {name} is data .* pass {name}.detach\(\)"):
         call.op(*call.tensors.values())
     with torch.no_grad():
         call.op(*call.tensors.values())
@@ -159,5 +160,5 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("tensors", "options", "message"), REFUSALS)
 def test_mel_embed_refuses(tensors: dict[str, Any], options: dict[str, Any], message: str) -> None:
     arguments = dict(mel_call().tensors, **tensors)
-    with pytest.raises(ValueError, match="mel_embed: .*" + message):
+    with pytest.raises(OpError, match="mel_embed: .*" + message):
         ops.mel_embed(**arguments, **options)  # type: ignore[arg-type]

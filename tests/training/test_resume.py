@@ -1,0 +1,257 @@
+"""A run can be changed on the way, and every command that a message names works."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+from wgpt.cli import main
+from wgpt.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainError
+from wgpt.files import locked
+from wgpt.model import HybridModel
+from wgpt.runs import checkpoint
+from wgpt.runs.metrics import read_metrics
+from wgpt.runs.run import Run
+from wgpt.training import train
+from wgpt.training.trainer import Trainer
+
+SETTINGS = {
+    "max_steps": 4,
+    "batch_size": 2,
+    "context_s": 0.32,
+    "warmup_steps": 2,
+    "eval_every": 2,
+    "eval_audio_s": 2.0,
+    "save_every": 2,
+    "sample_s": 0.0,
+    "device": "cpu",
+}
+SHORT = ["--max-steps=1", "--context-s=0.32", "--batch-size=2", "--sample-s=0", "--warmup-steps=1",
+         "--eval-audio-s=2", "--device=cpu"]  # fmt: skip
+TINY = {"n_layers": 1, "ffn_dim": 64, "dropout": 0.1}
+
+
+def start(prepared, out, **changes):
+    return train(prepared, out, "gpt-xs", model=TINY, **{**SETTINGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(prepared, tmp_path_factory):
+    """A finished run of 4 steps."""
+    out = tmp_path_factory.mktemp("resume") / "run"
+    start(prepared, out)
+    return out
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "run")
+
+
+def command_in(message, tmp_path, *more):
+    """The arguments of the command line that a message names, to run with a few more."""
+    words = shlex.split(re.search(r"wgpt (train .*)$", str(message)).group(1))
+    return [str(tmp_path / "new") if word == "NEW" else word for word in words] + list(more)
+
+
+def train_rows(run):
+    return [row for row in read_metrics(run / "metrics.csv") if row["split"] == "train"]
+
+
+def test_a_run_is_extended(run, prepared, tmp_path):
+    assert train(None, run, resume=True, max_steps=8)["steps"] == 8
+    rows = train_rows(run)
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    opened = Run.open(run)
+    assert opened.config.max_steps == 8
+    assert opened.changes == ({"from_step": 4, "changed": {"max_steps": [4, 8]}},)
+    # The steps before are those of the first run, those after those of its new schedule.
+    longer = tmp_path / "longer"
+    start(prepared, longer, max_steps=8)
+    assert [row["lr"] for row in rows[4:]] == [row["lr"] for row in train_rows(longer)[4:]]
+    assert rows[3]["lr"] != train_rows(longer)[3]["lr"]
+
+
+def test_every_change_is_recorded_with_its_step_and_takes_effect(run):
+    train(None, run, resume=True, max_steps=6, lr=1e-4)
+    train(None, run, resume=True, max_steps=8, batch_size=4, model={"dropout": 0.0})
+    opened = Run.open(run)
+    assert [change["from_step"] for change in opened.changes] == [4, 6]
+    assert opened.changes[1]["changed"] == {
+        "max_steps": [6, 8], "batch_size": [2, 4], "dropout": [0.1, 0.0],
+    }  # fmt: skip
+    assert (opened.config.lr, opened.config.batch_size, opened.model.dropout) == (1e-4, 4, 0.0)
+    rates = [float(row["lr"]) for row in train_rows(run)]
+    assert max(rates[:4]) == 1e-3 and max(rates[4:]) < 1e-4
+    assert train(None, run, resume=True, max_steps=8, lr=1e-4)["steps"] == 8
+    assert len(Run.open(run).changes) == 2  # what is as it was is no change
+
+
+def test_a_changed_run_that_is_killed_ends_with_the_same_bits(run, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    other = shutil.copytree(run, tmp_path / "other")
+    change = {"max_steps": 12, "lr": 3e-3, "batch_size": 4, "patience": 2}
+    train(None, run, resume=True, **change)
+    step = Trainer._step
+
+    def fatal(self, number, batch):
+        if number == 9:
+            raise Killed
+        return step(self, number, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "_step", fatal)
+        train(None, other, resume=True, **change)
+    train(None, other, resume=True)
+    for name in ("metrics.csv", "config.json", "model/model.safetensors"):
+        assert (other / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_train_extends_from_the_command_line(run, capsys):
+    assert main(["train", f"--out={run}", "--resume", "--max-steps=6"]) == 0
+    assert len(train_rows(run)) == 6
+    assert main(["train", f"--out={run}", "--resume", "--max-steps=5"]) == 2
+    assert "--max-steps must be at least 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "model", "settings"),
+    [
+        (None, {"n_layers": 2}, {}),
+        (None, {"n_fine": 2}, {}),
+        (None, {}, {"seed": 5}),
+        (None, {}, {"init": "starter"}),
+        ("gpt-s", {}, {}),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_with_a_command_that_makes_it(
+    prepared, run, tmp_path, preset, model, settings
+):
+    with pytest.raises(ConfigError, match="another") as refused:
+        train(None, run, preset, resume=True, model=model, max_steps=6, **settings)
+    assert Run.open(run).changes == () and len(train_rows(run)) == 4
+    if "init" in settings:  # starter wants data that its codec made, with its mel
+        assert f"--data {prepared} --out NEW --init starter" in str(refused.value)
+        return
+    assert main(command_in(refused.value, tmp_path, *SHORT)) == 0
+    made = Run.open(tmp_path / "new")
+    assert preset in (None, made.preset)
+    assert all(getattr(made.model, name) == value for name, value in model.items())
+    assert all(getattr(made.config, name) == value for name, value in settings.items())
+
+
+def test_mel_source_is_refused_with_a_command_that_goes_on_from_the_run(prepared, tmp_path):
+    out = tmp_path / "run"
+    shape = {"n_layers": 1, "n_mel_layers": 1, "ffn_dim": 64, "mel_ffn_dim": 64}
+    train(prepared, out, "hybrid-xs", model=shape, **{**SETTINGS, "max_steps": 1})
+    with pytest.raises(ConfigError, match="--mel-source from wave to decoded-1") as refused:
+        train(None, out, resume=True, mel_source="decoded:1")
+    assert main(command_in(refused.value, tmp_path, *SHORT)) == 0
+    assert Run.open(tmp_path / "new").config.mel_source == "decoded-1"
+
+
+def test_a_run_whose_first_step_fails_goes_on_as_its_message_says(prepared, tmp_path, monkeypatch):
+    out, hidden = tmp_path / "run", HybridModel.hidden
+
+    def broken(self, *args, **options):
+        return hidden(self, *args, **options) * float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridModel, "hidden", broken)
+        with pytest.raises(TrainError, match="lower rate") as failed:
+            start(prepared, out)
+    assert main(command_in(failed.value, tmp_path)) == 0
+    rows = read_metrics(out / "metrics.csv")
+    assert [int(row["step"]) for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert Run.open(out).config.lr == pytest.approx(3e-4)
+
+
+def test_a_run_that_never_began_is_resumed_from_the_start(prepared, done, tmp_path, monkeypatch):
+    """A failure before step 1 leaves a folder with config.json alone."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Trainer, "fit", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        start(prepared, out)
+    with pytest.raises(ConfigError, match="already holds a run; add --resume"):
+        start(prepared, out)
+    train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
+    assert (out / "metrics.csv").read_bytes() == (done / "metrics.csv").read_bytes()
+
+
+def test_a_run_that_began_from_another_begins_from_it_again(prepared, done, tmp_path, monkeypatch):
+    expected, out = tmp_path / "expected", tmp_path / "run"
+    settings = {**SETTINGS, "init": str(done), "max_steps": 2}
+    train(prepared, expected, **settings)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Trainer, "fit", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        train(prepared, out, **settings)
+    train(None, out, resume=True)
+    assert (out / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
+
+
+def test_a_batch_that_cannot_be_dealt_leaves_no_folder(prepared, run, tmp_path, monkeypatch):
+    from wgpt.training import launch
+    from wgpt.training.distributed import ProcessGroup
+
+    monkeypatch.setattr(launch.ProcessGroup, "join", staticmethod(lambda _: ProcessGroup(0, 3)))
+    with pytest.raises(ConfigError, match="divisible by the 3 processes"):
+        start(prepared, tmp_path / "none", batch_size=8)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match="divisible by the 3 processes"):
+        train(None, run, resume=True, batch_size=8)
+    assert Run.open(run).changes == ()
+
+
+def test_ctrl_c_and_patience_name_commands_that_go_on(prepared, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "a run"
+    step = Trainer._step
+
+    def interrupting(self, number, batch):
+        self.interrupted = number == 1
+        return step(self, number, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupting)
+        with pytest.raises(Interrupted) as stopped:
+            start(prepared, out, patience=1, max_steps=40, lr=5.0)
+    assert main(command_in(stopped.value, tmp_path)) == 0
+    ended = len(train_rows(out))
+    assert ended < 40
+    message = next(r.getMessage() for r in caplog.records if "more patience" in r.getMessage())
+    assert main(command_in(message, tmp_path)) == 0
+    assert len(train_rows(out)) > ended
+    assert Run.open(out).config.patience == 2
+
+
+def test_checkpoints_all_damaged_can_be_left_behind(run):
+    for path in checkpoint.list_steps(run / "checkpoints"):
+        (path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"delete .*/checkpoints, and --resume starts") as e:
+        train(None, run, resume=True)
+    shutil.rmtree(re.search(r"delete (\S+/checkpoints),", str(e.value)).group(1))
+    assert train(None, run, resume=True)["steps"] == 4
+    assert len(train_rows(run)) == 4
+
+
+def test_a_second_process_is_kept_out_of_a_run(run):
+    with (
+        locked(run, "trained"),
+        pytest.raises(ConfigError, match="is being trained by another process"),
+    ):
+        train(None, run, resume=True, max_steps=6)
+    assert Run.open(run).changes == ()
+
+
+def test_data_that_moved_are_named_by_flag(prepared, run, tmp_path):
+    description = json.loads((run / "config.json").read_text())
+    description["data"]["path"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match="with --data"):
+        train(None, run, resume=True)
+    assert train(prepared, run, resume=True)["steps"] == 4

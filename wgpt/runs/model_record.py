@@ -1,0 +1,102 @@
+"""What a model folder says of itself beside the weights: what the model was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wgpt import codec as codecs
+from wgpt.config import MelConfig, from_json, to_json
+from wgpt.data.dataset import Dataset
+from wgpt.errors import CodecError, ConfigError, DataError
+from wgpt.runs.run import Run
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """config.json of a model folder, without the model's shape.
+
+    folder: where it is; preset: name of the shape; mel, mel_source: of its slices; codec: {source,
+    identity, ...} of its tokens; context_steps: length T of its training windows, None where
+    nobody wrote it down; run: the run whose folder it lies in, None elsewhere.
+    """
+
+    folder: Path
+    preset: str
+    mel: MelConfig
+    mel_source: str | None
+    codec: dict[str, Any]
+    context_steps: int | None
+    run: Run | None
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelRecord:
+        """Of a model folder. Raises ConfigError when `wgpt train` or `pack` did not write it."""
+        path, run = folder / "config.json", _run_around(folder)
+        try:
+            facts = json.loads(path.read_text())
+            if "train" in facts:
+                raise ConfigError(
+                    f"{folder}: this run has saved no model yet; go on with "
+                    f"`wgpt train --out {folder} --resume`"
+                )
+            mel, mel_source = from_json(MelConfig, facts["mel"], str(path)), facts["mel_source"]
+            codec = facts["codec"]
+            codec["source"], codec["identity"]["sha256"]  # needed by whoever reads them
+            context_steps = facts.get("context_steps")
+            if run is not None:  # version 0.1 wrote it there alone
+                context_steps = context_steps or run.config.context_steps
+            return cls(folder, facts["preset"], mel, mel_source, codec, context_steps, run)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: no such file; a model folder holds config.json and model.safetensors"
+            ) from None
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{path}: was not written by `wgpt train`: no {error}") from None
+
+    def load_codec(self, device: str = "cpu") -> codecs.Codec:
+        """The codec of the model's tokens. Raises CodecError when its weights are others by now."""
+        source, expected = self.codec["source"], self.codec["identity"]["sha256"]
+        codec = codecs.load(source, device=device)
+        if codec.identity["sha256"] != expected:
+            raise CodecError(
+                f"codec: {source} must have the weights the model was trained with, sha256 "
+                f"{expected}, got {codec.identity['sha256']}"
+            )
+        return codec
+
+    def dataset(self, path: str | Path | None = None) -> Dataset:
+        """Prepared data whose tokens and slices are the model's; by default those of its run.
+
+        Raises ConfigError when there is neither a path nor a run, DataError when the data were
+        made with another codec or mel.
+        """
+        if path is None:
+            if self.run is None:
+                raise ConfigError(f"{self.folder}: is not in a run; name the data with --data")
+            return self.run.dataset()
+        dataset = Dataset(path)
+        got, expected = dataset.codec_identity, self.codec["identity"]
+        if got["sha256"] != expected["sha256"]:
+            raise DataError(
+                f"{dataset.path}: its tokens come from the codec {got}, this model's from "
+                f"{expected}; prepare it with --codec {self.codec['source']}"
+            )
+        if dataset.mel_config != self.mel:
+            raise DataError(
+                f"{dataset.path}: its mel slices were made with {to_json(dataset.mel_config)}, "
+                f"this model's with {to_json(self.mel)}; prepare it with the same settings"
+            )
+        return dataset
+
+
+def _run_around(folder: Path) -> Run | None:
+    """The run of RUN/model and RUN/checkpoints/step-N."""
+    for run in (folder.parent, folder.parent.parent):
+        try:
+            return Run.open(run)
+        except ConfigError:  # not a run
+            continue
+    return None
