@@ -30,10 +30,11 @@ from harness import Results, add_common_arguments, machine_facts, print_table, s
 
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
-from wgpt.config import HOP_SAMPLES, PRESETS, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
 from wgpt.generation.generator import PREFILL_STEPS, AudioGenerator, GenerationState
 from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
+from wgpt.model.presets import PRESETS
 
 PROMPT_STEPS = 231  # 3.08 s: 28 blocks of 8 and 7, the most that can be left at the end
 CHUNK_S = 0.08

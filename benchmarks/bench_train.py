@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from wgpt.config import TrainConfig
 from wgpt.model import HybridModel, presets
-from wgpt.training.distributed import keep_freed_memory
+from wgpt.training.allocator import keep_freed_memory
 from wgpt.training.optimizer import make_optimizer
 
 COLUMNS = [

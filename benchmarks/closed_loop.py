@@ -1,10 +1,10 @@
-"""Which training makes a model that hears itself go wrong least? Arms, figures, one table.
+"""Which training keeps a model that reads its own output closest to real sound? Arms and one table.
 
 While sampling, the mel slices come from decoded tokens, not from a recording. Each arm is a small
 model trained on the demo's audio with the same seed, steps and batches; only the mel it reads while
 training differs. Each is scored on the validation split: NLL on the mel it was trained on (teacher-
 forced), NLL on mel of decoded true tokens (closed loop), and the drift of its own rollouts from
-real sound (wgpt/rollout.py), whose floor is what as much real sound shows.
+real sound (wgpt/evaluation/drift.py), whose floor is what as much real sound shows.
 
     python benchmarks/closed_loop.py --work WORK --out benchmarks/results/closed-loop.json \
         --doc docs/closed-loop.md
@@ -29,9 +29,9 @@ import torch
 from wgpt.config import HOP_SAMPLES
 from wgpt.data.dataset import Dataset
 from wgpt.data.pipeline import prepare
-from wgpt.demo import SETTINGS, gather_audio
 from wgpt.evaluation import evaluate
-from wgpt.train import train
+from wgpt.experiments.demo import SETTINGS, gather_audio
+from wgpt.training import train
 
 SOURCES = ("wave", "decoded-1", "decoded-8")
 ROUGH: dict[str, Any] = {"mel_drop": 0.3, "mel_drop_span_steps": 8}
@@ -88,10 +88,10 @@ def measure(name: str, data: Path, runs: Path, args: argparse.Namespace) -> dict
 
 
 def loop_nll(row: dict[str, Any], group: str) -> float:
-    """NLL on the mel the arm hears while sampling: of as many codebooks as it predicts."""
+    """NLL on the mel the arm reads while sampling: of as many codebooks as it predicts."""
     scores = row["nll_nats"]
-    heard = "decoded-8" if row["n_fine"] else "decoded-1"
-    return float(scores.get(heard, scores["own"])[group])
+    source = "decoded-8" if row["n_fine"] else "decoded-1"
+    return float(scores.get(source, scores["own"])[group])
 
 
 def drift(row: dict[str, Any], name: str) -> tuple[float, float, float]:
@@ -112,11 +112,11 @@ def as_markdown(results: dict[str, Any], facts: dict[str, Any]) -> str:
         f"torch {results['machine']['torch']}.",
         "",
         "NLL of the coarse codebook, nats: *own* reads the mel it was trained on, the others mel "
-        "of decoded true tokens. Bold: what the arm hears while sampling.",
+        "of decoded true tokens. Bold: what the arm reads while sampling.",
         "",
         "| trained on | "
         + " | ".join(f"{g}: own | 1 codebook | 8 codebooks" for g in groups)
-        + " | finer, mean |",
+        + " | residual, mean |",
         "|---|" + "---:|" * (3 * len(groups) + 1),
     ]
     for row in rows:
@@ -124,8 +124,8 @@ def as_markdown(results: dict[str, Any], facts: dict[str, Any]) -> str:
         for group in groups:
             for read in ("own", "decoded-1", "decoded-8"):
                 value = row["nll_nats"].get(read, {}).get(group)
-                heard = read == ("decoded-8" if row["n_fine"] else "decoded-1")
-                mark = "**" if heard else ""
+                own = read == ("decoded-8" if row["n_fine"] else "decoded-1")
+                mark = "**" if own else ""
                 cells.append("" if value is None else f"{mark}{value:.3f}{mark}")
         fine = row["fine_nll_nats"]
         cells.append("" if fine is None else f"{fine:.3f}")
@@ -154,7 +154,7 @@ def as_markdown(results: dict[str, Any], facts: dict[str, Any]) -> str:
     for group in groups if hybrids else []:
         best = min(hybrids, key=lambda row: loop_nll(row, group))
         lines.append(
-            f"- Lowest NLL on what is heard while sampling, {group}: *{best['arm']}*, "
+            f"- Lowest NLL on what is read while sampling, {group}: *{best['arm']}*, "
             f"{loop_nll(best, group):.3f}."
         )
     for name, title, unit in (("log_mel_db", "log-mel", " dB"), ("token_tv", "token", "")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -11,6 +12,18 @@ from pathlib import Path
 from wgpt.errors import ConfigError
 
 BLOCK_BYTES = 1 << 20
+# Errors of the machine and not of a file: what met one must be tried again, not left out.
+BAD_DAY = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ENOSPC", "EDQUOT", "ENOMEM", "EMFILE", "ENFILE", "EROFS", "ESTALE",
+                 "ENODEV", "ENXIO", "ETIMEDOUT", "ENOTCONN", "EREMOTEIO")
+    if hasattr(errno, name)
+)  # fmt: skip
+
+
+def is_bad_day(error: BaseException) -> bool:
+    """Whether an error is the machine's fault (memory, disk, network) and not that of a file."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in BAD_DAY
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wgpt import audio
-from wgpt.audio.recording import WRITERS
+from wgpt.audio.writing import WRITERS
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import ConfigError
 from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator, Step

@@ -1,4 +1,4 @@
-"""`wgpt prepare`: turn a folder of recordings into tokens and mel slices."""
+"""`wgpt prepare`: turn recordings into tokens and mel slices, with an account of every file."""
 
 from __future__ import annotations
 
@@ -8,34 +8,49 @@ import json
 import logging
 import sys
 
-from wgpt import audio
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
-from wgpt.errors import Interrupted
+from wgpt.data.account import account_lines
+from wgpt.data.splits import SPLIT_BY
+from wgpt.errors import ConfigError, Interrupted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments, so that a larger command line can mount it."""
-    parser.usage = "%(prog)s AUDIO_DIR --out DATA [flags]"
-    add = parser.add_argument_group("data").add_argument
-    add("audio_dir", metavar="AUDIO_DIR", help="folder of audio files, walked recursively")
+    parser.usage = "%(prog)s AUDIO [AUDIO ...] --out DATA [flags]"
+    add = parser.add_argument_group("recordings").add_argument
+    add(
+        "audio", nargs="*", metavar="AUDIO",
+        help="folders (walked recursively), audio files, or lists: a path a line, or CSV, TSV, "
+        "JSON lines with path and, if wanted, group and split",
+    )  # fmt: skip
+    add("--valid", nargs="+", default=[], metavar="AUDIO", help="recordings to validate on")
+    add("--test", nargs="+", default=[], metavar="AUDIO", help="recordings to test on")
+    add(
+        "--split-by", choices=SPLIT_BY,
+        help="hold out whole groups (a list's column, LibriSpeech's speaker, or first-level "
+        "folder), files, or the end of each file; default: group where there are at least 10, "
+        "else file, else time for one or two long recordings",
+    )  # fmt: skip
+    add("--valid-fraction", type=float, default=0.1, help="share to validate on (default: 0.1)")
+    add("--test-fraction", type=float, default=0.0, help="share to test on (default: 0)")
+    add("--keep-silence", action="store_true", help="do not cut silence (over 0.3 s inside)")
+    add("--keep-loudness", action="store_true", help="do not bring the loudness to -18 LUFS")
+    add("--max-seconds", type=float, help="skip longer files (default: cut them into pieces)")
+    add = parser.add_argument_group("tokens and mel slices").add_argument
     add("--codec", default="mini", help="codec name or path (default: mini)")
     add(
-        "--mel-sources", nargs="+", default=["wave"], metavar="SOURCE", type=mel_source_name,
+        "--mel-sources", nargs="+", metavar="SOURCE", type=mel_source_name,
         help="wave, decoded-K (audio of the first K codebooks), leaky-W (centred window of W "
-        "samples, sees the future); default: wave",
+        "samples, sees the future); default: wave decoded-1 and decoded-K of all codebooks up to "
+        "8; adding one later costs only that one",
     )  # fmt: skip
-    add("--valid-fraction", type=float, default=0.1, help="share of files (default: 0.1)")
-    add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
-    add(
-        "--max-seconds", type=float, default=audio.MAX_SECONDS,
-        help=f"skip longer files (default: {audio.MAX_SECONDS:g})",
-    )  # fmt: skip
+    add("--jobs", type=int, metavar="N", help="worker processes (default: one per core)")
     add("--download", action="store_true", help="let the codec's weights be downloaded")
     add = parser.add_argument_group("output").add_argument
-    add("--out", required=True, metavar="DATA", help="folder to write")
+    add("--out", required=True, metavar="DATA", help="folder to write, or to add to")
     add("--overwrite", action="store_true", help="replace a finished folder that differs")
-    add("--json", action="store_true", help="print the totals as one line of JSON")
+    add("--json", action="store_true", help="print account and totals as one line of JSON")
     add("--quiet", action="store_true", help="no progress bars, warnings only")
     add = parser.add_argument_group("mel", "the log-mel front end").add_argument
     for field in dataclasses.fields(MelConfig):
@@ -53,15 +68,23 @@ def run(args: argparse.Namespace) -> int:
     """`wgpt prepare`."""
     if args.quiet:
         logging.getLogger().setLevel(logging.WARNING)
+    if not (args.audio or args.valid or args.test):
+        raise ConfigError("name at least one folder, audio file or list: wgpt prepare AUDIO ...")
     names = [f.name for f in dataclasses.fields(MelConfig) if hasattr(args, f"mel_{f.name}")]
     try:
         manifest = prepare(
-            args.audio_dir,
+            args.audio,
             args.out,
+            valid=args.valid,
+            test=args.test,
             codec=args.codec,
             mel=MelConfig(**{name: getattr(args, f"mel_{name}") for name in names}),
-            mel_sources=tuple(args.mel_sources),
+            mel_sources=tuple(args.mel_sources) if args.mel_sources else None,
+            split_by=args.split_by,
             valid_fraction=args.valid_fraction,
+            test_fraction=args.test_fraction,
+            keep_silence=args.keep_silence,
+            keep_loudness=args.keep_loudness,
             jobs=args.jobs,
             max_seconds=args.max_seconds,
             download=args.download,
@@ -70,18 +93,22 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command resumes where this one stopped") from None
-    totals, n_skipped = manifest["totals"], len(manifest["skipped"])
+    totals = manifest["totals"]
     if args.json:
-        line = json.dumps({"out": str(args.out), "totals": totals, "skipped": n_skipped})
-        sys.stdout.write(line + "\n")
+        line = {
+            "out": str(args.out), "account": manifest["account"], "totals": totals,
+            "split_by": manifest["split_by"], "skipped": len(manifest["skipped"]),
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(line) + "\n")
         return 0
+    lines = account_lines(manifest)
     for split, total in totals.items():
-        sys.stdout.write(
-            f"{split}: {total['files']} files, {total['clips']} clips, {total['steps']} steps, "
-            f"{total['seconds']:.1f} s\n"
-        )
-    if n_skipped:
-        sys.stdout.write(f"skipped: {n_skipped} files, reasons in {args.out}/manifest.json\n")
+        if total["clips"]:
+            lines.append(
+                f"{split}: {total['files']} files, {total['clips']} clips, "
+                f"{total['groups']} groups, {total['steps']} steps, {total['seconds']:.1f} s"
+            )
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

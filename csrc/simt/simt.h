@@ -1,5 +1,5 @@
 // A SIMT machine in miniature: runs CUDA-style kernels on one CPU thread, one fiber per CUDA thread, and says in words
-// what a kernel did wrong. Knows nothing of its users; docs/simt.md tells how to write a kernel for it.
+// what a kernel did wrong. Knows nothing of its users; docs/kernels.md tells how to write a kernel for it.
 //
 //   grid -> blocks, one after another -> warps of 32 -> lanes (fibers)
 //

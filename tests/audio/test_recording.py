@@ -1,4 +1,4 @@
-"""audio.read on real files of many formats, good and broken; audio.write; audio.find."""
+"""audio.read on real files of many formats, good and broken; audio.write."""
 
 from __future__ import annotations
 
@@ -232,16 +232,3 @@ def test_write_refuses(tmp_path: Path, name: str, wave: np.ndarray, message: str
 def test_write_refuses_a_rate_opus_lacks(tmp_path: Path) -> None:
     with pytest.raises(audio.AudioError, match="Opus rate"):
         audio.write(tmp_path / "a.ogg", np.zeros(100), 44_100)
-
-
-def test_find_lists_audio_sorted_without_hidden_files_or_loops(tmp_path: Path) -> None:
-    for name in ("b.wav", "a.FLAC", "sub/z.mp3", "sub/.hidden.wav", ".git/x.wav", "notes.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
-    (tmp_path / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
-    found = [path.relative_to(tmp_path).as_posix() for path in audio.find(tmp_path)]
-    assert found == ["a.FLAC", "b.wav", "broken.wav", "sub/z.mp3"]
-    with pytest.raises(audio.AudioError, match="must be a folder"):
-        audio.find(tmp_path / "b.wav")

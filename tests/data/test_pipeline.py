@@ -18,8 +18,10 @@ from wgpt.audio.mel import MelFrontend
 from wgpt.cli import main
 from wgpt.config import MelConfig
 from wgpt.data import dataset as dataset_module
-from wgpt.data import encode, prepare
+from wgpt.data import pipeline, prepare
 from wgpt.errors import ConfigError, DataError
+
+AS_IS: dict[str, Any] = {"keep_silence": True, "keep_loudness": True}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict
     root = tmp_path_factory.mktemp("prepared")
     make_audio(root / "audio")
     sources = ("wave", "decoded-1", "leaky-1024")
-    manifest = prepare(root / "audio", root / "data", codec=FakeCodec(), mel_sources=sources)
+    manifest = prepare(
+        root / "audio", root / "data", codec=FakeCodec(), mel_sources=sources, **AS_IS
+    )
     return root / "audio", root / "data", manifest
 
 
@@ -75,7 +79,7 @@ def test_normalisation_whitens_the_training_split(prepared) -> None:
 def test_normalisation_floors_the_deviation(tmp_path: Path) -> None:
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", np.zeros(3200 + 320 * i), 24_000)
-    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec(), keep_silence=True)
     constants = manifest["normalisation"]["wave"]
     assert constants["inv_std"] == [10.0] * 64
     assert constants["mean"] == pytest.approx([math.log(1e-5)] * 64, abs=5e-3)
@@ -84,7 +88,12 @@ def test_normalisation_floors_the_deviation(tmp_path: Path) -> None:
 def test_the_manifest_holds_no_path_of_this_machine(prepared) -> None:
     audio_dir, data, _ = prepared
     assert str(audio_dir.parent) not in (data / "manifest.json").read_text()
-    assert sorted(path.name for path in data.iterdir()) == ["manifest.json", "train", "valid"]
+    assert sorted(path.name for path in data.iterdir()) == [
+        "manifest.json",
+        "test",
+        "train",
+        "valid",
+    ]
 
 
 def test_bad_files_are_skipped_with_reasons_and_duplicates_stored_once(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_bad_files_are_skipped_with_reasons_and_duplicates_stored_once(tmp_path:
     soundfile.write(audio_dir / "short.wav", np.zeros(319), 24_000)
     soundfile.write(audio_dir / "nan.wav", np.array([math.nan] * 400), 24_000, subtype="FLOAT")
     soundfile.write(audio_dir / "long.flac", np.zeros(24_000 * 5), 24_000)
-    manifest = prepare(audio_dir, tmp_path / "data", codec=FakeCodec(), max_seconds=3)
+    manifest = prepare(audio_dir, tmp_path / "data", codec=FakeCodec(), max_seconds=3, **AS_IS)
     reasons = {entry["path"]: entry["reason"] for entry in manifest["skipped"]}
     assert sorted(reasons) == [
         "broken.wav", "long.flac", "nan.wav", "short.wav", "text.wav", "text2.wav",
@@ -117,7 +126,7 @@ def test_a_truncated_file_is_kept_with_a_note(tmp_path: Path) -> None:
     blob = (tmp_path / "a.wav").read_bytes()
     (tmp_path / "a.wav").write_bytes(blob[:-2000])
     soundfile.write(tmp_path / "b.wav", np.ones(4000) * 0.1, 24_000)
-    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
+    manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec(), **AS_IS)
     (entry,) = (e for e in manifest["sources"] if e["path"] == "a.wav")
     assert entry["steps"] == 9 and entry["notes"][0].startswith("truncated")
 
@@ -128,44 +137,33 @@ def test_nothing_usable_is_an_error_with_reasons(tmp_path: Path) -> None:
         prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match="found none with a known suffix"):
+    with pytest.raises(DataError, match=r"must hold audio files .*found no file"):
         prepare(empty, tmp_path / "data2", codec=FakeCodec())
 
 
-def test_librispeech_layout_groups_by_its_first_folder(tmp_path: Path) -> None:
+def test_librispeech_layout_groups_by_speaker(tmp_path: Path) -> None:
     for i, name in enumerate(["dev-clean/1272/128104", "dev-clean/84/121123", "test-clean/61/1"]):
         folder = tmp_path / "LibriSpeech" / name
         folder.mkdir(parents=True)
         stem = "-".join(name.split("/")[1:])
-        soundfile.write(folder / f"{stem}-0000.flac", np.full(16_000, 0.1 * i), 16_000)
+        soundfile.write(folder / f"{stem}-0000.flac", np.full(16_000, 0.1 * i + 0.1), 16_000)
         (folder / f"{stem}.trans.txt").write_text(f"{stem}-0000 MISTER QUILTER\n")
     manifest = prepare(tmp_path / "LibriSpeech", tmp_path / "data", codec=FakeCodec())
-    assert [entry["group"] for entry in manifest["sources"]] == ["dev-clean"] * 2 + ["test-clean"]
+    assert [entry["group"] for entry in manifest["sources"]] == ["1272", "84", "61"]
     assert {entry["steps"] for entry in manifest["sources"]} == {75}
 
 
-@pytest.mark.parametrize(
-    ("n", "fraction", "expected"),
-    [(2, 0.1, 1), (10, 0.1, 1), (30, 0.1, 3), (2, 0.9, 1), (1, 0.5, 0), (9, 0.0, 0)],
-)
-def test_validation_share(n: int, fraction: float, expected: int) -> None:
-    from wgpt.data.assemble import choose_valid
-
-    hashes = [f"{i * 7919 % 97:02x}" for i in range(n)]
-    chosen = choose_valid(hashes, fraction)
-    assert len(chosen) == expected and chosen == choose_valid(hashes[::-1], fraction)
-
-
 def test_a_long_file_becomes_several_clips(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(encode, "PIECE_SECONDS", 1)
+    monkeypatch.setattr(pipeline, "PIECE_SECONDS", 1)
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", np.full(24_000 * 2 + 3300, 0.1 + i / 10), 24_000)
     manifest = prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
     entry = manifest["sources"][0]
     assert entry["steps"] == 160 and entry["clips"] == [0, 1, 2]
+    assert entry["facts"]["steps"] == [56, 56, 48]  # at the quietest frame of the last quarter
     assert "cut into 3 clips" in entry["notes"][0]
     split = dataset_module.Dataset(tmp_path / "data").split(entry["split"])
-    assert [split.clip_steps(i) for i in range(3)] == [75, 75, 10]
+    assert [split.clip_steps(i) for i in range(3)] == entry["facts"]["steps"]
     # The second clip's first slice starts from silence, not from the first clip's sound.
     assert not torch.equal(split.clip(1, "wave")[1][0], split.clip(0, "wave")[1][-1])
 
@@ -177,7 +175,16 @@ def test_a_long_file_becomes_several_clips(tmp_path: Path, monkeypatch) -> None:
         ({"mel_sources": ("wave", "wave")}, "named once"),
         ({"mel_sources": ("decoded-5",)}, "at most the codec's 4"),
         ({"valid_fraction": 1.0}, r"valid_fraction must be in \[0, 1\)"),
-        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"jobs": 0}, r"jobs must be in \[1, 1024\], got 0"),
+        ({"jobs": 10**12}, "jobs must be in"),
+        ({"valid_fraction": math.nan}, "valid_fraction must be"),
+        ({"test_fraction": math.inf}, "test_fraction must be"),
+        ({"test_fraction": 0.95}, "test_fraction must be below 1"),
+        ({"max_seconds": math.nan}, "max_seconds must be positive"),
+        ({"split_by": "speaker"}, "split_by must be one of"),
+        ({"mel": MelConfig(window_samples=10**12)}, "window_samples must be at most"),
+        ({"mel": MelConfig(n_mels=10**12)}, "n_mels must be at most"),
+        ({"mel": MelConfig(floor=math.inf)}, "floor must be finite"),
         ({"mel": MelConfig(hop_samples=160)}, "hop_samples must equal the codec's 320"),
     ],
 )
@@ -188,13 +195,14 @@ def test_settings_are_checked_first(prepared, tmp_path: Path, kwargs, message: s
 
 
 def test_command_line(prepared, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("wgpt.data.workers.load_codec", lambda codec, download: FakeCodec())
+    monkeypatch.setattr("wgpt.data.pipeline.load_codec", lambda codec, download: FakeCodec())
     out = str(tmp_path / "data")
     assert main(["prepare", str(prepared[0]), "--out", out, "--quiet", "--json"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["totals"]["train"]["clips"] == 9 and line["skipped"] == 0
     assert main(["prepare", str(prepared[0]), "--out", out, "--quiet"]) == 0
-    assert capsys.readouterr().out.startswith("train: 9 files, 9 clips, ")
+    text = capsys.readouterr().out
+    assert text.startswith("found 10 files: 10 used\ntrain: 9 files, 9 clips, ")
     assert main(["prepare", str(prepared[0]), "--out", out, "--mel-floor", "0.1", "--quiet"]) == 1
     assert main(["prepare", str(prepared[0]), "--out", out, "--mel-n-mels", "0", "--quiet"]) == 2
     with pytest.raises(SystemExit, match="2"):

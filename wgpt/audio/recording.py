@@ -1,50 +1,169 @@
-"""Audio files in and out: mono float32 waves, read in blocks, bounded before a sample is decoded.
+"""Recordings in: mono float32 waves, read in blocks as often as wanted, bounded in memory.
 
-Everything goes through libsndfile (`soundfile`) and soxr. libsndfile lets much through that a
-training run must not see (files without samples, data chunks longer than the file, NaN, 512
-channels, a rate of 1 Hz); `read` refuses or reports each of them by name.
+libsndfile lets much through that a training run must not see (files without samples, data chunks
+longer than the file, NaN, 512 channels, a rate of 1 Hz); reading refuses or notes each by name.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 
+from wgpt.audio.decoders import Stream, open_streams
+from wgpt.audio.downmix import Downmix
+from wgpt.audio.folder import describe
 from wgpt.config import SAMPLE_RATE_HZ
 from wgpt.errors import AudioError
-from wgpt.files import replacing
+from wgpt.files import is_bad_day
 
 logger = logging.getLogger(__name__)
 
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 768_000
 MAX_CHANNELS = 8
 MAX_SECONDS = 3600.0
+FULL_SCALE = 0.9999
 MAX_PEAK = 10.0  # full scale is 1; beyond this a float file holds integers or noise
-BLOCK_FRAMES = 1 << 16
-# libsndfile's "length unknown", as of a FLAC written to a pipe, is SF_COUNT_MAX.
-UNKNOWN_FRAMES = 1 << 62
 
-# What `find` collects: libsndfile's formats that carry a header and hold sound.
-SUFFIXES = frozenset(
-    """.wav .wave .wavex .flac .ogg .oga .opus .mp3 .mp2 .mp1 .aiff .aif .aifc .au .snd .caf .rf64
-    .w64 .nist .sph .voc .svx .8svx .iff .paf .pvf .avr .ircam .sf .sds .sd2 .xi""".split()
-)
-# What `write` makes, by suffix: libsndfile's format and subtype.
-WRITERS = {
-    ".wav": ("WAV", "PCM_16"),
-    ".flac": ("FLAC", "PCM_16"),
-    ".ogg": ("OGG", "OPUS"),
-    ".opus": ("OGG", "OPUS"),
-    ".mp3": ("MP3", "MPEG_LAYER_III"),
-}
-OPUS_RATES_HZ = (8_000, 12_000, 16_000, 24_000, 48_000)
+
+class Recording:
+    """One audio file, to be read from front to back as often as wanted.
+
+    Args:
+        path: any format libsndfile reads; with PyAV also M4A, AAC, MP4, WebM, WMA and video.
+        sample_rate_hz: rate of the blocks, Hz.
+        max_seconds: longest duration accepted, s; checked on the header, then on the data.
+
+    Attributes:
+        notes: what was odd but did not stop reading, each once, in order.
+        rate_hz, n_channels, kind: of the file (of its first stream), known after a reading.
+        full_scale_share: share of samples at full scale in the last reading, in [0, 1]: clipping.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sample_rate_hz: int = SAMPLE_RATE_HZ,
+        *,
+        max_seconds: float = math.inf,
+    ) -> None:
+        self.path, self.sample_rate_hz, self.max_seconds = Path(path), sample_rate_hz, max_seconds
+        self.notes: list[str] = []
+        self.rate_hz, self.n_channels, self.kind = 0, 0, ""
+        self.full_scale_share = 0.0
+        self._only: dict[int, int] = {}  # stream to the one channel that is taken of it
+        self._cancelling: dict[int, int] = {}  # found in the reading that ended last
+        if not self.path.is_file():
+            raise AudioError(f"{path}: must be a regular file, got {describe(self.path)}")
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yields the wave in float32 blocks (n,) of some 65536 frames of the file each.
+
+        Channels are mixed by what they are (`downmix`), blocks resampled as they come (soxr, HQ).
+
+        Raises:
+            AudioError: not audio, out of bounds, non-finite, absurdly loud, damaged.
+            OSError: the machine's fault, such as an I/O error or a lack of memory.
+        """
+        seconds, n_samples, n_full = 0.0, 0, 0
+        self._cancelling = {}
+        try:
+            for index, stream in enumerate(open_streams(self.path, self._note)):
+                self._check_stream(stream)
+                if index == 0:
+                    self.rate_hz, self.n_channels = stream.rate_hz, len(stream.channels)
+                    self.kind = stream.kind
+                downmix = Downmix(stream.channels)
+                if index in self._only:
+                    downmix.take_only(self._only[index])
+                resampler = None
+                if stream.rate_hz != self.sample_rate_hz:
+                    resampler = soxr.ResampleStream(
+                        stream.rate_hz, self.sample_rate_hz, 1, dtype="float32", quality="HQ"
+                    )
+                n_frames = 0
+                for block in stream.blocks:
+                    n_full += self._check_block(block, n_frames)
+                    n_samples += block.size
+                    n_frames += len(block)
+                    if seconds + n_frames / stream.rate_hz > self.max_seconds:
+                        raise AudioError(
+                            f"{self.path}: must last at most {self.max_seconds:g} s, got more"
+                        )
+                    mono = downmix(block)
+                    yield mono if resampler is None else resampler.resample_chunk(mono)
+                if resampler is not None:
+                    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+                seconds += n_frames / stream.rate_hz
+                loudest = downmix.loudest_if_cancelling()
+                if loudest is not None:
+                    self._cancelling[index] = loudest
+            self.full_scale_share = n_full / max(n_samples, 1)
+        except OSError as error:
+            if is_bad_day(error):
+                raise
+            raise AudioError(f"{self.path}: must be readable, got: {error.strerror}") from error
+
+    def settle_channels(self) -> bool:
+        """After a whole reading: whether channels cancelled in it, so that it must be repeated.
+
+        Later readings take the loudest of the cancelling channels alone.
+        """
+        found, self._cancelling = self._cancelling, {}
+        for index, channel in found.items():
+            self._only[index] = channel
+            self._note(
+                "its channels cancel: their sum is far quieter than each; "
+                f"channel {channel + 1} of {self.n_channels} is taken alone"
+            )
+        return bool(found)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning("%s: %s", self.path, text)
+
+    def _check_stream(self, stream: Stream) -> None:
+        """Refuse what the header alone rules out."""
+        rate, n_channels, n_frames = stream.rate_hz, len(stream.channels), stream.n_frames
+        if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+            raise AudioError(
+                f"{self.path}: sample rate must lie in [{MIN_RATE_HZ}, {MAX_RATE_HZ}] Hz, "
+                f"got {rate}"
+            )
+        if not 1 <= n_channels <= MAX_CHANNELS:
+            raise AudioError(
+                f"{self.path}: channels must lie in [1, {MAX_CHANNELS}], got {n_channels}"
+            )
+        if n_frames is not None and n_frames <= 0:
+            raise AudioError(f"{self.path}: must hold at least one sample, got {n_frames} frames")
+        if n_frames is not None and n_frames > self.max_seconds * rate:
+            raise AudioError(
+                f"{self.path}: must last at most {self.max_seconds:g} s, "
+                f"got {n_frames / rate:.1f} s; split it or raise max_seconds"
+            )
+
+    def _check_block(self, block: np.ndarray, start: int) -> int:
+        """Refuse samples no training run must see; returns how many are at full scale."""
+        levels = np.abs(block)
+        peak = levels.max()  # NaN and Inf survive a maximum: one pass serves both checks
+        if not np.isfinite(peak):
+            frame, channel = np.argwhere(~np.isfinite(block))[0]
+            raise AudioError(
+                f"{self.path}: samples must be finite, got {block[frame, channel]} "
+                f"at frame {start + frame}, channel {channel}"
+            )
+        if peak > MAX_PEAK:
+            raise AudioError(
+                f"{self.path}: samples must lie within +-{MAX_PEAK:g} (full scale is 1), got a "
+                f"peak of {peak:g}; float files must not hold integers"
+            )
+        return int(np.count_nonzero(levels >= FULL_SCALE)) if peak >= FULL_SCALE else 0
 
 
 def read(
@@ -55,11 +174,11 @@ def read(
 ) -> np.ndarray:
     """Decode a file to one channel at `sample_rate_hz`.
 
-    Channels are averaged and blocks of 65536 frames are resampled as they come (soxr, HQ), so
-    beyond the result itself memory does not grow with the file.
+    Blocks are decoded, mixed, resampled and appended one by one, so beyond the result itself (and
+    an eighth of room to grow) memory does not grow with the file.
 
     Args:
-        path: any format libsndfile reads.
+        path: see `Recording`.
         sample_rate_hz: rate of the result, Hz.
         max_seconds: longest duration accepted, s; checked on the header first, then on the data.
 
@@ -68,182 +187,17 @@ def read(
 
     Raises:
         AudioError: not audio, out of bounds, non-finite, absurdly loud, damaged, or empty.
-    A file shorter than its header claims is read as far as it goes, with a logged warning.
+    What is odd but readable (a file shorter than its header claims, channels that cancel, files
+    joined end to end) is a logged warning.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: must be a regular file, got {_kind(path)}")
-    # soundfile encodes text strictly, which fails on names that are not UTF-8; bytes pass.
-    name = str(path) if os.name == "nt" else os.fsencode(path)
-    try:
-        with soundfile.SoundFile(name) as file:
-            _check_header(path, file, max_seconds)
-            if file.frames >= UNKNOWN_FRAMES:
-                # soundfile seeks to where it stands after each read, which fails at an end that
-                # no header announced; it does not seek in what says it cannot.
-                file.seekable = lambda: False
-            chunks = list(_resampled(path, file, sample_rate_hz, max_seconds))
-    except (soundfile.SoundFileError, OSError) as error:
-        why = str(error).rpartition(": ")[2] or "the decoder gave no reason"
-        raise AudioError(f"{path}: must be audio that libsndfile reads, got: {why}") from error
-    wave = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
-    if wave.size == 0:
+    recording = Recording(path, sample_rate_hz, max_seconds=max_seconds)
+    samples = bytearray()
+    for block in recording.blocks():
+        samples += block.tobytes()
+    if recording.settle_channels():
+        samples = bytearray()
+        for block in recording.blocks():
+            samples += block.tobytes()
+    if not samples:
         raise AudioError(f"{path}: must hold samples after resampling to {sample_rate_hz} Hz")
-    return wave
-
-
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "a folder"
-    return "something else" if path.exists() else "nothing there"
-
-
-def _check_header(path: Path, file: soundfile.SoundFile, max_seconds: float) -> None:
-    """Refuse what the header alone rules out, and report a data chunk that outruns the file."""
-    rate, channels, frames = file.samplerate, file.channels, file.frames
-    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
-        raise AudioError(
-            f"{path}: sample rate must lie in [{MIN_RATE_HZ}, {MAX_RATE_HZ}] Hz, got {rate}"
-        )
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise AudioError(f"{path}: channels must lie in [1, {MAX_CHANNELS}], got {channels}")
-    if frames <= 0:
-        raise AudioError(f"{path}: must hold at least one sample, got {frames} frames")
-    if frames < UNKNOWN_FRAMES and frames > max_seconds * rate:
-        raise AudioError(
-            f"{path}: must last at most {max_seconds:g} s, got {frames / rate:.1f} s; "
-            "split it or raise max_seconds"
-        )
-    lie = re.search(r"data\s*: (\d+) \(should be (\d+)\)", file.extra_info)
-    if lie:
-        logger.warning(
-            "%s: truncated or never finished: its header promises %s bytes of samples, "
-            "the file holds %s; reading those",
-            path,
-            *lie.groups(),
-        )
-
-
-def _resampled(
-    path: Path, file: soundfile.SoundFile, rate_hz: int, max_seconds: float
-) -> Iterator[np.ndarray]:
-    """Yield the mono wave in resampled float32 chunks, checking every block."""
-    stream = None
-    if file.samplerate != rate_hz:
-        stream = soxr.ResampleStream(file.samplerate, rate_hz, 1, dtype="float32", quality="HQ")
-    n_frames = 0
-    while True:
-        try:
-            block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise AudioError(
-                f"{path}: must decode to its end, got damage after frame {n_frames} "
-                f"of {file.frames}"
-            ) from error
-        if len(block) == 0:
-            break
-        _check_block(path, block, n_frames)
-        n_frames += len(block)
-        if n_frames > max_seconds * file.samplerate:
-            raise AudioError(f"{path}: must last at most {max_seconds:g} s, got more")
-        mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
-        mono = np.ascontiguousarray(mono)
-        yield mono if stream is None else stream.resample_chunk(mono)
-    if stream is not None:
-        yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
-    if n_frames < file.frames < UNKNOWN_FRAMES:
-        logger.warning(
-            "%s: truncated: its header promises %d frames, %d decoded", path, file.frames, n_frames
-        )
-
-
-def _check_block(path: Path, block: np.ndarray, start: int) -> None:
-    peak = np.abs(block).max()  # NaN and Inf survive a maximum, so one pass serves both checks
-    if not np.isfinite(peak):
-        frame, channel = np.argwhere(~np.isfinite(block))[0]
-        raise AudioError(
-            f"{path}: samples must be finite, got {block[frame, channel]} "
-            f"at frame {start + frame}, channel {channel}"
-        )
-    if peak > MAX_PEAK:
-        raise AudioError(
-            f"{path}: samples must lie within +-{MAX_PEAK:g} (full scale is 1), got a peak of "
-            f"{peak:g}; float files must not hold integers"
-        )
-
-
-def write(
-    path: str | os.PathLike[str], wave: np.ndarray, sample_rate_hz: int = SAMPLE_RATE_HZ
-) -> None:
-    """Write a mono wave; the suffix picks .wav and .flac (16 bit), .ogg and .opus (Opus), or .mp3.
-
-    The file appears whole or not at all: it is written under a temporary name in the same folder
-    and renamed. Samples beyond +-1 are clipped, and the log says how many.
-
-    Args:
-        path: where to; an existing file is replaced.
-        wave: (L,) floats, L >= 1, finite; a torch tensor on the CPU works too.
-        sample_rate_hz: Hz; Opus takes 8, 12, 16, 24 and 48 kHz only.
-
-    Raises:
-        AudioError: unknown suffix, wrong shape, non-finite samples, or a rate the format lacks.
-        OSError: the folder cannot be written.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in WRITERS:
-        raise AudioError(f"{path}: suffix must be one of {', '.join(WRITERS)}, got {suffix!r}")
-    container, subtype = WRITERS[suffix]
-    if subtype == "OPUS" and sample_rate_hz not in OPUS_RATES_HZ:
-        raise AudioError(f"{path}: Opus rate must be one of {OPUS_RATES_HZ}, got {sample_rate_hz}")
-    wave = np.asarray(wave, dtype=np.float32)
-    if wave.ndim != 1 or wave.size == 0:
-        raise AudioError(f"{path}: wave must have shape (L,) with L >= 1, got {wave.shape}")
-    if not np.isfinite(wave).all():
-        index = int(np.flatnonzero(~np.isfinite(wave))[0])
-        raise AudioError(f"{path}: samples must be finite, got {wave[index]} at {index}")
-    n_clipped = int(np.count_nonzero(np.abs(wave) > 1.0))
-    if n_clipped:
-        logger.warning(
-            "%s: clipped %d of %d samples (peak %.3g)",
-            path, n_clipped, wave.size, np.abs(wave).max(),
-        )  # fmt: skip
-    try:
-        # In blocks: libsndfile's Ogg encoders put a whole call's samples on the stack.
-        with (
-            replacing(path) as temporary,
-            soundfile.SoundFile(
-                str(temporary), "w", int(sample_rate_hz), 1, subtype, format=container
-            ) as file,
-        ):
-            for start in range(0, wave.size, BLOCK_FRAMES):
-                file.write(np.clip(wave[start : start + BLOCK_FRAMES], -1.0, 1.0))
-    except soundfile.SoundFileError as error:
-        raise OSError(f"{path}: could not be written: {error}") from error
-
-
-def find(folder: str | os.PathLike[str]) -> list[Path]:
-    """List the audio files below a folder, by suffix, sorted by path.
-
-    Hidden files and folders are skipped. Links to folders are followed, each real folder once, so
-    a loop of links ends. Broken links are listed, so that `read` can say what is wrong.
-
-    Raises:
-        AudioError: `folder` is not a folder.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise AudioError(f"{root}: must be a folder, got {_kind(root)}")
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                found.append(Path(here, name))
-    return sorted(found)
+    return np.frombuffer(samples, dtype=np.float32)

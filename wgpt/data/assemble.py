@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,41 +13,13 @@ import numpy as np
 
 from wgpt.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
 from wgpt.data.encode import read_partial
+from wgpt.data.splits import Source
 from wgpt.errors import DataError
 from wgpt.files import sha256_of, sync_folder, write_atomically
 
 # A bin that hardly varies (a band above the material's bandwidth) must not be blown up into noise.
 STD_FLOOR = 0.1
 BUILDING = ".building"
-
-
-@dataclass
-class Source:
-    """One distinct file in order of path: where its result lies and what it becomes."""
-
-    path: str
-    sha256: str
-    group: str
-    partial: Path
-    facts: dict[str, Any]
-    split: str = ""
-    clips: list[int] = field(default_factory=list)
-
-    @property
-    def n_steps(self) -> int:
-        return sum(self.facts["steps"])
-
-
-def choose_valid(hashes: list[str], valid_fraction: float) -> set[str]:
-    """The validation files: the lowest content hashes.
-
-    A share of valid_fraction by number of files, at least one and not all of them when there are
-    two or more; none when valid_fraction is 0 or there is one file only.
-    """
-    if valid_fraction == 0 or len(hashes) < 2:
-        return set()
-    n_valid = min(max(round(valid_fraction * len(hashes)), 1), len(hashes) - 1)
-    return set(sorted(hashes)[:n_valid])
 
 
 class ArrayFile:
@@ -125,32 +97,23 @@ def assemble(
     *,
     duplicates: list[dict[str, Any]],
     skipped: list[dict[str, Any]],
+    finish: Callable[[dict[str, Any], Path], None] = lambda manifest, building: None,
 ) -> dict[str, Any]:
-    """Write the arrays of both splits and the manifest, then move them into `out`.
+    """Write the arrays of all splits and the manifest, then move them into `out`.
 
     The manifest moves last and an old one is removed first, so a folder with a manifest is whole.
+
+    Args:
+        finish: adds to the manifest, and to the folder that will become `out`, before the move.
 
     Returns:
         The manifest.
     """
-    valid = choose_valid([source.sha256 for source in sources], settings["valid_fraction"])
-    for source in sources:
-        source.split = "valid" if source.sha256 in valid else "train"
     building = out / BUILDING
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     moments = {name: Moments(settings["mel"]["n_mels"]) for name in settings["mel_sources"]}
-    totals = {}
-    for split in SPLITS:
-        mine = [source for source in sources if source.split == split]
-        _write_split(building / split, mine, settings,
-                     moments if split == "train" else {})  # fmt: skip
-        totals[split] = {
-            "files": len(mine),
-            "clips": sum(len(source.clips) for source in mine),
-            "steps": sum(source.n_steps for source in mine),
-            "seconds": round(sum(source.facts["seconds"] for source in mine), 6),
-        }
+    totals = {split: _write_split(building, split, sources, settings, moments) for split in SPLITS}
     arrays = sorted(path for path in building.rglob("*.npy"))
     manifest = {
         "format": FORMAT,
@@ -160,7 +123,8 @@ def assemble(
         "mel_sources": settings["mel_sources"],
         "settings": settings,
         "totals": totals,
-        "normalisation": {name: moment.constants() for name, moment in moments.items()},
+        # Constants of the training split; a folder without one has none.
+        "normalisation": {name: moment.constants() for name, moment in moments.items() if moment.n},
         "files": {
             path.relative_to(building).as_posix(): {
                 "bytes": path.stat().st_size,
@@ -168,9 +132,13 @@ def assemble(
             }
             for path in arrays
         },
-        "sources": sorted([_entry(s) for s in sources] + duplicates, key=lambda e: e["path"]),
+        "sources": sorted(
+            [entry for source in sources for entry in _entries(source)] + duplicates,
+            key=lambda e: (e["path"], e.get("first_step", 0)),
+        ),
         "skipped": sorted(skipped, key=lambda e: e["path"]),
     }
+    finish(manifest, building)
     _move(out, building, json.dumps(manifest, indent=1, sort_keys=True).encode())
     return manifest
 
@@ -184,47 +152,80 @@ def bytes_needed(sources: list[Source], settings: dict[str, Any]) -> int:
 
 
 def _write_split(
-    folder: Path,
+    building: Path,
+    split: str,
     sources: list[Source],
     settings: dict[str, Any],
     moments: dict[str, Moments],
-) -> None:
-    """Write tokens.npy, offsets.npy and mel/*.npy, and number the sources' clips."""
-    n_steps, n_codebooks = sum(s.n_steps for s in sources), settings["codec"]["n_codebooks"]
-    frames = (n_steps * settings["mel"]["frames_per_step"], settings["mel"]["n_mels"])
+) -> dict[str, Any]:
+    """Write tokens.npy, offsets.npy and mel/*.npy, number the clips, and return the totals."""
+    parts = [(s, part) for s in sources for part in s.parts if part.split == split]
+    n_steps = sum(part.last - part.first for _, part in parts)
+    mel, n_codebooks = settings["mel"], settings["codec"]["n_codebooks"]
+    r, folder = mel["frames_per_step"], building / split
     files = {"tokens": ArrayFile(folder / "tokens.npy", np.uint16, (n_steps, n_codebooks))}
     for name in settings["mel_sources"]:
-        files[f"mel.{name}"] = ArrayFile(folder / "mel" / f"{name}.npy", np.float16, frames)
-    offsets = [0]
-    for source in sources:
+        shape = (n_steps * r, mel["n_mels"])
+        files[f"mel.{name}"] = ArrayFile(folder / "mel" / f"{name}.npy", np.float16, shape)
+    offsets, counts = [0], np.zeros(1 << 16, np.int64)
+    for source, part in parts:
         arrays, facts = read_partial(source.partial)
         for name, file in files.items():
-            file.append(arrays[name])
-        for name, moment in moments.items():
-            moment.add(arrays[f"mel.{name}"])
-        for steps in facts["steps"]:
-            source.clips.append(len(offsets) - 1)
-            offsets.append(offsets[-1] + steps)
+            scale = 1 if name == "tokens" else r
+            file.append(arrays[name][part.first * scale : part.last * scale])
+        counts += np.bincount(arrays["tokens"][part.first : part.last, 0], minlength=1 << 16)
+        if split == "train":
+            for name, moment in moments.items():
+                moment.add(arrays[f"mel.{name}"][part.first * r : part.last * r])
+        ends = np.clip(np.cumsum(facts["steps"]), part.first, part.last) - part.first
+        for steps in np.diff(ends, prepend=0):
+            if steps:
+                part.clips.append(len(offsets) - 1)
+                offsets.append(offsets[-1] + int(steps))
     table = ArrayFile(folder / "offsets.npy", np.int64, (len(offsets),))
     table.append(np.array(offsets, dtype=np.int64))
     for file in (*files.values(), table):
         file.close()
-
-
-def _entry(source: Source) -> dict[str, Any]:
-    entry = {
-        "path": source.path,
-        "sha256": source.sha256,
-        "seconds": round(source.facts["seconds"], 6),
-        "steps": source.n_steps,
-        "split": source.split,
-        "clips": source.clips,
-        "group": source.group,
+    hop_s = mel["hop_samples"] / mel["sample_rate_hz"]
+    return {
+        "files": len({source.sha256 for source, _ in parts}),
+        "clips": len(offsets) - 1,
+        "groups": len({source.group for source, _ in parts}),
+        "steps": n_steps,
+        "seconds": round(n_steps * hop_s, 6),
+        "most_frequent_token": {
+            "token": int(counts.argmax()),
+            "share": round(float(counts.max()) / max(n_steps, 1), 6),
+        },
     }
-    notes = list(source.facts["notes"])
-    if len(source.clips) > 1:
-        notes.append(f"cut into {len(source.clips)} clips, each encoded as if it began in silence")
-    return entry | ({"notes": notes} if notes else {})
+
+
+def _entries(source: Source) -> list[dict[str, Any]]:
+    """Manifest entries of a file: one for each split it has part in."""
+    entries: list[dict[str, Any]] = []
+    for part in source.parts:
+        share = (part.last - part.first) / source.n_steps
+        entry = {
+            "path": source.path,
+            "sha256": source.sha256,
+            "seconds": round(source.facts["seconds"] * share, 6),
+            "steps": part.last - part.first,
+            "split": part.split,
+            "clips": part.clips,
+            "group": source.group,
+        }
+        notes = list(source.facts["notes"])
+        if len(source.facts["steps"]) > 1:
+            notes.append(
+                f"cut into {len(source.facts['steps'])} clips, each encoded as if it began in "
+                "silence"
+            )
+        if len(source.parts) > 1:
+            entry["first_step"] = part.first
+        if not entries:  # once, with the first part
+            entry["facts"] = source.facts
+        entries.append(entry | ({"notes": notes} if notes else {}))
+    return entries
 
 
 def _move(out: Path, building: Path, manifest: bytes) -> None:
@@ -232,6 +233,8 @@ def _move(out: Path, building: Path, manifest: bytes) -> None:
     write_atomically(building / "manifest.json", manifest)
     (out / "manifest.json").unlink(missing_ok=True)
     sync_folder(out)
+    for page in building.glob("*.html"):
+        os.replace(page, out / page.name)
     for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)
         for folder in (building / split / "mel", building / split):

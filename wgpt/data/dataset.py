@@ -28,7 +28,7 @@ from wgpt.files import sha256_of
 
 FORMAT = "wgpt-data"
 FORMAT_VERSION = 1
-SPLITS = ("train", "valid")
+SPLITS = ("train", "valid", "test")
 MANIFEST_LIMIT_BYTES = 1 << 30
 
 
@@ -122,9 +122,12 @@ class Dataset:
                     for key in ("mean", "inv_std")
                 )
                 for source in self.mel_sources
+                if source in manifest["normalisation"]
             }
             groups = _groups(manifest)
-            totals = {name: manifest["totals"][name] for name in SPLITS}
+            # Earlier versions knew no test split.
+            totals = {name: manifest["totals"][name] for name in SPLITS[:2]}
+            totals["test"] = manifest["totals"].get("test")
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where}: must follow the format, got a bad entry: {error}") from error
         for source in self.mel_sources:  # it becomes part of a path
@@ -134,16 +137,28 @@ class Dataset:
             for values in pair:
                 _require(where, f"normalisation of {source}", (self.mel_config.n_mels,),
                          tuple(values.shape))  # fmt: skip
-        self._splits = {name: self._open(name, totals[name], groups[name]) for name in SPLITS}
+        self._splits = {
+            name: self._open(name, total, groups[name]) if total else self._empty(name)
+            for name, total in totals.items()
+        }
 
     def split(self, name: str) -> Split:
-        """`train` or `valid`."""
+        """`train`, `valid` or `test`; each may be empty (n_steps 0)."""
         if name not in self._splits:
             raise DataError(f"{self.path}: split must be one of {SPLITS}, got {name!r}")
         return self._splits[name]
 
     def normalisation(self, source: str) -> tuple[Tensor, Tensor]:
-        """Per-bin (mean, inv_std) of the training split, float32 (M,) each."""
+        """Per-bin (mean, inv_std) of the training split, float32 (M,) each.
+
+        Data without a training split have none: a model that is evaluated on them brings its own.
+        """
+        if source in self.mel_sources and source not in self._normalisation:
+            raise DataError(
+                f"{self.path}: has no training split, so no normalisation to train with; prepare "
+                "recordings for training too (wgpt prepare AUDIO --valid DIR), or evaluate a run "
+                "on it (wgpt eval RUN --data)"
+            )
         if source not in self._normalisation:
             raise DataError(
                 f"{self.path}: mel source must be one of {', '.join(self.mel_sources)}, "
@@ -163,6 +178,13 @@ class Dataset:
                     f"{self.path / name}: must have sha256 {entry['sha256']}, got {got}; "
                     "the file was damaged or changed, prepare the data again"
                 )
+
+    def _empty(self, name: str) -> Split:
+        config = self.mel_config
+        mel = {s: np.zeros((0, config.n_mels), np.float16) for s in self.mel_sources}
+        tokens = np.zeros((0, self.n_codebooks), np.uint16)
+        return Split(name, tokens, np.zeros(1, np.int64), mel, [], config.frames_per_step,
+                     self.codebook_size, float(torch.tensor(config.floor).log()))  # fmt: skip
 
     def _open(self, name: str, totals: dict[str, Any], groups: list[str]) -> Split:
         folder, config = self.path / name, self.mel_config

@@ -6,14 +6,10 @@ a kill whatever is there is whole and need not be made again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import os
 import re
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,14 +22,13 @@ from torch import Tensor
 
 from wgpt import audio
 from wgpt.audio.mel import MelFrontend
-from wgpt.audio.recording import logger as audio_logger
 from wgpt.config import MelConfig
+from wgpt.data.treatment import Plan, Treatment, measure
 from wgpt.errors import AudioError, ConfigError, DataError
-from wgpt.files import sha256_of, write_atomically
+from wgpt.files import is_bad_day, sha256_of, write_atomically
 
-# Longer files are cut into clips of this many seconds, each encoded as if it began in silence:
-# the codec's memory grows with the clip (5 minutes took 2.2 GB with an 8-filter codec).
-PIECE_SECONDS = 300
+# What torch says when memory runs out on the CPU and on a GPU.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory")
 
 
 class CodecProtocol(Protocol):
@@ -99,9 +94,11 @@ class Encoder:
         codec: CodecProtocol,
         mel: MelConfig,
         mel_sources: tuple[str, ...],
+        treatment: Treatment,
         max_seconds: float,
     ) -> None:
         self.codec, self.mel, self.max_seconds = codec, mel, max_seconds
+        self.treatment = treatment
         for name in ("sample_rate_hz", "hop_samples"):
             if getattr(codec, name) != getattr(mel, name):
                 raise ConfigError(
@@ -120,65 +117,104 @@ class Encoder:
                 )
 
     def encode_file(self, job: Job) -> Outcome:
-        """Encode a file into job.partial. A bad file is an answer (`reason`), not an exception.
+        """Encode a file into job.partial, or add to it what it lacks.
+
+        A bad file is an answer (`reason`), not an exception: a bad day is an exception.
 
         Raises:
+            DataError: memory ran out or the disk failed; the file is to be tried again.
             OSError: the partial could not be written (disk full and the like).
         """
-        path = Path(job.path)
         try:
-            with _notes(job.path) as notes:
-                wave = audio.read(path, self.mel.sample_rate_hz, max_seconds=self.max_seconds)
-                # The name of the result is the hash of the content, so it must be that content.
-                now = os.stat(path)
-                if (now.st_mtime_ns, now.st_size) != (job.changed_ns, job.size_bytes):
-                    raise AudioError(f"{path}: must not change while it is read")
-                arrays, n_steps = self.encode_wave(torch.from_numpy(wave))
+            arrays, facts = self._encode(job)
         except (ValueError, RuntimeError, MemoryError, ArithmeticError, OSError) as error:
-            reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
+            if is_bad_day(error) or _OUT_OF_MEMORY.search(str(error)):
+                raise DataError(
+                    f"{job.path}: could not be encoded for want of memory or by an I/O error "
+                    f"({error or type(error).__name__}); free the cause, or use fewer --jobs, and "
+                    "run again: finished files are kept"
+                ) from error
+            reason = str(error).removeprefix(f"{job.path}: ") or type(error).__name__
             return Outcome(job.sha256, reason=" ".join(reason.split()))
-        facts = {"seconds": wave.size / self.mel.sample_rate_hz, "steps": n_steps, "notes": notes}
-        blob = safetensors.numpy.save(arrays, {"facts": json.dumps(facts)})
-        write_atomically(Path(job.partial), blob)
+        write_partial(Path(job.partial), arrays, facts)
         return Outcome(job.sha256)
 
-    def encode_wave(self, wave: Tensor) -> tuple[dict[str, np.ndarray], list[int]]:
-        """A wave float32 (L,) to stacked arrays and the steps of each of its clips.
+    def _encode(self, job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        have, facts = _read_if_whole(Path(job.partial))
+        missing = [name for name in self.frontends if f"mel.{name}" not in have]
+        if have and not missing:
+            return have, facts
+        if have and all(self.frontends[name][1] for name in missing):  # of decoded audio alone
+            ends = np.cumsum(facts["steps"])
+            clips = np.split(have["tokens"], ends[:-1])
+            parts = [self._encode_clip(None, _codes(tokens), missing) for tokens in clips]
+        else:
+            recording = audio.Recording(
+                job.path, self.mel.sample_rate_hz, max_seconds=self.max_seconds
+            )
+            plan = Plan(
+                measure(recording), self.treatment, self.mel.hop_samples,
+                self.treatment.piece_seconds * self.mel.sample_rate_hz,
+            )  # fmt: skip
+            parts, first = [], 0
+            for steps, wave in zip(plan.piece_steps, plan.pieces(recording), strict=True):
+                known = _codes(have["tokens"][first : first + steps]) if have else None
+                parts.append(self._encode_clip(torch.from_numpy(wave), known, missing))
+                first += steps
+            facts = plan.facts(recording) | {"steps": plan.piece_steps, "notes": recording.notes}
+            # The name of the result is the hash of the content, so it must be that content.
+            now = os.stat(job.path)
+            if (now.st_mtime_ns, now.st_size) != (job.changed_ns, job.size_bytes):
+                raise AudioError(f"{job.path}: must not change while it is read")
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return have | joined, facts
 
-        Returns:
-            {"tokens": uint16 (T, K), "mel.<source>": float16 (T * r, M)} and the clips' lengths,
-            which sum to T. Only whole steps count: a remainder of under one hop is dropped.
-        """
-        hop = self.mel.hop_samples
-        piece_steps = PIECE_SECONDS * self.mel.sample_rate_hz // hop
-        n_steps = wave.shape[0] // hop
-        if n_steps == 0:
-            raise AudioError(f"must last at least one step of {hop} samples, got {wave.shape[0]}")
-        lengths, parts = [], []
-        for start in range(0, n_steps, piece_steps):
-            stop = min(start + piece_steps, n_steps)
-            parts.append(self._encode_clip(wave[start * hop : stop * hop], stop - start))
-            lengths.append(stop - start)
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, lengths
-
-    def _encode_clip(self, wave: Tensor, n_steps: int) -> dict[str, np.ndarray]:
+    def _encode_clip(
+        self, wave: Tensor | None, codes: Tensor | None, sources: list[str]
+    ) -> dict[str, np.ndarray]:
+        """Tokens uint16 (T, K), unless the codes are known, and the mel slices asked for."""
+        arrays = {}
         with torch.inference_mode():
-            codes = self.codec.encode(wave)
-            expected = (self.codec.n_codebooks, n_steps)
-            if tuple(codes.shape) != expected:
-                raise DataError(f"the codec must give codes {expected}, got {tuple(codes.shape)}")
-            if int(codes.min()) < 0 or int(codes.max()) > np.iinfo(np.uint16).max:
-                raise DataError(
-                    f"the codec's codes must fit 16 bits, got {codes.min()} to {codes.max()}"
-                )
-            arrays = {"tokens": codes.T.contiguous().numpy().astype(np.uint16)}
-            for name, (frontend, codebooks) in self.frontends.items():
+            if codes is None:
+                assert wave is not None
+                codes = self.codec.encode(wave)
+                expected = (self.codec.n_codebooks, wave.shape[0] // self.mel.hop_samples)
+                if tuple(codes.shape) != expected:
+                    raise DataError(
+                        f"the codec must give codes {expected}, got {tuple(codes.shape)}"
+                    )
+                if int(codes.min()) < 0 or int(codes.max()) > np.iinfo(np.uint16).max:
+                    raise DataError(
+                        f"the codec's codes must fit 16 bits, got {codes.min()} to {codes.max()}"
+                    )
+                arrays["tokens"] = codes.T.contiguous().numpy().astype(np.uint16)
+            for name in sources:
+                frontend, codebooks = self.frontends[name]
                 heard = self.codec.decode(codes[:codebooks]) if codebooks else wave
+                assert heard is not None
                 frames = frontend(heard.float())
                 if not bool(torch.isfinite(frames).all()):
                     raise DataError(f"mel slices of {name} must be finite")
                 arrays[f"mel.{name}"] = frames.numpy().astype(np.float16)
         return arrays
+
+
+def _codes(tokens: np.ndarray) -> Tensor:
+    """Stored tokens uint16 (T, K) as the codec's codes int64 (K, T)."""
+    return torch.from_numpy(tokens.T.astype(np.int64))
+
+
+def _read_if_whole(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        return read_partial(path)
+    except DataError:
+        return {}, {}
+
+
+def write_partial(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write a finished file, whole or not at all."""
+    ordered = {name: arrays[name] for name in sorted(arrays)}
+    write_atomically(path, safetensors.numpy.save(ordered, {"facts": json.dumps(facts)}))
 
 
 def read_partial(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -191,10 +227,12 @@ def read_partial(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise DataError(f"{path}: must be a whole safetensors file, got: {error}") from error
 
 
-def read_facts(path: Path) -> dict[str, Any] | None:
-    """A finished file's facts (seconds, steps, notes), or None if it must be made again."""
+def read_facts(path: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
+    """A finished file's facts (seconds, steps, notes, ...), None if it lacks one of `sources`."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
+            if not {f"mel.{name}" for name in sources} <= set(file.keys()):
+                return None
             return dict(json.loads(file.metadata()["facts"]))
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
         return None
@@ -206,21 +244,3 @@ def hash_file(path: Path) -> tuple[str, os.stat_result]:
         raise OSError("must be a regular file that exists")
     status = os.stat(path)
     return sha256_of(path), status
-
-
-@contextlib.contextmanager
-def _notes(path: str) -> Iterator[list[str]]:
-    """Collect what reading logs about a file, for the manifest, without the path."""
-    notes: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == threading.get_ident():
-                notes.append(record.getMessage().removeprefix(f"{path}: "))
-
-    handler = Collect(level=logging.WARNING)
-    audio_logger.addHandler(handler)
-    try:
-        yield notes
-    finally:
-        audio_logger.removeHandler(handler)

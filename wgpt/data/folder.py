@@ -11,15 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wgpt.data.assemble import BUILDING
-from wgpt.data.dataset import FORMAT_VERSION, read_manifest
+from wgpt.data.dataset import FORMAT_VERSION, Dataset, read_manifest
+from wgpt.data.encode import write_partial
 from wgpt.data.scan import Found
+from wgpt.data.workers import DIED
 from wgpt.errors import DataError
 from wgpt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+SHAPING = ("codec", "mel", "treatment")  # settings that finished files depend on
 
 
 def check_ours(out: Path) -> None:
@@ -37,36 +42,40 @@ def check_ours(out: Path) -> None:
         raise DataError(f"{out}: must be a folder or not exist yet")
 
 
-def finished_before(
-    out: Path, settings: dict[str, Any], found: Found, overwrite: bool
-) -> dict[str, Any] | None:
-    """The manifest of a finished folder if it is the answer already, None if there is work."""
-    if overwrite or not (out / "manifest.json").exists():
-        return None
-    manifest = read_manifest(out)
+def read_before(out: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier preparation, None if there is none."""
+    return read_manifest(out) if (out / "manifest.json").exists() else None
+
+
+def is_done(out: Path, before: dict[str, Any], settings: dict[str, Any], found: Found) -> bool:
+    """Whether a finished folder is the answer already; False if there is something to add.
+
+    Raises:
+        DataError: other settings, or recordings that are gone: that is not adding.
+    """
+    old = before.get("settings", {})
     changed = sorted(
-        name for name in settings if manifest.get("settings", {}).get(name) != settings[name]
+        name for name in settings if name != "mel_sources" and old.get(name) != settings[name]
     )
     if changed:
         raise DataError(
             f"{out}: was prepared with other settings ({', '.join(changed)}); "
             "use another --out, or --overwrite to replace it"
         )
-    listed = {e["path"]: e.get("sha256") for e in manifest["sources"] + manifest["skipped"]}
-    now = found.contents()
-    if listed != now:
-        differing = sorted(
-            path for path in listed.keys() | now.keys()
-            if path not in listed or path not in now or listed[path] != now[path]
-        )  # fmt: skip
+    gone = sorted(e["path"] for e in before["sources"] if e["sha256"] not in found.known())
+    if gone:
         raise DataError(
-            f"{out}: was prepared from other files ({len(differing)} differ, first "
-            f"{differing[0]}); use another --out, or --overwrite to replace it"
+            f"{out}: was prepared from other files ({len(set(gone))} are gone or changed, first "
+            f"{gone[0]}); use another --out, or --overwrite to replace it"
         )
+    listed = {e["path"]: e.get("sha256") for e in before["sources"] + before["skipped"]}
+    died = any(e["reason"] == DIED for e in before["skipped"])
+    if listed != found.contents() or old["mel_sources"] != settings["mel_sources"] or died:
+        return False
     for leftover in (PARTIAL, BUILDING):  # of a run killed after its last rename
         shutil.rmtree(out / leftover, ignore_errors=True)
     logger.info("%s: already prepared from the same files with the same settings", out)
-    return manifest
+    return True
 
 
 @contextlib.contextmanager
@@ -91,8 +100,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def open_partial(partial: Path, settings: dict[str, Any]) -> None:
     """Make .partial, or keep what an earlier run with the same settings finished there."""
-    shaping = ("codec", "mel", "mel_sources", "piece_seconds")
-    wanted = {"version": FORMAT_VERSION} | {name: settings[name] for name in shaping}
+    wanted = {"version": FORMAT_VERSION} | {name: settings[name] for name in SHAPING}
     record = partial / "settings.json"
     if partial.exists():
         try:
@@ -114,6 +122,72 @@ def open_partial(partial: Path, settings: dict[str, Any]) -> None:
         partial.mkdir()
         write_atomically(record, json.dumps(wanted, sort_keys=True).encode())
     shutil.rmtree(partial.parent / BUILDING, ignore_errors=True)
+
+
+def reopen(out: Path, before: dict[str, Any], settings: dict[str, Any], found: Found) -> int:
+    """Make finished files again of a finished folder's arrays, so that they are not encoded again.
+
+    Returns:
+        How many; none where the settings that shape them differ.
+    """
+    old = before.get("settings", {})
+    if any(old.get(name) != settings[name] for name in SHAPING):
+        return 0
+    dataset = Dataset(out)
+    sources = [name for name in dataset.mel_sources if name in settings["mel_sources"]]
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for entry in before["sources"]:
+        if "clips" in entry and entry["sha256"] in found.jobs:
+            parts.setdefault(entry["sha256"], []).append(entry)
+    n = 0
+    for digest, entries in parts.items():
+        target = Path(found.jobs[digest].partial)
+        if target.exists():
+            continue
+        entries.sort(key=lambda entry: entry.get("first_step", 0))
+        pieces: dict[str, list[np.ndarray]] = {}
+        for entry in entries:
+            split = dataset.split(entry["split"])
+            first, last = split.offsets[entry["clips"][0]], split.offsets[entry["clips"][-1] + 1]
+            r = split.frames_per_step
+            pieces.setdefault("tokens", []).append(split.tokens[first:last])
+            for name in sources:
+                rows = split.mel_array(name)[first * r : last * r]
+                pieces.setdefault(f"mel.{name}", []).append(rows)
+        write_partial(
+            target, {name: np.concatenate(rows) for name, rows in pieces.items()},
+            entries[0]["facts"],
+        )  # fmt: skip
+        n += 1
+    return n
+
+
+def keep_splits(partial: Path, before: dict[str, Any] | None, overwrite: bool) -> dict[str, Any]:
+    """What was trained on before is never validated on after an addition.
+
+    Kept in .partial, because the manifest that says it is removed before the new one is written.
+
+    Returns:
+        {"by": how it was split, "splits": {sha256 or group: split}}; empty for a first time.
+    """
+    record = partial / "splits.json"
+    if overwrite:
+        record.unlink(missing_ok=True)
+    elif before is not None:
+        splits: dict[str, str] = {}
+        mixed = set()
+        for entry in before["sources"]:
+            if "clips" in entry:
+                splits[entry["sha256"]] = entry["split"]
+                if splits.setdefault(entry["group"], entry["split"]) != entry["split"]:
+                    mixed.add(entry["group"])
+        splits = {key: split for key, split in splits.items() if key not in mixed}
+        kept = {"by": before.get("split_by"), "splits": splits}
+        write_atomically(record, json.dumps(kept, sort_keys=True).encode())
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def check_space(out: Path, needed: int) -> None:

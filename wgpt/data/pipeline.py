@@ -1,9 +1,9 @@
-"""A folder of audio to a folder of tokens and mel slices, restartable.
+"""Recordings to a folder of tokens and mel slices, restartable, and to be added to.
 
-Files are hashed, decoded, resampled, encoded whole and written one by one to OUT/.partial; when
-all are done the arrays and the manifest are built beside the old ones and moved into place, the
-manifest last. A run killed at any point goes on where it stopped when started again, and the
-result has the same bytes. See dataset.py for the format.
+Files are hashed, measured, encoded and written one by one to OUT/.partial; when all are done the
+arrays and the manifest are built beside the old ones and moved into place, the manifest last. A
+run killed at any point goes on where it stopped when started again, and the result has the same
+bytes. A finished folder is opened again for what is new. See dataset.py for the format.
 """
 
 from __future__ import annotations
@@ -12,147 +12,198 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from wgpt import audio
 from wgpt.config import CODEBOOK_SIZE, MelConfig
+from wgpt.data.account import account
 from wgpt.data.assemble import assemble, bytes_needed
-from wgpt.data.encode import (
-    PIECE_SECONDS,
-    CodecProtocol,
-    Encoder,
-    Job,
-    Outcome,
-    read_facts,
-)
+from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
 from wgpt.data.folder import (
     PARTIAL,
     check_ours,
     check_space,
-    finished_before,
+    is_done,
+    keep_splits,
     locked,
     open_partial,
+    read_before,
+    reopen,
 )
-from wgpt.data.scan import Found, hash_all, list_sources, listed
-from wgpt.data.workers import EncoderSpec, encode_here, encode_in_processes
+from wgpt.data.inputs import Inputs, collect
+from wgpt.data.progress import Progress
+from wgpt.data.scan import Found, hash_all, list_sources
+from wgpt.data.splits import SPLIT_BY, SplitRule, assign
+from wgpt.data.treatment import PIECE_SECONDS, TARGET_LUFS, Treatment
+from wgpt.data.workers import EncoderSpec, encode_here, encode_in_processes, load_codec
 from wgpt.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+MAX_JOBS = 1024
+MANY_FILES, MANY_BYTES = 24, 8 << 20  # from here on worker processes pay for their start
+
 
 def prepare(
-    audio_dir: str | Path,
+    recordings: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
+    valid: str | Path | Sequence[str | Path] = (),
+    test: str | Path | Sequence[str | Path] = (),
     codec: str | Path | CodecProtocol = "mini",
     mel: MelConfig | None = None,
-    mel_sources: tuple[str, ...] = ("wave",),
+    mel_sources: tuple[str, ...] | None = None,
+    split_by: str | None = None,
     valid_fraction: float = 0.1,
-    jobs: int = 1,
-    max_seconds: float = audio.MAX_SECONDS,
+    test_fraction: float = 0.0,
+    keep_silence: bool = False,
+    keep_loudness: bool = False,
+    jobs: int | None = None,
+    max_seconds: float | None = None,
     download: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Encode every audio file below `audio_dir` into the data folder `out`.
+    """Encode recordings into the data folder `out`.
 
     Args:
-        audio_dir: walked recursively; a plain folder or LibriSpeech's layout. The first folder of
-            a file's path below it is the file's group.
-        out: new, empty, or a folder an earlier run wrote.
+        recordings: folders (walked recursively), audio files, and list files (one path a line, or
+            CSV, TSV, JSON lines with path and, if wanted, group and split). May be empty where
+            `valid` or `test` is given: such data can be evaluated, not trained on.
+        out: new, empty, or a folder an earlier run wrote: then what is new is added.
+        valid, test: the same, for given splits. LibriSpeech's dev-* and test-* folders are
+            such splits wherever a train-* folder is among the recordings.
         codec: a name or path for `codec.load`, or a codec object (picklable if jobs > 1).
         mel: mel settings; MelConfig() by default.
-        mel_sources: see dataset.py: wave, decoded-K, leaky-W.
-        valid_fraction: share of distinct files for validation, in [0, 1); at least one file of
-            two unless 0. Chosen by content hash: a duplicate never lies in the other split.
-        jobs: worker processes; the result does not depend on it.
-        max_seconds: longer files are skipped.
+        mel_sources: see dataset.py: wave, decoded-K, leaky-W. By default wave, decoded-1 (the
+            study's control) and decoded-K for all codebooks up to 8 (what `starter` reads).
+        split_by: group, file or time; by default the first that fits, see splits.py. A group is a
+            list's column, LibriSpeech's speaker, or the first folder of a file's path.
+        valid_fraction, test_fraction: shares of the sound, each in [0, 1), together below 1.
+        keep_silence: do not cut silence, see `audio.silence`.
+        keep_loudness: do not bring the level to `treatment.TARGET_LUFS`.
+        jobs: worker processes, one per core by default; the result does not depend on it.
+        max_seconds: longer files are skipped; None for no limit.
         download: let the codec be downloaded.
-        overwrite: replace a data folder that was made with other settings or from other files.
-        progress: bars on stderr if it is a terminal.
+        overwrite: replace a data folder made with other settings or from files that are gone.
+        progress: bars on stderr if it is a terminal, else a log line every half minute.
 
     Returns:
         The manifest, as written to out/manifest.json.
 
     Raises:
         ConfigError: a setting is out of range or does not fit the codec.
-        DataError: out is not ours to write, nothing could be used, or the disk is full.
-        AudioError: audio_dir is no folder.
+        DataError: out is not ours to write, nothing could be used, a split is empty, a list is
+            malformed, or memory or disk failed (run again then: finished files are kept).
+        AudioError: an input is not there.
     """
-    audio_dir, out, mel = Path(audio_dir), Path(out), mel or MelConfig()
-    _check_settings(valid_fraction, jobs, max_seconds)
-    files = _find_some(audio_dir)
+    out, mel = Path(out), mel or MelConfig()
+    max_seconds = math.inf if max_seconds is None else max_seconds
+    rule = SplitRule(split_by, valid_fraction, test_fraction)
+    _check_settings(rule, jobs, max_seconds, mel)
+    inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
     check_ours(out)
-    spec = EncoderSpec(codec, mel, tuple(mel_sources), max_seconds, download)
-    encoder = spec.build()
+    before = read_before(out)
+    target_lufs = None if keep_loudness else TARGET_LUFS
+    treatment = Treatment(not keep_silence, target_lufs, PIECE_SECONDS)
+    loaded = load_codec(codec, download)
+    sources = mel_sources if mel_sources is not None else default_mel_sources(loaded)
+    if before is not None and not overwrite:  # adding never takes away
+        sources = (*sources, *(name for name in before["mel_sources"] if name not in sources))
+    spec = EncoderSpec(codec, mel, tuple(sources), treatment, max_seconds, download)
+    encoder = Encoder(loaded, mel, spec.mel_sources, treatment, max_seconds)
     settings = {
-        "codec": _codec_facts(encoder.codec),
+        "codec": _codec_facts(loaded),
         "mel": dataclasses.asdict(mel),
-        "mel_sources": list(mel_sources),
-        "piece_seconds": PIECE_SECONDS,
-        "max_seconds": float(max_seconds),
+        "mel_sources": sorted(spec.mel_sources, key=_source_order),
+        "treatment": dataclasses.asdict(treatment),
+        "max_seconds": max_seconds if math.isfinite(max_seconds) else None,
+        "split_by": split_by,
         "valid_fraction": float(valid_fraction),
+        "test_fraction": float(test_fraction),
     }
-    found = hash_all(audio_dir, files, out / PARTIAL, progress)
-    finished = finished_before(out, settings, found, overwrite)
-    if finished is not None:
-        return finished
     try:
+        found = hash_all(inputs.entries, inputs.unreadable, out / PARTIAL, progress)
+        if before is not None and not overwrite and is_done(out, before, settings, found):
+            return before
         with locked(out):
             open_partial(out / PARTIAL, settings)
+            kept = keep_splits(out / PARTIAL, before, overwrite)
+            if before is not None:
+                logger.info("%d files are kept", reopen(out, before, settings, found))
             facts, reasons = _encode(found, spec, encoder, jobs, progress)
-            manifest = _build(audio_dir, out, settings, found, facts, reasons)
+            return _build(out, inputs, settings, found, facts, reasons, rule, kept)
     except OSError as error:
         raise DataError(
-            f"{out}: could not be written: {error}; free the cause and run again, "
+            f"{out}: reading or writing failed: {error}; free the cause and run again, "
             "finished files are kept"
         ) from error
-    if manifest["totals"]["valid"]["clips"] == 0 and valid_fraction > 0:
-        logger.warning("only one distinct file: the validation split is empty")
-    return manifest
 
 
-def _check_settings(valid_fraction: float, jobs: int, max_seconds: float) -> None:
+def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(given)] if isinstance(given, (str, Path)) else [Path(path) for path in given]
+
+
+def default_mel_sources(codec: CodecProtocol) -> tuple[str, ...]:
+    """wave, the study's control decoded-1, and what `starter` reads: up to 8 codebooks."""
+    names = ["wave", "decoded-1", f"decoded-{min(codec.n_codebooks, 8)}"]
+    return tuple(dict.fromkeys(names))
+
+
+def _source_order(name: str) -> tuple[str, int]:
+    kind, _, number = name.partition("-")
+    return {"wave": "0", "decoded": "1"}.get(kind, kind), int(number or 0)
+
+
+def _check_settings(rule: SplitRule, jobs: int | None, max_seconds: float, mel: MelConfig) -> None:
+    valid, test = rule.valid_fraction, rule.test_fraction
     rules = [
-        ("valid_fraction", "in [0, 1)", valid_fraction, 0 <= valid_fraction < 1),
-        ("jobs", "at least 1", jobs, jobs >= 1),
+        ("valid_fraction", "in [0, 1)", valid, 0 <= valid < 1),
+        ("test_fraction", "in [0, 1)", test, 0 <= test < 1),
+        ("valid_fraction + test_fraction", "below 1", valid + test, valid + test < 1),
+        ("split_by", f"one of {', '.join(SPLIT_BY)}", rule.by, rule.by in (None, *SPLIT_BY)),
+        ("jobs", f"in [1, {MAX_JOBS}]", jobs, jobs is None or 1 <= jobs <= MAX_JOBS),
         ("max_seconds", "positive", max_seconds, max_seconds > 0),
+        ("mel window_samples", "at most 65536", mel.window_samples, mel.window_samples <= 1 << 16),
+        ("mel n_mels", "at most 1024", mel.n_mels, mel.n_mels <= 1024),
+        ("mel floor", "finite", mel.floor, math.isfinite(mel.floor)),
     ]
-    for name, rule, got, holds in rules:
+    for name, text, got, holds in rules:
         if not holds:
-            raise ConfigError(f"prepare: {name} must be {rule}, got {got}")
-
-
-def _find_some(audio_dir: Path) -> list[Path]:
-    files = audio.find(audio_dir)
-    if not files:
-        raise DataError(
-            f"{audio_dir}: must hold audio files, found none with a known suffix "
-            f"({', '.join(sorted(audio.SUFFIXES)[:6])}, ...)"
-        )
-    return files
+            raise ConfigError(f"prepare: {name} must be {text}, got {got}")
 
 
 def _build(
-    audio_dir: Path,
     out: Path,
+    inputs: Inputs,
     settings: dict[str, Any],
     found: Found,
     facts: dict[str, dict[str, Any]],
     reasons: dict[str, str],
+    rule: SplitRule,
+    kept: dict[str, Any],
 ) -> dict[str, Any]:
     """The last step: from finished files to the final folder, without .partial."""
-    sources = list_sources(found, facts)
+    sources, duplicates, skipped = list_sources(found, facts, reasons)
     if not sources:
-        _raise_all_skipped(audio_dir, reasons, found)
+        _raise_all_skipped(skipped)
+    by = assign(sources, rule, kept.get("splits", {}), kept.get("by"))
     check_space(out, bytes_needed(sources, settings))
-    duplicates, skipped = listed(found, facts, reasons)
-    manifest = assemble(out, sources, settings, duplicates=duplicates, skipped=skipped)
+
+    def finish(manifest: dict[str, Any], building: Path) -> None:
+        manifest["split_by"] = by
+        manifest["account"] = account(inputs, manifest)
+
+    manifest = assemble(
+        out, sources, settings, duplicates=duplicates, skipped=skipped, finish=finish
+    )
     shutil.rmtree(out / PARTIAL)
+    if rule.valid_fraction > 0 and not manifest["totals"]["valid"]["clips"]:
+        logger.warning("%s: too little sound for a validation split: it is empty", out)
     return manifest
 
 
@@ -170,46 +221,52 @@ def _codec_facts(codec: CodecProtocol) -> dict[str, Any]:
 
 
 def _encode(
-    found: Found, spec: EncoderSpec, encoder: Encoder, jobs: int, progress: bool
+    found: Found, spec: EncoderSpec, encoder: Encoder, jobs: int | None, progress: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Encode what is not finished. Returns facts and reasons for skipping, by sha256."""
     facts: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     for digest, job in found.jobs.items():
-        known = read_facts(Path(job.partial))
+        known = read_facts(Path(job.partial), spec.mel_sources)
         if known is not None:
             facts[digest] = known
     todo = [job for digest, job in found.jobs.items() if digest not in facts]
+    n_jobs = choose_jobs(todo) if jobs is None else min(jobs, max(len(todo), 1))
     if facts:
         logger.info("going on: %d files finished before, %d to do", len(facts), len(todo))
     else:
-        logger.info("encoding %d files, %d at a time", len(todo), min(jobs, max(len(todo), 1)))
-    bar = tqdm(
-        total=len(found.jobs), initial=len(facts), desc="encoding", unit="file",
-        disable=None if progress else True,
-    )  # fmt: skip
+        logger.info("encoding %d files, %d at a time", len(todo), n_jobs)
+    meter = Progress("encoding", sum(job.size_bytes for job in todo), len(todo), progress)
 
     def finished(job: Job, done: Outcome) -> None:
-        bar.update()
-        known = None if done.reason else read_facts(Path(job.partial))
+        meter.advance(job.size_bytes)
+        known = None if done.reason else read_facts(Path(job.partial), spec.mel_sources)
         if known is None:
             reasons[job.sha256] = done.reason or "its finished file could not be read back"
-            logger.warning("skipped %s: %s", found.paths[job.sha256], reasons[job.sha256])
+            logger.warning("skipped %s: %s", found.entries[job.sha256].name, reasons[job.sha256])
         else:
             facts[job.sha256] = known
 
-    with contextlib.closing(bar):
-        if jobs == 1 or len(todo) <= 1:
+    with contextlib.closing(meter):
+        if n_jobs == 1:
             encode_here(encoder, todo, finished)
         else:
-            encode_in_processes(spec, todo, min(jobs, len(todo)), finished)
+            encode_in_processes(spec, todo, n_jobs, finished)
     return facts, reasons
 
 
-def _raise_all_skipped(audio_dir: Path, reasons: dict[str, str], found: Found) -> NoReturn:
-    why = [f"{found.paths[digest]}: {reason}" for digest, reason in reasons.items()]
-    why += [f"{entry['path']}: {entry['reason']}" for entry in found.unreadable]
+def choose_jobs(todo: list[Job]) -> int:
+    """A process per core where the work is worth their start of some seconds each."""
+    n_bytes = sum(job.size_bytes for job in todo)
+    if len(todo) < MANY_FILES and n_bytes < MANY_BYTES:
+        return 1
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(min(n_cores or 1, len(todo)), 1)
+
+
+def _raise_all_skipped(skipped: list[dict[str, Any]]) -> NoReturn:
+    why = [f"{entry['path']}: {entry['reason']}" for entry in skipped]
     raise DataError(
-        f"{audio_dir}: must hold at least one usable audio file, all {len(why)} were skipped:\n  "
+        f"prepare: at least one usable audio file is needed, all {len(why)} were skipped:\n  "
         + "\n  ".join(why[:3])
     )

@@ -1,4 +1,4 @@
-"""What an audio folder holds: its files by content hash, and the entries they get in a manifest."""
+"""What the inputs hold: files by content hash, and the entries they get in a manifest."""
 
 from __future__ import annotations
 
@@ -8,48 +8,61 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wgpt.data.assemble import Source
 from wgpt.data.encode import Job, hash_file
-
-TOP_GROUP = "."
+from wgpt.data.inputs import Entry
+from wgpt.data.splits import Source
+from wgpt.files import is_bad_day
 
 
 @dataclasses.dataclass
 class Found:
-    """What hashing the folder gave: distinct files in order of path, duplicates, unreadables."""
+    """What hashing gave: distinct files in order, duplicates, and what could not be read."""
 
     jobs: dict[str, Job]  # by sha256
-    paths: dict[str, str]  # sha256 to relative path of the first file with it
+    entries: dict[str, Entry]  # sha256 to the first entry with it
     duplicates: list[dict[str, Any]]
     unreadable: list[dict[str, Any]]
 
     def contents(self) -> dict[str, str | None]:
-        """sha256 by relative path of every file, None where it could not be read."""
+        """sha256 by name of every file, None where it could not be read."""
         return (
-            {path: digest for digest, path in self.paths.items()}
+            {entry.name: digest for digest, entry in self.entries.items()}
             | {entry["path"]: entry["sha256"] for entry in self.duplicates}
             | {entry["path"]: None for entry in self.unreadable}
         )
 
+    def known(self) -> set[str]:
+        """sha256 of everything that is there."""
+        return set(self.jobs)
 
-def hash_all(audio_dir: Path, files: list[Path], partial: Path, progress: bool) -> Found:
-    """Hash the files; each distinct content becomes one job whose result goes below `partial`."""
-    found = Found({}, {}, [], [])
-    for path in tqdm(files, "hashing", unit="file", disable=None if progress else True):
-        name = path.relative_to(audio_dir).as_posix()
+
+def hash_all(
+    entries: list[Entry], unreadable: list[dict[str, Any]], partial: Path, progress: bool
+) -> Found:
+    """Hash the files; each distinct content becomes one job whose result goes below `partial`.
+
+    Raises:
+        OSError: the machine's fault (an I/O error): no file is left out for it.
+    """
+    found = Found({}, {}, [], list(unreadable))
+    for entry in tqdm(entries, "hashing", unit="file", disable=None if progress else True):
         try:
-            digest, status = hash_file(path)
+            digest, status = hash_file(entry.path)
         except OSError as error:
-            found.unreadable.append({"path": name, "reason": error.strerror or str(error)})
+            if is_bad_day(error):
+                raise
+            reason = error.strerror or str(error)
+            found.unreadable.append({"path": entry.name, "reason": reason})
             continue
         if digest in found.jobs:
             found.duplicates.append(
-                {"path": name, "sha256": digest, "duplicate_of": found.paths[digest]}
-            )
+                {"path": entry.name, "sha256": digest, "group": entry.group,
+                 "duplicate_of": found.entries[digest].name}
+            )  # fmt: skip
             continue
-        found.paths[digest] = name
+        found.entries[digest] = entry
         found.jobs[digest] = Job(
-            path=str(path),
+            path=str(entry.path),
             sha256=digest,
             changed_ns=status.st_mtime_ns,
             size_bytes=status.st_size,
@@ -58,35 +71,35 @@ def hash_all(audio_dir: Path, files: list[Path], partial: Path, progress: bool) 
     return found
 
 
-def group(path: str) -> str:
-    """The first folder of a relative path, "." at the top."""
-    first, slash, _ = path.partition("/")
-    return first if slash else TOP_GROUP
+def list_sources(
+    found: Found, facts: dict[str, dict[str, Any]], reasons: dict[str, str]
+) -> tuple[list[Source], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The files that worked, in order of name; manifest entries of duplicates and of the skipped.
 
-
-def list_sources(found: Found, facts: dict[str, dict[str, Any]]) -> list[Source]:
-    """The files that worked, in order of path."""
-    chosen = [
-        Source(path, digest, group(path), Path(found.jobs[digest].partial), facts[digest])
-        for digest, path in found.paths.items()
-        if digest in facts
-    ]
-    return sorted(chosen, key=lambda source: source.path)
-
-
-def listed(
-    found: Found, facts: dict[str, Any], reasons: dict[str, str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Manifest entries of the duplicates kept and of every file skipped."""
-    kept, skipped = [], list(found.unreadable)
-    for digest, reason in reasons.items():
-        skipped.append({"path": found.paths[digest], "sha256": digest, "reason": reason})
-    for entry in found.duplicates:
-        if entry["sha256"] in facts:
-            kept.append(entry | {"group": group(entry["path"])})
+    Two files whose samples are the same (a WAV and its FLAC) are duplicates too.
+    """
+    sources: list[Source] = []
+    duplicates: list[dict[str, Any]] = []
+    skipped = list(found.unreadable)
+    by_sound: dict[str, str] = {}
+    for digest, entry in found.entries.items():
+        if digest not in facts:
+            skipped.append({"path": entry.name, "sha256": digest, "reason": reasons[digest]})
+            continue
+        first = by_sound.setdefault(facts[digest]["sound_sha256"], entry.name)
+        if first != entry.name:
+            duplicates.append(
+                {"path": entry.name, "sha256": digest, "group": entry.group, "duplicate_of": first}
+            )
+            continue
+        partial = Path(found.jobs[digest].partial)
+        sources.append(
+            Source(entry.name, digest, entry.group, partial, facts[digest], given=entry.split)
+        )
+    for duplicate in found.duplicates:
+        digest = duplicate["sha256"]
+        if digest in facts:
+            duplicates.append(duplicate)
         else:
-            skipped.append(
-                {"path": entry["path"], "sha256": entry["sha256"],
-                 "reason": reasons[entry["sha256"]]}
-            )  # fmt: skip
-    return kept, skipped
+            skipped.append({"path": duplicate["path"], "sha256": digest, "reason": reasons[digest]})
+    return sorted(sources, key=lambda source: source.path), duplicates, skipped

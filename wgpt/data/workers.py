@@ -21,9 +21,13 @@ import torch
 
 from wgpt.config import MelConfig
 from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome
+from wgpt.data.treatment import Treatment
 from wgpt.ops.runtime import one_thread
 
 logger = logging.getLogger(__name__)
+
+# A decoder's crash and a lack of memory look alike from outside: the next run tries it again.
+DIED = "its worker process died twice (killed, out of memory, or a crash)"
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,18 @@ class EncoderSpec:
     codec: str | Path | CodecProtocol
     mel: MelConfig
     mel_sources: tuple[str, ...]
+    treatment: Treatment
     max_seconds: float
     download: bool
 
     def build(self) -> Encoder:
         """Load the codec and the mel front ends."""
         return Encoder(
-            load_codec(self.codec, self.download), self.mel, self.mel_sources, self.max_seconds
+            load_codec(self.codec, self.download),
+            self.mel,
+            self.mel_sources,
+            self.treatment,
+            self.max_seconds,
         )
 
 
@@ -82,8 +91,7 @@ def encode_in_processes(
             logger.warning("a worker process died; trying one at a time: %s", names)
         while suspects:
             for job in _run_pool(spec, suspects, 1, 1, finished):
-                reason = "its worker process died twice (killed, out of memory, or a crash)"
-                finished(job, Outcome(job.sha256, reason=reason))
+                finished(job, Outcome(job.sha256, reason=DIED))
 
 
 def _run_pool(

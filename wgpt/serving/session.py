@@ -149,7 +149,7 @@ class GenerationSession:
         prompt = whole_steps(prompt)
         if not len(prompt):
             raise ConfigError("the prompt must last at least one step (1/75 s)")
-        tokens = model.codec.encode(torch.from_numpy(prompt))[: model.n_codebooks]
+        tokens = model.codec.encode(torch.tensor(prompt))[: model.n_codebooks]
         ceiling = model.codec.decode(tokens).cpu().numpy()
         return {
             "seconds": len(prompt) / SAMPLE_RATE_HZ,
@@ -219,7 +219,7 @@ class MelPicture:
         """float32 (n * 320,) to int8 (n, M), decibels."""
         if not len(wave):
             return np.zeros((0, 0), np.int8)
-        mel = self._stream.push(torch.from_numpy(wave)[None])[0, :: self._frames_per_step]
+        mel = self._stream.push(torch.tensor(wave)[None])[0, :: self._frames_per_step]
         return np.clip(np.rint(mel.numpy() * DECIBELS_PER_NAT), -127, 127).astype(np.int8)
 
 

@@ -1,0 +1,243 @@
+"""What is to be prepared: folders, files and lists, as one list of entries with their groups."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from wgpt import audio
+from wgpt.errors import DataError
+
+LIST_SUFFIXES = frozenset(".txt .lst .m3u .csv .tsv .jsonl .ndjson".split())
+TOP_GROUP = "."
+PATH_COLUMNS = ("path", "audio_filepath", "file_name")
+_SPLITS = {
+    "train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
+    "test": "test", "eval": "test", "held-out": "test", "held_out": "test",
+}  # fmt: skip
+# .../train-clean-100/SPEAKER/CHAPTER/SPEAKER-CHAPTER-0000.flac
+_LIBRISPEECH = re.compile(r"(?:.*?/)??(?:(train|dev|test)-[a-z0-9-]+/)?(\d+)/(\d+)/\2-\3-\d+\.\w+$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file to try.
+
+    Attributes:
+        path: where it lies.
+        name: what the manifest calls it: relative, with no path of this machine.
+        group: what belongs together: a column, LibriSpeech's speaker, or the first folder.
+        split: train, valid or test where that was given, else None.
+    """
+
+    path: Path
+    name: str
+    group: str
+    split: str | None = None
+
+
+@dataclass
+class Inputs:
+    """All that was found: `entries` to try, and what was not taken for sound."""
+
+    entries: list[Entry] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    n_hidden: int = 0
+    unreadable: list[dict[str, Any]] = field(default_factory=list)  # folders: path, reason
+
+    def other_suffixes(self) -> dict[str, int]:
+        """How many files that are not sound, by suffix."""
+        return dict(sorted(Counter(Path(n).suffix.lower() or "none" for n in self.other).items()))
+
+
+def collect(
+    train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path], leave_out: Path
+) -> Inputs:
+    """Look through all inputs.
+
+    Args:
+        train: folders, audio files, list files; split by rule where a list does not say.
+        valid, test: the same, for the given splits.
+        leave_out: a folder that is none of the input: where the result goes.
+
+    Returns:
+        Entries with test before valid before the rest, so that of two copies the held-out one
+        is kept, and by name within.
+
+    Raises:
+        DataError: a list file breaks its format, or nothing was found.
+        AudioError: an input is not there.
+    """
+    found = Inputs()
+    labels = _labels([*train, *valid, *test])
+    for paths, split in ((train, None), (valid, "valid"), (test, "test")):
+        for path in paths:
+            _add(found, path, labels[path], split, leave_out)
+    if any(_official(entry.name) == "train" for entry in found.entries):
+        found.entries = [
+            replace(entry, split=entry.split or _official(entry.name)) for entry in found.entries
+        ]
+    _make_names_unique(found.entries)
+    order = {"test": 0, "valid": 1}
+    found.entries.sort(key=lambda e: (order.get(e.split or "", 2), e.name))
+    if not found.entries:
+        seen = ", ".join(f"{n} {suffix}" for suffix, n in found.other_suffixes().items())
+        unread = "".join(f"; {e['path']}: {e['reason']}" for e in found.unreadable[:3])
+        raise DataError(
+            f"{', '.join(map(str, [*train, *valid, *test]))}: must hold audio files (wav, flac, "
+            f"ogg, opus, mp3, m4a, ...), found {seen or 'no file'}{unread}"
+        )
+    return found
+
+
+def _make_names_unique(entries: list[Entry]) -> None:
+    """Files of several inputs may share a name: the later ones get a number."""
+    taken = Counter(entry.name for entry in entries)
+    if len(taken) == len(entries):
+        return
+    seen: set[str] = set()
+    for index, entry in enumerate(entries):
+        name, n, path = entry.name, 2, PurePosixPath(entry.name)
+        while name in seen:
+            name, n = path.with_name(f"{path.stem}-{n}{path.suffix}").as_posix(), n + 1
+        seen.add(name)
+        entries[index] = replace(entry, name=name)
+
+
+def _labels(paths: Iterable[Path]) -> dict[Path, str]:
+    """What stands before the names of an input's files: nothing for one input, else its name."""
+    paths = list(dict.fromkeys(paths))
+    if len(paths) == 1:
+        return {paths[0]: ""}
+    labels: dict[Path, str] = {}
+    for path in paths:
+        name = path.resolve().name or "root"
+        if path.is_file():
+            labels[path] = ""
+            continue
+        n = 2
+        while f"{name}/" in labels.values():
+            name, n = f"{path.resolve().name}-{n}", n + 1
+        labels[path] = f"{name}/"
+    return labels
+
+
+def _add(found: Inputs, path: Path, label: str, split: str | None, leave_out: Path) -> None:
+    if path.is_dir():
+        seen = audio.walk(path, leave_out)
+
+        def named(below: Path) -> str:
+            return label + below.relative_to(path).as_posix()
+
+        for below in seen.sound:
+            name = below.relative_to(path).as_posix()
+            group = _group(name)
+            if group == TOP_GROUP and label:
+                group = label.rstrip("/")
+            found.entries.append(Entry(below, label + name, group, split))
+        found.other += [named(below) for below in seen.other]
+        found.n_hidden += len(seen.hidden)
+        found.unreadable += [
+            {"path": named(below), "reason": f"a folder that cannot be opened: {why}"}
+            for below, why in seen.unreadable
+        ]
+    elif path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        found.entries += _read_list(path, split)
+    elif path.is_file():
+        found.entries.append(Entry(path, path.name, TOP_GROUP, split))
+    else:
+        raise audio.AudioError(
+            f"{path}: must be a folder, an audio file or a list, got nothing there"
+        )
+
+
+def _group(name: str) -> str:
+    """LibriSpeech's speaker, else the first folder of a relative path, "." at the top."""
+    match = _LIBRISPEECH.fullmatch(name)
+    if match:
+        return match[2]
+    first, slash, _ = name.partition("/")
+    return first if slash else TOP_GROUP
+
+
+def _official(name: str) -> str | None:
+    """The split that a LibriSpeech folder's name gives, such as dev-clean."""
+    match = _LIBRISPEECH.fullmatch(name)
+    return _SPLITS[match[1]] if match and match[1] else None
+
+
+def _read_list(path: Path, split: str | None) -> list[Entry]:
+    """A list file: one path a line, or CSV, TSV or JSON lines with path, group and split."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"{path}: must be a readable list, got: {error.strerror}") from error
+    rows = list(_rows(path, text))
+    if not rows:
+        raise DataError(f"{path}: must list at least one file, got none")
+    wheres = [Path(os.path.normpath(path.parent / row["path"])) for _, row in rows]
+    absolute = [Path(os.path.abspath(where)) for where in wheres]
+    base = os.path.abspath(path.parent)
+    if not all(where.is_relative_to(base) for where in absolute):
+        base = os.path.commonpath([where.parent for where in absolute])
+    entries = []
+    seen: set[str] = set()
+    for (line, row), where, full in zip(rows, wheres, absolute, strict=True):
+        name = Path(os.path.relpath(full, base)).as_posix()
+        if name in seen:
+            raise DataError(
+                f"{path}: line {line}: every path must be listed once, got {name} again"
+            )
+        seen.add(name)
+        given = str(row.get("split") or "").strip().lower()
+        if given and given not in _SPLITS:
+            raise DataError(
+                f"{path}: line {line}: split must be train, valid or test, got {given!r}"
+            )
+        group = str(row.get("group") or "").strip() or _group(name)
+        entries.append(Entry(where, name, group, split or _SPLITS.get(given)))
+    return entries
+
+
+def _rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows that hold at least `path`."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","
+        )
+        if not set(reader.fieldnames or ()) & set(PATH_COLUMNS):
+            raise DataError(
+                f"{path}: its first line must name the columns, path among them (and group and "
+                f"split if wanted), got {', '.join(reader.fieldnames or ()) or 'nothing'}"
+            )
+        for row in reader:
+            yield reader.line_num, _with_path(path, reader.line_num, row)
+        return
+    for line, content in enumerate(text.splitlines(), 1):
+        content = content.strip()
+        if not content or content.startswith("#"):
+            continue
+        if suffix in (".jsonl", ".ndjson"):
+            try:
+                row = json.loads(content)
+            except ValueError as error:
+                raise DataError(f"{path}: line {line}: must be JSON, got: {error}") from error
+            yield line, _with_path(path, line, row)
+        else:
+            yield line, {"path": content}
+
+
+def _with_path(path: Path, line: int, row: Any) -> dict[str, Any]:
+    named = [row[key] for key in PATH_COLUMNS if row.get(key)] if isinstance(row, dict) else []
+    if not named or not isinstance(named[0], str):
+        raise DataError(f"{path}: line {line}: must have a path, got {row}")
+    return row | {"path": named[0]}
