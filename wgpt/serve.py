@@ -23,20 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=7860, help="on 127.0.0.1; 0: any free (default 7860)"
     )
+    group = parser.add_argument_group("limits")
     for name, text in (
         ("max_prompt_s", "longest prompt, s"),
         ("max_seconds", "longest continuation, s"),
         ("max_upload_mb", "largest prompt file, MB"),
     ):
         default = getattr(limits, name)
-        parser.add_argument(
+        group.add_argument(
             "--" + name.replace("_", "-"),
             type=float,
             default=default,
             metavar="N",
             help=f"{text} (default {default:g})",
         )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 

@@ -28,7 +28,7 @@ def needs_server() -> None:
         pytest.importorskip(module, reason=f"needs {module}: pip install 'wgpt[serve]'")
 
 
-def wait_for(holds: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
+def wait_for(holds: Callable[[], Any], what: str, timeout_s: float = 300.0) -> None:
     end = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < end, f"waited {timeout_s:g} s for {what}"
@@ -59,7 +59,7 @@ class Server:
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -128,14 +128,14 @@ class Job:
     def started(self) -> bool:
         return any("pcm" in line for line in self.lines)
 
-    def finish(self, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    def finish(self, timeout_s: float = 300.0) -> list[dict[str, Any]]:
         """All lines, once there are no more."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"waited {timeout_s:g} s for the end of the stream"
         self._connection.close()
         return self.lines
 
-    def succeeded(self, timeout_s: float = 120.0) -> bool:
+    def succeeded(self, timeout_s: float = 300.0) -> bool:
         return self.finish(timeout_s)[-1].get("done") is True
 
     def close(self) -> None:

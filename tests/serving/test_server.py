@@ -205,14 +205,14 @@ def test_serve_bounds_its_queue_and_frees_it_when_clients_leave(server):
     finally:
         for job in jobs:
             job.close()
-    wait_for(lambda: server.job().succeeded(), "a place in the queue", timeout_s=60)
+    wait_for(lambda: server.job().succeeded(), "a place in the queue")
 
 
 def test_serve_goes_on_after_a_listener_leaves(server):
     job = server.job(seconds=600.0)
     wait_for(lambda: job.started, "the stream to start")
     job.close()
-    assert server.job().succeeded(timeout_s=90)
+    assert server.job().succeeded()
 
 
 def test_serve_survives_a_client_that_leaves_while_it_sends(server):
@@ -220,7 +220,7 @@ def test_serve_survives_a_client_that_leaves_while_it_sends(server):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             head = f"POST /continue?model=tiny HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
             connection.sendall(f"{head}Content-Length: 1000\r\n\r\nabc".encode())
-    wait_for(lambda: server.job().succeeded(), "a place in the queue", timeout_s=60)
+    wait_for(lambda: server.job().succeeded(), "a place in the queue")
     assert "Traceback" not in server.log()
 
 
@@ -265,7 +265,7 @@ def test_serve_stops_cleanly_in_the_middle_of_a_stream(tiny_run, tmp_path, promp
         jobs = [server.job(prompt, seconds=600.0), server.job(prompt, seconds=600.0)]
         wait_for(lambda: jobs[0].started and jobs[1].lines, "one stream to start, one to wait")
         server.process.send_signal(how)
-        assert server.process.wait(timeout=60) == 0
+        assert server.process.wait(timeout=300) == 0
         assert "ERROR" not in server.log() and "Traceback" not in server.log()
     assert list(server.folder.iterdir()) == []
 

@@ -319,7 +319,10 @@ $("#file").onchange = ({ target }) => {
   target.value = "";
 };
 $("#record").onclick = record;
-$("#nothing").onclick = dropPrompt;
+$("#nothing").onclick = () => {
+  request?.abort();
+  dropPrompt();
+};
 $("#with-prompt").onchange = () => {
   for (const take of takes) if (take.root.dataset.state === "done") saveLink(take);
 };
