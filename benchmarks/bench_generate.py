@@ -138,7 +138,7 @@ def main() -> None:
     add_common_arguments(parser)
     parser.add_argument("--presets", nargs="+", default=["hybrid-xs", "hybrid", "gpt-s", "gpt-l"])
     parser.add_argument("--codecs", nargs="+", default=["mini", "encodec-architecture"])
-    parser.add_argument("--fine", nargs="+", type=int, default=[0, 7], help="finer codebooks")
+    parser.add_argument("--fine", nargs="+", type=int, default=[0, 7], help="residual codebooks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or 1)
     rounds, n_steps = (3, 100) if args.quick else (5, 200)

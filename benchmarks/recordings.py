@@ -33,7 +33,9 @@ import soundfile
 from wgpt.files import sha256_of, write_atomically
 
 TABLE = "recordings.csv"
-COLUMNS = ("path", "sha256", "seconds", "rate_hz", "group", "split", "package", "licence")
+COLUMNS = (
+    "path", "sha256", "seconds", "rate_hz", "kind", "group", "split", "package", "licence",
+)  # fmt: skip
 SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3".split())
 
 
@@ -183,6 +185,7 @@ def table(packages: Iterable[Package], folder: Path) -> list[dict[str, object]]:
                     "sha256": sha256_of(path),
                     "seconds": round(info.duration, 3),
                     "rate_hz": info.samplerate,
+                    "kind": package.kind,
                     "group": f"{package.name}/{package.group(below)}",
                     "split": "held-out" if package.held_out(below, rank) else "train",
                     "package": package.name,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from transformers.models.encodec.configuration_encodec import EncodecConfig
-from transformers.models.encodec.modeling_encodec import EncodecModel
+
+from wgpt.codec.layers import Network
+from wgpt.codec.network import Architecture, parameter_shapes
 
 HOP = 320
 ATOL = 1e-5
@@ -51,8 +53,9 @@ def to_unit_variance(module: Any, _inputs: Any, out: Tensor) -> Tensor:
 def model_of(name: str) -> Any:
     """A model with random weights whose signals keep unit variance from layer to layer."""
     if name not in _MODELS:
+        modeling = pytest.importorskip("transformers.models.encodec.modeling_encodec")
         torch.manual_seed(7)
-        model = EncodecModel(EncodecConfig(**SETTINGS[name])).eval()
+        model = modeling.EncodecModel(modeling.EncodecConfig(**SETTINGS[name])).eval()
         convolutions = [x for x in model.modules() if hasattr(x, "dilation")]
         hooks = [x.register_forward_hook(to_unit_variance) for x in convolutions]
         z = model.encoder(noise(40 * HOP)[None, None])
@@ -65,6 +68,13 @@ def model_of(name: str) -> Any:
             layer.codebook.embed.normal_(0, 0.8**i)
         _MODELS[name] = model
     return _MODELS[name]
+
+
+def network_of(model: Any) -> Network:
+    """Our network with the weights of transformers' model."""
+    architecture = Architecture.from_config(model.config.to_dict(), "the test's")
+    state = model.state_dict()
+    return Network(architecture, {name: state[name] for name in parameter_shapes(architecture)})
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -37,8 +37,13 @@ def check(q: Tensor, tokens: Tensor) -> None:
     assert_type(model.sample_rate_hz, int)
     assert_type(model.generate("x.wav", seconds=10), np.ndarray)
     assert_type(model.stream("x.wav"), Iterator[np.ndarray])
+    assert_type(ops.flash_attention(q, q, q), Tensor)
+    assert_type(ops.flash_attention(q, q, q, return_lse=True), tuple[Tensor, Tensor])
     assert_type(ops.token_concat(tokens, q), Tensor)
+    assert_type(ops.mel_embed(q, q, q, q, q), Tensor)
     assert_type(ops.linear(q, q), Tensor)
+    assert_type(ops.feed_forward(q, q, q), Tensor)
+    assert_type(ops.rotary_qkv(q, q, q), tuple[Tensor, Tensor, Tensor])
 '''
 
 

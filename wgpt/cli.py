@@ -20,6 +20,7 @@ from wgpt.errors import WgptError, did_you_mean
 COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
     "train": ("wgpt.train", "train a model on prepared data"),
+    "codec-train": ("wgpt.codec_train", "train a codec on recordings of your own"),
     "eval": ("wgpt.evaluate", "NLL, accuracy and perplexity of a run beside baselines"),
     "generate": ("wgpt.generate", "continue a recording, or start from silence"),
     "serve": ("wgpt.serve", "a page on this machine: continue a recording and listen"),

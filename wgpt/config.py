@@ -242,11 +242,11 @@ class TrainConfig:
         group="research",
     )
     fine_weight: float = _documented(
-        0.3, "weight of the mean NLL of the finer codebooks", group="research"
+        0.3, "weight of the mean NLL of the residual codebooks", group="research"
     )
     fine_share: float = _documented(
         0.125,
-        "share of a batch's steps, drawn anew each step, whose finer codebooks are scored",
+        "share of a batch's steps, drawn anew each step, whose residual codebooks are scored",
         group="research",
     )
     init: str = _documented(
@@ -256,7 +256,7 @@ class TrainConfig:
     )
     freeze_trunk: bool = _documented(
         False,
-        "train the finer codebooks only; the coarse model of --init stays as it is",
+        "train the residual codebooks only; the coarse model of --init stays as it is",
         group="model",
     )
     eval_every: int = _documented(

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         tables = f"{study.as_markdown(result)}\n\n{distance_table(result['likeness'])}"
-        sys.stdout.write(f"{tables}\n\n{Path(args.out) / 'report.md'}\n")
+        sys.stdout.write(f"{tables}\n\n{Path(args.out) / 'report.html'}\n")
     return 0
 
 

@@ -27,13 +27,13 @@ REQUIRED: tuple[str, ...] = (
     "soxr",
     "safetensors",
     "tqdm",
-    "transformers",
     "matplotlib",
 )
 OPTIONAL = {
     "starlette": "the page of wgpt serve (pip install 'wgpt[serve]')",
-    "uvicorn": "the same page",
-    "encodec": "the second codec implementation (pip install 'wgpt[encodec]')",
+    "uvicorn": "the page of wgpt serve (pip install 'wgpt[serve]')",
+    "transformers": "another implementation of the codec (pip install 'wgpt[transformers]')",
+    "encodec": "another implementation of the codec (pip install 'wgpt[encodec]')",
     "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
 }
 # A check of agreement, not of accuracy (that is the tests'): float32 on inputs of order one.
@@ -192,15 +192,17 @@ def check_assets() -> Iterator[Finding]:
     except Exception as error:
         yield _problem("codec", _first_line(error))
         return
-    try:
-        mini = codec.load("mini")
-    except Exception as error:
-        yield _problem("codec mini", _first_line(error))
-    else:
-        yield _ok(
-            "codec mini",
-            f"{mini.n_codebooks} codebooks of {mini.codebook_size}, {mini.sample_rate_hz} Hz",
-        )
+    for name in codec.PACKAGED:
+        try:
+            loaded = codec.load(name)
+        except Exception as error:
+            yield _problem(f"codec {name}", _first_line(error))
+        else:
+            yield _ok(
+                f"codec {name}",
+                f"{loaded.n_codebooks} codebooks of {loaded.codebook_size}, "
+                f"{loaded.sample_rate_hz} Hz",
+            )
     try:
         codec.load("encodec_24khz")
     except Exception as error:

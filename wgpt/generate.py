@@ -70,10 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fine-temperature",
         type=float,
         default=FINE_TEMPERATURE,
-        help=f"temperature of the finer codebooks; 0: most likely (default {FINE_TEMPERATURE:g})",
+        help=f"that of the residual codebooks; 0: most likely (default {FINE_TEMPERATURE:g})",
     )
     sampling.add_argument(
-        "--fine-top-k", type=int, default=0, help="top k of the finer codebooks; 0: all (default 0)"
+        "--fine-top-k",
+        type=int,
+        default=0,
+        help="top k of the residual codebooks; 0: all (default 0)",
     )
     sampling.add_argument("--seed", type=int, default=0, help="same seed, same samples (default 0)")
     output.add_argument(

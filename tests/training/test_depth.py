@@ -1,4 +1,4 @@
-"""Training the finer codebooks, from another run's weights, with noisy mel: exact and separate."""
+"""Training the residual codebooks, from another run's weights, with noisy mel: exact, separate."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ ROUGH = {"mel_noise": 0.3, "mel_drop": 0.2, "mel_drop_span_steps": 3}
 
 @pytest.fixture(scope="module")
 def coarse(prepared, tmp_path_factory):
-    """A run without finer codebooks."""
+    """A run without residual codebooks."""
     out = tmp_path_factory.mktemp("fine") / "coarse"
     train(prepared, out, "hybrid-xs", model=TRUNK, **SETTINGS)
     return out
@@ -162,7 +162,7 @@ def test_init_must_fit(prepared, coarse, tmp_path):
         start(init=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="freeze_trunk must be used with init"):
         start(freeze_trunk=True)
-    with pytest.raises(ConfigError, match="--freeze-trunk trains the finer codebooks"):
+    with pytest.raises(ConfigError, match="--freeze-trunk trains the residual codebooks"):
         start(init=str(coarse), freeze_trunk=True)
     other = shutil.copytree(prepared, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())

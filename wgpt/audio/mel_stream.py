@@ -58,6 +58,6 @@ class MelStream:
         """One stream whose batch is that of the given ones, in order."""
         joined = streams[0].clone()
         tails = [s._tail for s in streams if s._tail is not None]
-        if tails:  # a token-only model's streams hear nothing
+        if tails:  # a token-only model's streams read no mel
             joined._tail = torch.cat(tails)
         return joined

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,23 +26,14 @@ from torch import Tensor, nn
 
 from wgpt.codec import stream as codec_stream
 from wgpt.codec import weights as codec_weights
+from wgpt.codec.layers import Network
 from wgpt.codec.stream import StreamDecoder, StreamEncoder
-from wgpt.codec.weights import CodecError, CodecWeights
+from wgpt.codec.weights import PACKAGED, CodecWeights
+from wgpt.errors import CodecError
 
-__all__ = ["Codec", "CodecError", "load"]
+__all__ = ["PACKAGED", "Codec", "CodecError", "load", "same_tokens"]
 
-_FRAMES_AT_ONCE = 4096  # bounds the (frames, entries) distances of the quantiser to 16 MiB
-
-
-@dataclass(frozen=True)
-class _Network:
-    """An EnCodec network by its four stages, whichever package runs it."""
-
-    module: nn.Module
-    embed: Callable[[Tensor], Tensor]  # (B, 1, L) -> (B, C, T)
-    quantize: Callable[[Tensor], Tensor]  # (B, C, T) -> (K, B, T)
-    dequantize: Callable[[Tensor], Tensor]  # (k, B, T) -> (B, C, T)
-    render: Callable[[Tensor], Tensor]  # (B, C, T) -> (B, 1, L)
+IMPLEMENTATIONS = ("wgpt", "transformers", "encodec")
 
 
 class Codec:
@@ -60,21 +50,19 @@ class Codec:
         identity: JSON-able; two codecs with equal identities give equal tokens.
     """
 
-    def __init__(self, network: _Network, weights: CodecWeights, implementation: str, config: Any):
-        self._network = network
+    def __init__(self, weights: CodecWeights, device: str | torch.device, implementation: str):
+        architecture = weights.architecture
+        self._weights = weights
         self.name = weights.name
         self.source = weights.name
-        self.sample_rate_hz = int(config.sampling_rate)
-        self.hop_samples = 1
-        for ratio in config.upsampling_ratios:
-            self.hop_samples *= int(ratio)
+        self.sample_rate_hz = architecture.sampling_rate
+        self.hop_samples = architecture.hop_samples
         self.frame_rate_hz = self.sample_rate_hz / self.hop_samples
-        self.n_codebooks = int(config.num_quantizers)
-        self.codebook_size = int(config.codebook_size)
-        self.device = torch.device("cpu")
+        self.n_codebooks = architecture.n_codebooks
+        self.codebook_size = architecture.codebook_size
         self._lead_frames = 0
-        if config.pad_mode == "reflect":
-            self._lead_frames = max(config.kernel_size, config.last_kernel_size) + 1
+        if architecture.pad_mode == "reflect":
+            self._lead_frames = max(architecture.kernel_size, architecture.last_kernel_size) + 1
         self.identity: dict[str, Any] = {
             "name": self.name,
             "implementation": implementation,
@@ -85,7 +73,7 @@ class Codec:
             "codebook_size": self.codebook_size,
             "lead_frames": self._lead_frames,
         }
-        self._silence: Tensor | None = None
+        self.to(device)
 
     def __repr__(self) -> str:
         return (
@@ -95,31 +83,32 @@ class Codec:
 
     def to(self, device: str | torch.device) -> Codec:
         """Move the weights to a device, in place; returns the codec itself."""
-        self._network.module.to(device)
         self.device = torch.device(device)
-        self._silence = None
+        self._silence: Tensor | None = None
+        self._network: Network | None = None
+        self._encode: Callable[[Tensor], Tensor]  # waves (B, L) -> tokens (B, K, T)
+        self._decode: Callable[[Tensor], Tensor]  # tokens (B, k, T) -> waves (B, L)
+        implementation = self.identity["implementation"]
+        if implementation == "wgpt":
+            tensors = {k: v.to(self.device) for k, v in self._weights.tensors.items()}
+            network = self._network = Network(self._weights.architecture, tensors)
+            self._encode = lambda batch: codec_stream.encode(network, batch)
+            self._decode = lambda codes: codec_stream.decode(network, codes)
+        else:
+            from wgpt.codec import other_implementations  # late: transformers takes seconds
+
+            other = other_implementations.load(implementation, self._weights, self.device)
+            self._encode, self._decode = other.encode, other.decode
         return self
 
-    @torch.no_grad()
     def codebooks(self) -> Tensor:
         """The codebooks, float32 (K, V, E); a frame's latent is the sum of an entry of each."""
-        shape = (self.n_codebooks, 1, self.codebook_size)
-        codes = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        found, zero = [], torch.zeros((), device=self.device)
-        for k, one in enumerate(codes):
-            one += torch.arange(self.codebook_size, device=self.device)
-            latents = self._network.dequantize(codes[: k + 1])  # (1, E, V): entry 0 of those before
-            found.append((latents - zero)[0].T)
-            one.zero_()
-            zero = latents[:, :, :1]
-        return torch.stack(found)
+        names = (f"quantizer.layers.{k}.codebook.embed" for k in range(self.n_codebooks))
+        return torch.stack([self._weights.tensors[name] for name in names]).to(self.device)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:
-        """Tokens of a wave. The whole wave goes through at once.
-
-        Memory grows with its length (mini: 20 GiB for an hour, measured); cut or stream longer
-        recordings.
+        """Tokens of a wave. It goes through block by block, so working memory stays small.
 
         Args:
             wave: float (L,) or (B, L) at `sample_rate_hz`, finite, in [-1, 1] by convention.
@@ -152,9 +141,7 @@ class Codec:
             return torch.zeros(shape, dtype=torch.int64, device=self.device)
         lead = self._lead_frames
         padded = nn.functional.pad(batch, (lead * self.hop_samples, 0))
-        latents = self._network.embed(padded[:, None])[:, :, lead:]
-        parts = [self._network.quantize(part) for part in latents.split(_FRAMES_AT_ONCE, 2)]
-        return torch.cat(parts, 2).transpose(0, 1).contiguous()
+        return self._encode(padded)[:, :, lead:].contiguous()
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -195,15 +182,14 @@ class Codec:
         if lead:
             silence = self._silent_frame()[None, :n_used].expand(n_items, -1, lead)
             batch = torch.cat([silence, batch], 2)
-        latents = self._network.dequantize(batch.transpose(0, 1))
-        wave = self._network.render(latents)[:, 0, lead * self.hop_samples :]
+        wave = self._decode(batch)[:, lead * self.hop_samples :]
         wave = wave[:, : n_frames * self.hop_samples].contiguous()
         return wave[0] if codes.dim() == 2 else wave
 
     def stream_encoder(self) -> StreamEncoder:
         """An encoder for a wave that arrives in pieces; together its tokens are `encode`'s.
 
-        Raises CodecError for implementation="encodec".
+        Raises CodecError for implementations other than "wgpt".
         """
         return codec_stream.StreamEncoder(self._streamable(), self.n_codebooks, self._lead_frames)
 
@@ -211,7 +197,7 @@ class Codec:
         """A decoder for tokens that arrive frame by frame; together its samples are `decode`'s.
 
         n_codebooks is the most a push may carry, all by default. Raises CodecError for
-        implementation="encodec".
+        implementations other than "wgpt".
         """
         n_used = self.n_codebooks if n_codebooks is None else n_codebooks
         lead = None
@@ -219,10 +205,10 @@ class Codec:
             lead = self._silent_frame()[:n_used].expand(-1, self._lead_frames)
         return codec_stream.StreamDecoder(self._streamable(), n_used, lead)
 
-    def _streamable(self) -> nn.Module:
-        if self.identity["implementation"] != "transformers":
-            raise CodecError("codec: only implementation='transformers' can stream")
-        return self._network.module
+    def _streamable(self) -> Network:
+        if self._network is None:
+            raise CodecError("codec: only implementation='wgpt' can stream")
+        return self._network
 
     def _silent_frame(self) -> Tensor:
         """Tokens (K, 1) of a frame of silence."""
@@ -232,55 +218,53 @@ class Codec:
         return self._silence
 
 
+def same_tokens(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two `Codec.identity` mean the same tokens, under whatever name or package."""
+    return all(a.get(k) == b.get(k) for k in (a.keys() | b.keys()) - {"name", "implementation"})
+
+
 def load(
     name_or_path: str | os.PathLike[str],
     *,
+    sha256: str | None = None,
     download: bool = False,
     device: str | torch.device = "cpu",
-    implementation: str = "transformers",
+    implementation: str = "wgpt",
 ) -> Codec:
     """Load a codec.
 
     Args:
-        name_or_path: "mini" (in the package); "encodec_24khz" (from the Hugging Face cache or
-            torch's hub cache); a folder with config.json and model.safetensors; an original
-            .th file, whose name carries the first 8 hex digits of its sha256.
+        name_or_path: "mini" (in the package); "mini-v1" (what mini was in version 0.1.0);
+            "encodec_24khz" (from the Hugging Face cache or torch's hub cache); a folder with
+            config.json and model.safetensors; an original .th file, whose name carries the first
+            8 hex digits of its sha256.
+        sha256: what the weights file must hash to. Where the one named does not and another
+            packaged codec does, that one is loaded: folders that name the old "mini" stay usable.
         download: allow a download of encodec_24khz; without it the network is never touched.
         device: torch device of the weights.
-        implementation: "transformers", or "encodec" for the package of that name.
+        implementation: "wgpt", or the package "transformers" or "encodec", to compare with.
 
     Raises:
-        CodecError: weights missing, damaged or of another architecture; a model that is not
-            causal, not mono, or normalises each clip by its own level.
+        CodecError: weights missing, damaged, not those of sha256, or of another architecture; a
+            model that is not causal, not mono, or normalises each clip by its own level.
     """
-    if implementation not in ("transformers", "encodec"):
+    if implementation not in IMPLEMENTATIONS:
         raise CodecError(
-            f"codec: implementation must be 'transformers' or 'encodec', got {implementation!r}"
+            f"codec: implementation must be one of {', '.join(IMPLEMENTATIONS)}, got "
+            f"{implementation!r}"
         )
     weights = codec_weights.read(name_or_path, download=download)
-    from wgpt.codec import networks as codec_networks  # late: importing transformers takes seconds
-
-    config = codec_networks.make_config(weights)
-    _check_causal(weights.name, config)
-    build = getattr(codec_networks, f"{implementation}_stages")
-    module, *stages = build(weights, config)
-    module.eval().requires_grad_(False)
-    codec = Codec(_Network(module, *stages), weights, implementation, config).to(device)
+    if sha256 is not None and weights.sha256 != sha256:
+        packaged = codec_weights.packaged_with(sha256)
+        if packaged is None:
+            raise CodecError(
+                f"codec: the weights of {os.fspath(name_or_path)} must have sha256 {sha256}, got "
+                f"{weights.sha256}; put back the codec that the data were prepared with, or "
+                "prepare the data anew"
+            )
+        name_or_path = packaged
+        weights = codec_weights.read(packaged)
+    codec = Codec(weights, device, implementation)
     if os.path.exists(name_or_path):
         codec.source = os.path.abspath(name_or_path)
     return codec
-
-
-def _check_causal(name: str, config: Any) -> None:
-    """Refuse what would let a token see later samples, or the loudness of the whole clip."""
-    rules = (
-        (bool(config.use_causal_conv), "use_causal_conv must be true (or tokens see the future)"),
-        (config.trim_right_ratio == 1.0, "trim_right_ratio must be 1.0 (output would be shifted)"),
-        (config.audio_channels == 1, f"must be mono, got {config.audio_channels} channels"),
-        (not config.normalize, "normalize must be false (tokens would know the clip's loudness)"),
-        (config.chunk_length_s is None, "chunk_length_s must be null (chunks forget the past)"),
-        (config.norm_type == "weight_norm", "norm_type must be weight_norm (groups see ahead)"),
-    )
-    for holds, rule in rules:
-        if not holds:
-            raise CodecError(f"codec: {name} cannot be used: {rule}; use encodec_24khz or mini")

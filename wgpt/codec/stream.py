@@ -1,9 +1,8 @@
-"""Stream an EnCodec model: encode sound as it arrives, decode tokens as they are sampled.
+"""Stream an EnCodec network: encode sound as it arrives, decode tokens as they are sampled.
 
-Whole-file coding starts every layer from padding. A stream starts each layer from what the last
-call left: the left context of a convolution, the previous input of a transposed convolution, the
-state of an LSTM. The outputs are those of the whole file, whatever the chunks, and memory does
-not grow with the stream.
+A stream starts each layer from what the last call left: the left context of a convolution, the
+previous input of a transposed convolution, the state of an LSTM. The outputs are the same
+whatever the chunks, a whole file being one chunk, and memory does not grow with the stream.
 
 With reflect padding every layer mirrors its first samples, so the first frames depend on later
 ones and have to wait for them. A lead, frames of silence that are coded first and not given,
@@ -18,38 +17,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from wgpt.codec import stream_layers as codec_stream_layers
-from wgpt.codec.stream_layers import State, concatenate, repeat
+from wgpt.codec.layers import Layer, Network, State, concatenate, repeat
+from wgpt.errors import CodecError
 
 # Longer pushes are cut into blocks of this many frames (0.85 s), which bounds working memory.
 BLOCK_FRAMES = 64
 
 AnyStream = TypeVar("AnyStream", bound="_Stream")
-
-
-def _check_streamable(model: Any) -> None:
-    config = model.config
-    rules = {
-        "audio_channels": 1,
-        "normalize": False,
-        "chunk_length_s": None,
-        "norm_type": "weight_norm",
-        "use_causal_conv": True,
-        "trim_right_ratio": 1.0,
-    }
-    for name, expected in rules.items():
-        if getattr(config, name) != expected:
-            raise ValueError(
-                f"codec_stream: only a causal mono EnCodec can stream; its {name} must be "
-                f"{expected!r}, got {getattr(config, name)!r}"
-            )
-    if config.pad_mode not in ("constant", "reflect"):
-        raise ValueError(
-            f"codec_stream: pad_mode must be 'constant' or 'reflect', got {config.pad_mode!r}"
-        )
 
 
 class _Stream:
@@ -58,19 +35,16 @@ class _Stream:
     _rate_in: int  # samples per frame that enter the first layer
     _n_lead: int  # frames put in front of every stream, whose outputs are not given
 
-    def __init__(self, model: Any, modules: nn.ModuleList, n_codebooks: int | None) -> None:
-        _check_streamable(model)
-        n_most = len(model.quantizer.layers)
+    def __init__(self, network: Network, layers: list[Layer], n_codebooks: int | None) -> None:
+        n_most = network.architecture.n_codebooks
         self.n_codebooks = n_most if n_codebooks is None else n_codebooks
         if not 1 <= self.n_codebooks <= n_most:
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: n_codebooks must lie in [1, {n_most}], got {n_codebooks}"
             )
-        self.hop_samples: int = model.config.hop_length
-        self._layers = codec_stream_layers.build(modules, model.config.pad_mode == "reflect")
-        self._embed = torch.stack(
-            [q.codebook.embed.detach().float() for q in model.quantizer.layers[: self.n_codebooks]]
-        )  # (K, V, C)
+        self.hop_samples = network.architecture.hop_samples
+        self._layers = layers
+        self._embed = network.codebooks[: self.n_codebooks]  # (K, V, C)
         self.reset()
 
     def reset(self) -> None:
@@ -87,7 +61,7 @@ class _Stream:
 
         Costs no copy of parameters, nor of the state, which steps replace and never write to.
         With n_batch, a stream of one becomes n_batch equal ones, pushed as (n_batch, ...): code
-        a prompt once, then sample many continuations. Raises ValueError if it is not of one.
+        a prompt once, then sample many continuations. Raises CodecError if it is not of one.
         """
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -95,7 +69,7 @@ class _Stream:
         if n_batch is None:
             return twin
         if self._n_batch not in (None, 1) or n_batch < 1:
-            raise ValueError(
+            raise CodecError(
                 "codec_stream: clone(n_batch) takes a stream of one to at least one, got a "
                 f"stream of {self._n_batch} and n_batch {n_batch}"
             )
@@ -111,13 +85,13 @@ class _Stream:
         """One stream whose batch is that of the given ones, in order.
 
         They must be batched streams of one codec that have started and hold nothing back; those
-        given keep their own way. Raises ValueError otherwise.
+        given keep their own way. Raises CodecError otherwise.
         """
         first = streams[0]
         for s in streams:
             tail = 0 if s._tail is None else s._tail.shape[1]
             if not s._batched or s._held or tail or any(x is None for x in s._states):
-                raise ValueError(
+                raise CodecError(
                     "codec_stream: only batched streams that have started and wait for nothing "
                     f"can join, got one {s._describe()} with {tail} samples waiting"
                 )
@@ -131,25 +105,25 @@ class _Stream:
     def _accept(self, x: Tensor, n_dims: int, what: str) -> Tensor:
         """x with a batch dimension, once it is known to continue this stream."""
         if x.dim() not in (n_dims, n_dims + 1):
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: {what} must have {n_dims} dimensions, or {n_dims + 1} with a "
                 f"batch, got shape {tuple(x.shape)}"
             )
         if x.device != self._embed.device:
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: {what} must be on the model's device {self._embed.device}, got "
                 f"{x.device}"
             )
         if self._flushed:
-            raise RuntimeError("codec_stream: nothing can follow flush(); call reset() first")
+            raise CodecError("codec_stream: nothing can follow flush(); call reset() first")
         batched = x.dim() > n_dims
         n_batch = x.shape[0] if batched else 1
         if n_batch == 0:
-            raise ValueError(f"codec_stream: {what} must not be a batch of none, got {x.shape}")
+            raise CodecError(f"codec_stream: {what} must not be a batch of none, got {x.shape}")
         if self._n_batch is None:
             self._n_batch, self._batched = n_batch, batched
         elif (n_batch, batched) != (self._n_batch, self._batched):
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: this stream is {self._describe()}, got {what} of shape "
                 f"{tuple(x.shape)}; call reset() to start another"
             )
@@ -178,7 +152,7 @@ class _Stream:
 
     def _check_lead(self, n_lead_frames: int) -> int:
         if n_lead_frames != 0 and n_lead_frames < self._n_mirrored:
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: a lead must have 0 or at least {self._n_mirrored} frames, got "
                 f"{n_lead_frames}"
             )
@@ -226,13 +200,14 @@ class _Stream:
 class StreamEncoder(_Stream):
     """Encode a 24 kHz wave that arrives in pieces.
 
-    model is a transformers `EncodecModel` (causal, mono; ValueError otherwise), whose parameters
-    are copied; n_codebooks the number of codebooks K to give, all of them by default;
-    n_lead_frames the frames of silence to encode before every stream.
+    n_codebooks is the number of codebooks K to give, all of them by default; n_lead_frames the
+    frames of silence to encode before every stream.
     """
 
-    def __init__(self, model: Any, n_codebooks: int | None = None, n_lead_frames: int = 0) -> None:
-        super().__init__(model, model.encoder.layers, n_codebooks)
+    def __init__(
+        self, network: Network, n_codebooks: int | None = None, n_lead_frames: int = 0
+    ) -> None:
+        super().__init__(network, network.encoder, n_codebooks)
         self._rate_in = self.hop_samples
         self._n_lead = self._check_lead(n_lead_frames)
         self._half_norm = -0.5 * self._embed.square().sum(2)  # (K, V)
@@ -244,12 +219,12 @@ class StreamEncoder(_Stream):
         wave is float32 (n,) or (B, n) with any n >= 0. Returns int64 (K, t) or (B, K, t): all
         pushes together give n_total // hop_samples frames, those of the whole wave up to there
         (up to ties between codes within float32 rounding). The first n_start_frames come
-        together. Raises ValueError if the shape or dtype does not fit or a sample is not finite.
+        together. Raises CodecError if the shape or dtype does not fit or a sample is not finite.
         """
         if wave.dtype != torch.float32:
-            raise ValueError(f"codec_stream: wave must be float32, got {wave.dtype}")
+            raise CodecError(f"codec_stream: wave must be float32, got {wave.dtype}")
         if not wave.isfinite().all():  # one such sample would stay in the state for ever
-            raise ValueError("codec_stream: wave holds NaN or infinite samples")
+            raise CodecError("codec_stream: wave holds NaN or infinite samples")
         n_lead = self._n_lead if self._n_batch is None else 0
         # pad copies, even by 0: what stays in the state must not share the caller's memory.
         wave = F.pad(self._accept(wave, 1, "wave"), (n_lead * self.hop_samples, 0))
@@ -285,17 +260,16 @@ class StreamEncoder(_Stream):
 class StreamDecoder(_Stream):
     """Decode codes that arrive a few frames at a time.
 
-    model is a transformers `EncodecModel` (causal, mono; ValueError otherwise), whose parameters
-    are copied; n_codebooks the most codebooks a push may carry, all of them by default; lead the
-    codes of silence, int64 (n_codebooks, n_lead_frames), to decode before every stream.
+    n_codebooks is the most codebooks a push may carry, all of them by default; lead the codes of
+    silence, int64 (n_codebooks, n_lead_frames), to decode before every stream.
     """
 
     _rate_in = 1
 
     def __init__(
-        self, model: Any, n_codebooks: int | None = None, lead: Tensor | None = None
+        self, network: Network, n_codebooks: int | None = None, lead: Tensor | None = None
     ) -> None:
-        super().__init__(model, model.decoder.layers, n_codebooks)
+        super().__init__(network, network.decoder, n_codebooks)
         self._n_lead = self._check_lead(0 if lead is None else lead.shape[1])
         self._lead = lead
         n_entries = self._embed.shape[1]
@@ -308,20 +282,20 @@ class StreamDecoder(_Stream):
         codes is int64 (k, t) or (B, k, t), 1 <= k <= n_codebooks, any t >= 0. Returns float32
         (t * hop_samples,) or (B, t * hop_samples), equal to decoding all codes at once within
         1e-5. The first n_start_frames come together, so if that is not 1 early pushes give
-        nothing. The lead has the k codebooks of the first push. Raises ValueError if the shape,
+        nothing. The lead has the k codebooks of the first push. Raises CodecError if the shape,
         dtype or range does not fit.
         """
         if codes.dtype != torch.int64:
-            raise ValueError(f"codec_stream: codes must be int64, got {codes.dtype}")
+            raise CodecError(f"codec_stream: codes must be int64, got {codes.dtype}")
         if codes.dim() > 1 and not 1 <= codes.shape[-2] <= self.n_codebooks:
-            raise ValueError(
+            raise CodecError(
                 f"codec_stream: codes must have 1 to {self.n_codebooks} codebooks in dimension "
                 f"-2, got shape {tuple(codes.shape)}"
             )
         if codes.numel():
             low, high = (int(x) for x in codes.aminmax())
             if low < 0 or high >= self._embed.shape[1]:
-                raise ValueError(
+                raise CodecError(
                     f"codec_stream: codes must lie in [0, {self._embed.shape[1]}), got values "
                     f"from {low} to {high}"
                 )
@@ -342,3 +316,15 @@ class StreamDecoder(_Stream):
     def _give(self, outputs: list[Tensor | None]) -> Tensor:
         waves = [x[:, :, 0] for x in outputs if x is not None]
         return torch.cat(waves, 1) if waves else self._embed.new_zeros(self._n_batch or 1, 0)
+
+
+def encode(network: Network, batch: Tensor) -> Tensor:
+    """Tokens int64 (B, K, T) of waves (B, L) of T whole frames."""
+    encoder = StreamEncoder(network)
+    return torch.cat((encoder.push(batch), encoder.flush()), 2)
+
+
+def decode(network: Network, codes: Tensor) -> Tensor:
+    """Waves float32 (B, T * hop) of tokens (B, k, T)."""
+    decoder = StreamDecoder(network)
+    return torch.cat((decoder.push(codes), decoder.flush()), 1)

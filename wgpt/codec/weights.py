@@ -6,7 +6,6 @@ Nothing touches the network unless `download` is asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MINI_FOLDER = Path(__file__).parents[1] / "assets" / "mini"
+from wgpt.codec.network import Architecture, parameter_shapes
+from wgpt.errors import CodecError
+from wgpt.files import sha256_of
+
+ASSETS = Path(__file__).parents[1] / "assets"
+PACKAGED = ("mini", "mini-v1")  # mini-v1 is what mini was in version 0.1.0
 ENCODEC_REPOSITORY = "facebook/encodec_24khz"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
 
@@ -36,23 +40,19 @@ _RENAMES = (
 )
 
 
-class CodecError(ValueError):
-    """Raised when a codec or its input is unusable; the message names the next step."""
-
-
 @dataclass(frozen=True)
 class CodecWeights:
     """Weights and architecture of an EnCodec model, independent of who runs it.
 
     Attributes:
-        name: "mini", "encodec_24khz" or the name of the folder.
-        config: the fields of transformers' EncodecConfig.
-        tensors: float32, under transformers' names, without training-only buffers.
+        name: "mini", "mini-v1", "encodec_24khz" or the name of the folder.
+        architecture: causal, mono.
+        tensors: float32, under transformers' names, of `network.parameter_shapes`.
         sha256: of the weights file, 64 hex digits.
     """
 
     name: str
-    config: dict[str, Any]
+    architecture: Architecture
     tensors: dict[str, Tensor] = field(repr=False)
     sha256: str
 
@@ -65,7 +65,7 @@ def rename_original(key: str) -> str:
 
 
 def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> CodecWeights:
-    """Find and read weights: "mini", "encodec_24khz", a folder or a .th file.
+    """Find and read weights: "mini", "mini-v1", "encodec_24khz", a folder or a .th file.
 
     Raises:
         CodecError: nothing there, a damaged file, or a model that cannot be used.
@@ -76,8 +76,8 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
             f"codec: {text} is the 48 kHz EnCodec, which is not causal: its tokens see later "
             "audio, so a next-token model trained on them would cheat; use encodec_24khz or mini"
         )
-    if text == "mini":
-        return _read_folder(MINI_FOLDER, "mini")
+    if text in PACKAGED:
+        return _read_folder(ASSETS / text, text)
     if text == "encodec_24khz":
         path = _find_encodec_24khz(download)
         return _read_original(path) if path.suffix == ".th" else _read_folder(path, text)
@@ -87,17 +87,15 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
     if path.is_file() and path.suffix == ".th":
         return _read_original(path)
     raise CodecError(
-        f"codec: {text!r} is neither 'mini' nor 'encodec_24khz' nor a folder with config.json "
-        "and model.safetensors nor an original .th file"
+        f"codec: {text!r} is neither {', '.join(PACKAGED)} nor encodec_24khz nor a folder with "
+        "config.json and model.safetensors nor an original .th file"
     )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def packaged_with(sha256: str) -> str | None:
+    """The name of the packaged codec whose weights file has this sha256."""
+    found = (n for n in PACKAGED if sha256_of(ASSETS / n / "model.safetensors") == sha256)
+    return next(found, None)
 
 
 def _read_folder(folder: Path, name: str) -> CodecWeights:
@@ -118,13 +116,13 @@ def _read_folder(folder: Path, name: str) -> CodecWeights:
         raise CodecError(f"codec: {folder} is damaged ({error}); get its files again") from error
     if not isinstance(config, dict):
         raise CodecError(f"codec: {config_path} must hold a JSON object")
-    return CodecWeights(name, config, _inference_tensors(tensors), _sha256(weights_path))
+    return _checked(name, config, tensors, sha256_of(weights_path))
 
 
 def _read_original(path: Path) -> CodecWeights:
     import pickle
 
-    sha256 = _sha256(path)
+    sha256 = sha256_of(path)
     suffix = re.search(r"-([0-9a-f]{8})$", path.stem)
     if suffix and not sha256.startswith(suffix[1]):
         raise CodecError(
@@ -137,16 +135,34 @@ def _read_original(path: Path) -> CodecWeights:
         raise CodecError(f"codec: {path} is not an EnCodec .th file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CodecError(f"codec: {path} must hold a state dict of tensors")
-    tensors = _inference_tensors({rename_original(k): v for k, v in state.items()})
-    return CodecWeights("encodec_24khz", {}, tensors, sha256)  # {}: EncodecConfig's defaults
+    return _checked("encodec_24khz", {}, state, sha256)  # {}: Architecture's defaults
 
 
-def _inference_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
+def _checked(
+    name: str, config: dict[str, Any], tensors: dict[str, Tensor], sha256: str
+) -> CodecWeights:
+    architecture = Architecture.from_config(config, name)
+    architecture.check_causal(name)
+    found = {
         rename_original(k): v.float()
         for k, v in tensors.items()
         if k.rsplit(".", 1)[-1] not in _TRAINING_ONLY
     }
+    shapes = parameter_shapes(architecture)
+    missing = sorted(shapes.keys() - found.keys())
+    unexpected = sorted(found.keys() - shapes.keys())
+    if missing or unexpected:
+        raise CodecError(
+            f"codec: weights of {name} do not fit its config: {len(missing)} missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for key, shape in shapes.items():
+        if tuple(found[key].shape) != shape:
+            raise CodecError(
+                f"codec: weights of {name} do not fit its config: {key} must have shape {shape}, "
+                f"got {tuple(found[key].shape)}"
+            )
+    return CodecWeights(name, architecture, found, sha256)
 
 
 def _hub_cache() -> Path:
@@ -176,8 +192,12 @@ def _find_encodec_24khz(download: bool) -> Path:
             f"codec: encodec_24khz is not on this machine; pass download=True (--download), or "
             f"{places}"
         )
-    from huggingface_hub import snapshot_download
-
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CodecError(
+            f"codec: a download needs huggingface_hub (pip install 'wgpt[download]'); or {places}"
+        ) from None
     try:
         patterns = ["config.json", "model.safetensors"]
         return Path(snapshot_download(ENCODEC_REPOSITORY, allow_patterns=patterns))

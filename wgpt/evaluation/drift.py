@@ -1,4 +1,4 @@
-"""Rollout drift: how far the sound of a model that hears itself moves from real sound, in time.
+"""Rollout drift: how far a model that reads its own output moves from real sound, in time.
 
 The validation clips are halved, alternately. From the one half come the prompts, which the model
 continues; the other half is the reference. Second by second, over all rollouts together:

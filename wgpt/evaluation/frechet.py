@@ -26,7 +26,7 @@ from wgpt.generation.prompt import n_steps_of
 from wgpt.generation.sampling import Sampling
 
 # Slices are clipped this far below the loudest bin of their prompt (43 dB, what our pictures show):
-# deeper down there is little to hear and the logarithm makes it weigh as much as the sound.
+# deeper down little is audible and the logarithm makes it weigh as much as the sound.
 RANGE_NEPERS = 10.0
 SPAN_STEPS = 4
 # Periods between 60 and 400 Hz, in samples, on frames of 43 ms and as much as a period more.
@@ -77,10 +77,10 @@ def frechet_db(a: Statistics, b: Statistics) -> float:
 def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
     """Mean over frames behind the prompt of the largest autocorrelation at LAGS, 1 for a tone.
 
-    wave: float (L,) at 24 kHz, with at least FRAME_SAMPLES + 400 behind the prompt. Each product of
-    a frame with the samples a lag later is normalised by both energies, so white noise gives 0.09
-    and noise of music's spectrum about 0.5. Frames 43 dB below the prompt's mean power are left
-    out; none left gives 0.
+    wave: float (L,) at 24 kHz, with at least FRAME_SAMPLES + 400 behind the prompt. The
+    correlation of a frame with the samples a lag later is normalised by both energies, so white
+    noise gives 0.09 and noise of music's spectrum about 0.5. Frames 43 dB below the
+    prompt's mean power are left out; none left gives 0.
     """
     wave = wave.astype(np.float64)
     quiet = np.square(wave[:prompt_samples]).mean() * np.exp(-RANGE_NEPERS)
@@ -90,15 +90,15 @@ def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
     head = frames[:, :FRAME_SAMPLES]
     size = 2 * n_all  # no wrapping around
     spectrum = np.fft.rfft(frames, size) * np.fft.rfft(head, size).conj()
-    products = np.fft.irfft(spectrum, size)[:, LAGS]
+    correlations = np.fft.irfft(spectrum, size)[:, LAGS]
     energy = np.pad(np.square(frames).cumsum(1), ((0, 0), (1, 0)))
     own, later = energy[:, FRAME_SAMPLES], energy[:, LAGS + FRAME_SAMPLES] - energy[:, LAGS]
     loud = own > quiet * FRAME_SAMPLES
     if not loud.any():
         return 0.0
-    own, later, products = own[loud, None], later[loud], products[loud]
-    later = np.maximum(later, 1e-6 * own)  # so little is lost in the sums, and no likeness
-    return float((products / np.sqrt(own * later)).max(1).mean())
+    own, later, correlations = own[loud, None], later[loud], correlations[loud]
+    later = np.maximum(later, 1e-6 * own)  # so little is lost in the sums, and no similarity
+    return float((correlations / np.sqrt(own * later)).max(1).mean())
 
 
 @torch.inference_mode()

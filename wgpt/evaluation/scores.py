@@ -70,7 +70,7 @@ def codebook_scores(
 ) -> list[Score]:
     """Teacher-forced scores over every token of the clips, by the window rule of data.loader.
 
-    One for codebook 0, then, `with_fine`, one for each of the model's finer codebooks.
+    One for codebook 0, then, `with_fine`, one for each of the model's residual codebooks.
     """
     device = next(model.parameters()).device
     was_training = model.training

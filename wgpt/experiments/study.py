@@ -74,7 +74,7 @@ def study(
     if split.n_clips == 0:
         raise ConfigError(f"{dataset.path}: the validation split is empty, nothing to compare on")
     scores = baselines(dataset.split("train"), split)
-    summaries, runs = {}, []
+    summaries, runs = {}, {}
     for arm in chosen:
         source = {"tokens": None, "hybrid": "wave"}.get(arm, arm)
         options = {**settings, "device": device, **({"mel_source": source} if source else {})}
@@ -83,8 +83,8 @@ def study(
         model = HybridModel.from_pretrained(folder / "model", "cpu")
         context = summaries[arm]["context_steps"]
         scores.append(score(arm, model, split, context_steps=context, mel_source=source))
-        runs.append(folder)
-    plots.loss_curves(runs[0], out / "loss.png", runs[1:])
+        runs[arm] = folder
+    plots.save(plots.comparison_figure(runs, "tokens"), out / "loss.png")
     by_name = {one.name: one for one in scores}
     result = {
         "data": str(dataset.path),

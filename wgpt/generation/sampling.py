@@ -12,20 +12,20 @@ from torch import Tensor
 
 from wgpt.errors import ConfigError, GenerationError
 
-FINE_TEMPERATURE = 0.5  # of the finer codebooks; measured in docs/closed-loop.md
+FINE_TEMPERATURE = 0.5  # of the residual codebooks; measured in docs/closed-loop.md
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from logits: the coarse ones, and those of the finer codebooks.
+    """How tokens are drawn from logits: the coarse ones, and those of the residual codebooks.
 
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: keep the k most likely; 0 keeps all.
     top_p: keep the smallest set of most likely tokens with at least this probability; 1 keeps all.
     fine_temperature, fine_top_k: the same for codebooks 1 and up, which top_p does not touch.
-        Cooler than the coarse one: what a finer codebook adds at random is heard as noise
+        Cooler than the coarse one: what a residual codebook adds at random is heard as noise
         (docs/closed-loop.md).
-    end_of_clip: a model with an end-of-clip token may end the clip; False: it goes on.
+    end_of_clip: a model with an end-of-clip token may end the clip; False: it continues.
     """
 
     temperature: float = 1.0
@@ -48,7 +48,7 @@ class Sampling:
 
 
 class Sampler:
-    """draw(logits) gives one coarse token a row, draw.fine(logits) one of a finer codebook, each
+    """draw(logits) gives one coarse token a row, draw.fine(logits) one of a residual codebook, each
     row by its own seed.
 
     One uniform number a token and row, taken by the inverse of the cumulative distribution in
@@ -86,7 +86,7 @@ class Sampler:
         return tokens
 
     def fine(self, logits: Tensor) -> Tensor:
-        """int64 (B,) on the device of logits (B, V) of a finer codebook."""
+        """int64 (B,) on the device of logits (B, V) of a residual codebook."""
         return self._draw(logits, self.sampling.fine_temperature, self.sampling.fine_top_k, 1.0)[0]
 
     def _draw(

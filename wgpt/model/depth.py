@@ -1,4 +1,4 @@
-"""The finer codebooks of a step: a small transformer over depth, from the decoder's state."""
+"""The residual codebooks of a step: a small transformer over depth, from the decoder's state."""
 
 from __future__ import annotations
 
@@ -130,10 +130,10 @@ class DepthTransformer(nn.Module):
     def flops_per_step(self) -> float:
         """Forward FLOPs for one step of audio, over all its codebooks."""
         config, n = self.config, self.config.n_fine
-        products = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        products += config.codebook_size * config.fine_dim
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        weights += config.codebook_size * config.fine_dim
         pairs = config.n_fine_layers * config.fine_dim * n * (n + 1) / 2
-        return 2.0 * self.project.weight.numel() + 2.0 * n * products + 4.0 * pairs
+        return 2.0 * self.project.weight.numel() + 2.0 * n * weights + 4.0 * pairs
 
     def _embed(self, codes: Tensor, first: int) -> Tensor:
         """(N, n) codes of codebooks first .. first + n - 1 to (N, n, W)."""

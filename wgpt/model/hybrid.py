@@ -31,7 +31,7 @@ class HybridModel(nn.Module):
     """Next-token model over (token, mel slice) pairs; token-only when config.mel_dim is 0.
 
     Position i reads token i and mel slice i (both of the past) and predicts the token after them.
-    With config.n_fine, `fine` predicts the finer codebooks of that next step from hidden state i.
+    With config.n_fine, `fine` predicts that step's residual codebooks from hidden state i.
     With config.latent_steps, position i reads all codebooks of token i and of some before it.
 
     Initialisation (std of a normal, unless said otherwise):
@@ -45,7 +45,7 @@ class HybridModel(nn.Module):
     mel.bias            0
     qkv, up             1 / sqrt(fan-in)     keeps the scale of the normed input
     attention.out,      0                    each block starts as the identity, so the embedding
-    ffn.down                                 is heard from the first step (docs/log.md)
+    ffn.down                                 counts from the first step (docs/log.md)
     other norms         1 (constant)
     head                0.5 / sqrt(fan-in)   logits start near uniform
     ==================  ===================  ====================================================
@@ -102,7 +102,7 @@ class HybridModel(nn.Module):
 
     def set_codebooks(self, codebooks: Tensor) -> None:
         """Starts from the codec's geometry, float (K, V, E): the latents that are read, and the
-        tables of the finer codebooks. No-op for a model without latents."""
+        tables of the residual codebooks. No-op for a model without latents."""
         if self.latent is None or self.fine is None:
             return
         entries = centred(codebooks[: 1 + self.config.n_fine])
@@ -199,7 +199,7 @@ class HybridModel(nn.Module):
     def flops_per_step(self, context_steps: int) -> float:
         """Forward FLOPs of one step, averaged over a causal window of `context_steps`.
 
-        Two per weight of a matrix product, and 4 C per visible (query, key) pair and layer. A
+        Two per weight of a GEMM, and 4 C per visible (query, key) pair and layer. A
         training step costs about three times as much.
         """
         config = self.config

@@ -2,14 +2,13 @@
 
 A step at batch 1 is a few hundred small operations over all weights, so what counts is how few
 they are and how the weights lie. Against HybridModel.hidden with a cache: weights are transposed
-once, norms' gains are folded into the matrix behind them, residuals are added by the product, keys
-and values are written to the cache in one copy, and rotary turns are one complex multiplication.
+once, norms' gains are folded into the matrix behind them, residuals are added by the GEMM, keys
+and values are written to the cache in one copy, and RoPE is one complex multiplication by phasors.
 For that the channels of q and k stand in another order, pairs side by side, which leaves q k^T as
 it is.
 
-Rows never mix, and on the CPU in float32 a row of a product has the same bits in any company
-(ops.PackedMatrix; a BLAS chooses by the number of rows how it rounds). So an item of a batch gets
-the bits it gets alone.
+Rows never mix, and on the CPU in float32 the GEMMs are batch-invariant (ops.PackedMatrix; a BLAS
+chooses by the number of rows how it rounds): an item of a batch gets the bits it gets alone.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ class RotaryTable:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device)
         self._rates = base ** -(exponents / head_dim)
         self._dtype = torch.promote_types(like.dtype, torch.complex64)
-        self._latest = 0, self._turns(0, _TABLE_STEPS)
+        self._latest = 0, self._phasors(0, _TABLE_STEPS)
 
     def __call__(self, start: int, n_steps: int) -> Tensor:
         """Complex (n_steps, 1, D/2) of positions start .. start + n_steps - 1."""
         first, table = self._latest
         if start < first or start + n_steps > first + len(table):
-            first, table = start, self._turns(start, max(_TABLE_STEPS, n_steps))
+            first, table = start, self._phasors(start, max(_TABLE_STEPS, n_steps))
             self._latest = first, table  # at once: streams in other threads use it too
         return table[start - first : start - first + n_steps]
 
-    def _turns(self, start: int, n_steps: int) -> Tensor:
+    def _phasors(self, start: int, n_steps: int) -> Tensor:
         steps = torch.arange(start, start + n_steps, dtype=torch.float64, device=self._rates.device)
         angles = torch.outer(steps, self._rates)[:, None, :]
         return torch.polar(torch.ones_like(angles), angles).to(self._dtype)
@@ -68,14 +67,14 @@ class InferenceBlock:
         self.down = ops.PackedMatrix(ffn.down.weight.t())
 
     def __call__(
-        self, x: Tensor, batch: int, n_steps: int, turns: Tensor, cache: LayerCache
+        self, x: Tensor, batch: int, n_steps: int, phasors: Tensor, cache: LayerCache
     ) -> Tensor:
         """Rows x (batch * n_steps, C) to rows of that shape."""
         shape, width = (self.width,), self.width
         qkv = self.qkv.mm(torch.rms_norm(x, shape, None, 1e-6))
         qkv = qkv.view(batch, n_steps, 3, -1, self.head_dim)
         qk = qkv[:, :, :2].unflatten(4, (-1, 2))
-        torch.view_as_complex(qk).mul_(turns[:, None])
+        torch.view_as_complex(qk).mul_(phasors[:, None])
         k, v = cache.append(qkv[:, :, 1:])
         y = torch.ops.wgpt.flash_attention.default(
             qkv[:, :, 0], k, v, self.scale, True, self.window
@@ -93,13 +92,13 @@ class InferenceModel:
         self.config = config = model.config
         self.n_fine = 0 if model.fine is None else config.n_fine
         self._table = model.fusion.table.detach()
-        self._turns = RotaryTable(config.head_dim, config.rope_base, self._table)
+        self._phasors = RotaryTable(config.head_dim, config.rope_base, self._table)
         self._blocks = _pack(model.blocks)
         self._norm = model.norm.weight.detach()
         self._head = ops.PackedMatrix(model.head.weight.t())
         self._mel = model.fusion.mel
         if self._mel is not None:
-            self._mel_turns = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
+            self._mel_phasors = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
             self._mel_blocks = _pack(self._mel.blocks)
         self._fine = None if model.fine is None else PackedFine(model.fine)
         self._latent = model.latent
@@ -118,9 +117,9 @@ class InferenceModel:
             history = self._latent.history(tokens, cache).flatten(0, 1)
             up = self._up.addmm(self._latent.up.bias, history)
             x = self._down.addmm(x, torch.nn.functional.gelu(up))
-        turns = self._turns(cache.position, n_steps)
+        phasors = self._phasors(cache.position, n_steps)
         for block, layer in zip(self._blocks, cache.layers, strict=True):
-            x = block(x, batch, n_steps, turns, layer)
+            x = block(x, batch, n_steps, phasors, layer)
         cache.position += n_steps
         newest = x.view(batch, n_steps, -1)[:, -1]
         return torch.rms_norm(newest, (config.width,), self._norm, 1e-6)
@@ -153,9 +152,9 @@ class InferenceModel:
         )
         batch = len(x)
         x = x[:, x.shape[1] - n_steps :].flatten(0, 1)
-        turns = self._mel_turns(cache.position, n_steps)
+        phasors = self._mel_phasors(cache.position, n_steps)
         for block, layer in zip(self._mel_blocks, cache.mel_layers, strict=True):
-            x = block(x, batch, n_steps, turns, layer)
+            x = block(x, batch, n_steps, phasors, layer)
         x = torch.rms_norm(x, (config.mel_dim,), mel.norm.weight, 1e-6)
         return x.view(batch, n_steps, -1)
 
@@ -166,7 +165,7 @@ class PackedFine:
     def __init__(self, fine: DepthTransformer) -> None:
         config = fine.config
         self._blocks = _pack(fine.blocks)
-        self._turns = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
+        self._phasors = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
         self._table = fine.table.detach()
         self._project = ops.PackedMatrix(fine.project.weight.t())
         heads = fine.heads * fine.norm.weight
@@ -180,9 +179,9 @@ class PackedFine:
         code, codes = coarse, []
         for depth, head in enumerate(self._heads):
             x = state + self._table[depth][code]
-            turns = self._turns(depth, 1)
+            phasors = self._phasors(depth, 1)
             for block, cache in zip(self._blocks, caches, strict=True):
-                x = block(x, batch, 1, turns, cache)
+                x = block(x, batch, 1, phasors, cache)
             x = torch.rms_norm(x, (x.shape[1],), None, 1e-6)
             code = draw(head.mm(x))
             codes.append(code)

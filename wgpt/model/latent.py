@@ -23,7 +23,7 @@ class LatentHistory(nn.Module):
         z_t = sum over k of codebooks[k, code k of step t]
         y_t = down(gelu(up(z_t, z_{t-1}, ..., z_{t-n+1})))        zeros before the first step
 
-    Coarse tokens and mel slices hold no phase, and one step hardly does: how a tone goes on shows
+    Coarse tokens and mel slices hold no phase, and one step hardly does: how a tone continues shows
     in the differences between several (docs/log.md has the figures). Their geometry is the
     codec's and stays fixed: `codebooks` (K, V + 1, E) is a buffer of its `centred` codebooks. The
     last row, of the begin-of-clip token, is zero.

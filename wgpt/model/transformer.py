@@ -23,7 +23,7 @@ def op_for(name: str, x: Tensor) -> Any:
 def add_norm(
     norm: nn.RMSNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + delta (delta None: x), and that normed: in `dtype`, by default what products want."""
+    """x + delta (delta None: x), and that normed: in `dtype`, by default what GEMMs take."""
     return op_for("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
 
 
@@ -32,7 +32,7 @@ def rotary_angles(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (n_steps, head_dim/2), of positions start .. start + n_steps - 1.
 
-    Pair i turns by position * base^(-2i/D) (Su et al., RoFormer, arXiv 2104.09864). Angles are
+    Pair i is rotated by position * base^(-2i/D) (Su et al., RoFormer, arXiv 2104.09864). Angles are
     formed in float64, so that a long stream keeps its phase, and returned in float32.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim

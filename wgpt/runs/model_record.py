@@ -10,7 +10,7 @@ from typing import Any
 from wgpt import codec as codecs
 from wgpt.config import MelConfig, from_json, to_json
 from wgpt.data.dataset import Dataset
-from wgpt.errors import CodecError, ConfigError, DataError
+from wgpt.errors import ConfigError, DataError
 from wgpt.runs.run import Run
 
 
@@ -59,13 +59,7 @@ class ModelRecord:
     def load_codec(self, device: str = "cpu") -> codecs.Codec:
         """The codec of the model's tokens. Raises CodecError when its weights are others by now."""
         source, expected = self.codec["source"], self.codec["identity"]["sha256"]
-        codec = codecs.load(source, device=device)
-        if codec.identity["sha256"] != expected:
-            raise CodecError(
-                f"codec: {source} must have the weights the model was trained with, sha256 "
-                f"{expected}, got {codec.identity['sha256']}"
-            )
-        return codec
+        return codecs.load(source, sha256=expected, device=device)
 
     def dataset(self, path: str | Path | None = None) -> Dataset:
         """Prepared data whose tokens and slices are the model's; by default those of its run.

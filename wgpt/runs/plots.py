@@ -1,85 +1,215 @@
-"""Pictures: loss curves of runs, spectrograms of sounds."""
+"""Pictures: loss curves of runs, spectrograms of sounds.
+
+Functions that return a figure draw; `save` and those that take `out` write a PNG.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from wgpt.config import STEP_RATE_HZ
+from wgpt.audio.mel import hz_to_mel
+from wgpt.config import STEP_RATE_HZ, MelConfig
 from wgpt.runs.metrics import read_metrics
 
+DPI = 110
+DB_PER_NEPER = 10 / np.log(10)  # mel values are natural logarithms of power
+RANGE_DB = 10 * DB_PER_NEPER  # shown below the loudest bin: 43 dB
+TICKS_HZ = (250, 500, 1000, 2000, 4000, 8000)
+# Where `spectrogram` puts its axes, in shares of the picture: left, bottom, width, height. A page
+# can lay a playhead over them.
+AXES = (0.115, 0.2, 0.765, 0.72)
 
-def _axes(n_rows: int, n_columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its (n_rows, n_columns) axes, without a display."""
+
+def _figure(size: tuple[float, float], **options: Any) -> Any:
+    """An empty figure that needs no display. size: inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    figure = Figure(figsize=size, dpi=DPI, **options)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(n_rows: int, n_columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its (n_rows, n_columns) axes."""
+    figure = _figure(size, layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
-def loss_curves(
-    run: str | Path, out: str | Path | None = None, others: Sequence[str | Path] = ()
-) -> Path:
-    """Training and validation NLL against step and epoch, to RUN/plots/loss.png or `out`.
-
-    `others` are further run folders drawn into the same picture (validation only).
-    """
-    out = Path(out) if out else Path(run) / "plots" / "loss.png"
-    figure, axes = _axes(1, 2, (11, 4))
-    for index, folder in enumerate([run, *others]):
-        rows = read_metrics(Path(folder) / "metrics.csv")
-        name = Path(folder).name
-        for axis, key in zip(axes[0], ("step", "epoch"), strict=True):
-            train = [(float(r[key]), float(r["nll_nats"])) for r in rows if r["split"] == "train"]
-            valid = [(float(r[key]), float(r["nll_nats"])) for r in rows if r["split"] == "valid"]
-            if train and not others:
-                axis.plot(*zip(*train, strict=True), color="0.75", lw=0.8, label="training batch")
-            if valid:
-                axis.plot(
-                    *zip(*valid, strict=True), f"C{index}o-", ms=3, label=f"{name}, validation"
-                )
-            axis.set_xlabel(key)
-            axis.set_ylabel("NLL, nats per coarse token")
-            axis.grid(alpha=0.3)
-    axes[0][0].legend()
+def save(figure: Any, out: str | Path) -> Path:
+    """Writes a figure as PNG, with the folders above it."""
+    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return out
 
 
-def _draw_mel(axis: Any, mel: np.ndarray, start_s: float, loudest: float) -> None:
-    """Log-mel (T, M) from start_s on, over the 10 nats below `loudest`."""
-    end_s = start_s + len(mel) / STEP_RATE_HZ
-    axis.imshow(
-        mel.T,
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def loss_curves(run: str | Path, out: str | Path | None = None) -> Path:
+    """`loss_figure` of a run, to RUN/plots/loss.png or `out`."""
+    return save(loss_figure(run), out or Path(run) / "plots" / "loss.png")
+
+
+def loss_figure(run: str | Path) -> Any:
+    """NLL of the training batches and of validation against steps, epochs on the upper axis.
+
+    The axis leaves out the first tenth of the training, whose fall would flatten all the rest.
+    """
+    rows = read_metrics(Path(run) / "metrics.csv")
+    figure, axes = _axes(1, 1, (7, 4))
+    axis = axes[0, 0]
+    train, valid = (_curve(rows, split) for split in ("train", "valid"))
+    axis.plot(*train, color="0.75", lw=0.8, label="training batch")
+    axis.plot(*valid, "C0o-", ms=4, label="validation")
+    _zoom(axis, [train, valid])
+    if rows and float(rows[-1]["epoch"]) > 0:
+        per_step = float(rows[-1]["epoch"]) / float(rows[-1]["step"])
+        upper = axis.secondary_xaxis(
+            "top", functions=(lambda step: step * per_step, lambda epoch: epoch / per_step)
+        )
+        upper.set_xlabel("epochs")
+    axis.set_xlabel("steps")
+    axis.set_ylabel("NLL, nats per coarse token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def comparison_figure(runs: Mapping[str, str | Path], twin: str) -> Any:
+    """Validation NLL of several runs, and each run's difference to one of them, its twin.
+
+    runs: run folders by name, all trained with the same settings. Without the twin among them the
+    second panel is left out.
+    """
+    curves = {
+        name: _curve(read_metrics(Path(folder) / "metrics.csv"), "valid")
+        for name, folder in runs.items()
+    }
+    n_panels = 2 if twin in curves and len(curves) > 1 else 1
+    figure, axes = _axes(1, n_panels, (5 * n_panels, 3.8))
+    for index, (name, (steps, nats)) in enumerate(curves.items()):
+        axes[0, 0].plot(steps, nats, f"C{index}o-", ms=4, label=name)
+        if n_panels == 2 and name != twin:
+            reference = dict(zip(*curves[twin], strict=True))
+            shared = [(s, n - reference[s]) for s, n in zip(steps, nats, strict=True)
+                      if s in reference]  # fmt: skip
+            axes[0, 1].plot(*zip(*shared, strict=True), f"C{index}o-", ms=4, label=name)
+    _zoom(axes[0, 0], list(curves.values()))
+    axes[0, 0].set_title("validation NLL", fontsize=10, loc="left")
+    axes[0, 0].set_ylabel("nats per coarse token")
+    if n_panels == 2:
+        axes[0, 1].axhline(0, color="C0" if next(iter(curves)) == twin else "0.3", lw=1.2)
+        axes[0, 1].set_title(f"minus that of {twin}; below 0 is better", fontsize=10, loc="left")
+    for axis in axes[0]:
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    return figure
+
+
+def _curve(rows: list[dict[str, str]], split: str) -> tuple[list[float], list[float]]:
+    """Steps and NLL of a split's rows."""
+    chosen = [row for row in rows if row["split"] == split]
+    return [float(row["step"]) for row in chosen], [float(row["nll_nats"]) for row in chosen]
+
+
+def _zoom(axis: Any, curves: Sequence[tuple[list[float], list[float]]]) -> None:
+    """Limits the y axis to the values after a tenth of the steps."""
+    last = max((steps[-1] for steps, _ in curves if steps), default=0.0)
+    late = [n for steps, nats in curves for s, n in zip(steps, nats, strict=True) if s >= last / 10]
+    if late and last:
+        low, high = min(late), max(late)
+        margin = 0.06 * (high - low) or 0.1
+        axis.set_ylim(low - margin, high + margin)
+
+
+# -- sounds ----------------------------------------------------------------------------------------
+
+
+def bin_of(hz: float, config: MelConfig) -> float:
+    """Height of a frequency on an axis of mel bins, where bin i is centred at i + 0.5."""
+    low, high, at = hz_to_mel(torch.tensor([config.f_min_hz, config.f_max_hz, hz])).tolist()
+    return (at - low) / ((high - low) / (config.n_mels + 1)) - 0.5
+
+
+def draw_mel(
+    axis: Any,
+    mel: np.ndarray,
+    loudest: float,
+    *,
+    start_s: float = 0.0,
+    config: MelConfig | None = None,
+) -> Any:
+    """Log-mel float (T, M), one slice a step, over the 43 dB below `loudest`; returns the image.
+
+    The y axis is labelled in Hz by `config`, MelConfig() by default.
+    """
+    config = config or MelConfig()
+    image = axis.imshow(
+        (mel.T - loudest) * DB_PER_NEPER,
         origin="lower",
         aspect="auto",
         cmap="magma",
-        vmin=loudest - 10,
-        vmax=loudest,
-        extent=(start_s, end_s, 0, mel.shape[1]),
+        vmin=-RANGE_DB,
+        vmax=0,
+        extent=(start_s, start_s + len(mel) / STEP_RATE_HZ, 0, mel.shape[1]),
     )
+    ticks = [hz for hz in TICKS_HZ if config.f_min_hz < hz < config.f_max_hz]
+    names = [f"{hz / 1000:g}k" if hz >= 1000 else str(hz) for hz in ticks]
+    axis.set_yticks([bin_of(hz, config) for hz in ticks], names)
+    axis.set_ylabel("Hz")
+    return image
 
 
-def spectrograms(sounds: Sequence[tuple[str, np.ndarray]], out: str | Path) -> Path:
-    """Log-mel slices of several sounds, one under the other on one time axis.
+def spectrogram(
+    mel: np.ndarray, loudest: float, *, split_s: float = 0.0, config: MelConfig | None = None
+) -> Any:
+    """A figure of one sound, axes at AXES, small enough to stand beside others.
+
+    mel: float (T, M), natural logarithm, one slice a step; loudest: what 0 dB is; split_s: where
+    a prompt ends, 0 for none.
+    """
+    figure = _figure((5, 2.2))
+    axis = figure.add_axes(AXES)
+    image = draw_mel(axis, mel, loudest, config=config)
+    if split_s:
+        axis.axvline(split_s, color="white", lw=1.2, ls="--")
+    axis.set_xlabel("seconds")
+    bar = figure.add_axes((AXES[0] + AXES[2] + 0.015, AXES[1], 0.018, AXES[3]))
+    figure.colorbar(image, cax=bar, ticks=[-40, -20, 0])
+    bar.set_title("dB", fontsize=9, pad=3)
+    return figure
+
+
+def spectrograms(
+    sounds: Sequence[tuple[str, np.ndarray]], out: str | Path, config: MelConfig | None = None
+) -> Path:
+    """`spectrograms_figure`, to `out`."""
+    return save(spectrograms_figure(sounds, config), out)
+
+
+def spectrograms_figure(
+    sounds: Sequence[tuple[str, np.ndarray]], config: MelConfig | None = None
+) -> Any:
+    """Log-mel slices of several sounds, one under the other on one time axis and one scale.
 
     sounds: (title, log-mel float (T, M)) pairs, natural logarithm, T in steps of 1/75 s.
     """
     figure, axes = _axes(len(sounds), 1, (11, 2.2 * len(sounds)))
-    high = max(float(mel.max()) for _, mel in sounds if mel.size)
+    loudest = max(float(mel.max()) for _, mel in sounds if mel.size)
     longest_s = max(len(mel) for _, mel in sounds) / STEP_RATE_HZ
+    image = None
     for axis, (title, mel) in zip(axes[:, 0], sounds, strict=True):
-        _draw_mel(axis, mel, 0.0, high)
+        image = draw_mel(axis, mel, loudest, config=config)
         axis.set_xlim(0, longest_s)
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_ylabel("mel bin")
     axes[-1, 0].set_xlabel("seconds")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    return Path(out)
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label="dB below the loudest", pad=0.01)
+    return figure

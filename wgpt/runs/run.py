@@ -19,7 +19,7 @@ from typing import Any
 from wgpt import codec as codecs
 from wgpt.config import ModelConfig, TrainConfig, from_json, to_json
 from wgpt.data.dataset import Dataset
-from wgpt.errors import CodecError, ConfigError, DataError
+from wgpt.errors import ConfigError, DataError
 from wgpt.files import write_atomically
 
 _FORMAT = "wgpt-run-1"
@@ -112,7 +112,7 @@ class Run:
             )
         dataset = Dataset(path or self.data["path"])
         expected = self.data["codec"]["identity"]
-        if dataset.codec_identity != expected:
+        if not codecs.same_tokens(dataset.codec_identity, expected):
             raise DataError(
                 f"{dataset.path}: its tokens come from the codec {dataset.codec_identity}, "
                 f"this run's from {expected}; prepare it with the same codec"
@@ -127,14 +127,7 @@ class Run:
     def codec(self, device: str = "cpu") -> codecs.Codec:
         """The codec of the run. Raises CodecError when its weights are no longer the same."""
         source = self.data["codec"]["source"]
-        codec = codecs.load(source, device=device)
-        expected = self.data["codec"]["identity"]
-        if codec.identity["sha256"] != expected["sha256"]:
-            raise CodecError(
-                f"codec: the weights of {source} changed since the data were prepared: sha256 "
-                f"must be {expected['sha256']}, got {codec.identity['sha256']}"
-            )
-        return codec
+        return codecs.load(source, sha256=self.data["codec"]["identity"]["sha256"], device=device)
 
 
 def facts_of(data: Dataset) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wgpt.codec import same_tokens
 from wgpt.config import ModelConfig, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
@@ -40,11 +41,12 @@ class InitialWeights:
 
     def check_data(self, data: Dataset) -> None:
         """Raises ConfigError unless the data's tokens and slices mean what the model learnt."""
-        for what, expected, got in (
-            ("codec", self.facts["codec"]["identity"], data.codec_identity),
-            ("mel settings", self.facts["mel"], to_json(data.mel_config)),
+        codec, mel = self.facts["codec"]["identity"], to_json(data.mel_config)
+        for what, same, expected, got in (
+            ("codec", same_tokens(codec, data.codec_identity), codec, data.codec_identity),
+            ("mel settings", self.facts["mel"] == mel, self.facts["mel"], mel),
         ):
-            if expected != got:
+            if not same:
                 raise ConfigError(
                     f"init: the data of {data.path} must be prepared with the model's {what}, "
                     f"{expected} ({self.path}), got {got}"

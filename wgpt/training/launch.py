@@ -37,7 +37,7 @@ def check_fit(model: ModelConfig, settings: TrainConfig, data: Dataset) -> None:
             f"{data.n_codebooks} codebooks, got {model.n_fine}"
         )
     if settings.freeze_trunk and not model.n_fine:
-        raise ConfigError("--freeze-trunk trains the finer codebooks: give --fine-codebooks")
+        raise ConfigError("--freeze-trunk trains the residual codebooks: give --fine-codebooks")
     if settings.latent_noise and not model.latent_steps:
         raise ConfigError(
             "latent_noise must be 0 for a model without latents (latent_steps = 0), got "
@@ -121,7 +121,9 @@ def train(
         else:
             raise ConfigError(f"init brings its own shape, {warm.preset}: leave out preset")
         if shape.latent_steps:
-            latent_dim = codec.load(dataset.manifest["codec"]["source"]).codebooks().shape[2]
+            facts = dataset.manifest["codec"]
+            loaded = codec.load(facts["source"], sha256=facts["identity"]["sha256"])
+            latent_dim = loaded.codebooks().shape[2]
             if shape.latent_dim not in (0, latent_dim):
                 raise ConfigError(
                     f"--latent-dim must be that of the data's codec, {latent_dim}, "

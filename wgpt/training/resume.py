@@ -17,7 +17,7 @@ _FIELDS = {f.name: f for kind in (TrainConfig, ModelConfig) for f in dataclasses
 
 
 def resume_command(run: Run, **settings: Any) -> str:
-    """The command line that goes on with a run, with other settings if given."""
+    """The command line that resumes a run, with other settings if given."""
     return f"wgpt train --out {shlex.quote(str(run.folder))} --resume{_flags(settings)}"
 
 
@@ -36,7 +36,7 @@ def with_changes(
     """
     if preset not in (None, run.preset):
         raise ConfigError(
-            f"--resume goes on with {run.folder}, a {run.preset}; another preset is another run: "
+            f"--resume continues {run.folder}, a {run.preset}; another preset is another run: "
             f"wgpt train --data {_data(run)} --preset {preset} --out NEW"
         )
     now = {**vars(run.model), **vars(run.config)}

@@ -156,7 +156,7 @@ class Trainer:
         settings, record = self.settings, self.record
         if self._is_exhausted():
             log.info(
-                "ended at step %d for want of improvement; more patience goes on: %s",
+                "ended at step %d for want of improvement; to continue, more patience: %s",
                 start,
                 resume_command(self.run, patience=2 * settings.patience),
             )
@@ -203,7 +203,7 @@ class Trainer:
         if record and step < settings.max_steps:
             log.info(
                 "ended at step %d of %d: %d validations in a row brought nothing better than "
-                "step %d; more patience goes on: %s",
+                "step %d; to continue, more patience: %s",
                 step, settings.max_steps, self.progress.n_worse, self.progress.best_step,
                 resume_command(self.run, patience=2 * settings.patience),
             )  # fmt: skip
@@ -262,7 +262,7 @@ class Trainer:
         return row if batch.codes is None else {**row, "fine_nll_nats": facts[2]}
 
     def _fine_nll(self, step: int, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Mean NLL of the finer codebooks on some steps of each row, this process's share of it.
+        """Mean NLL of the residual codebooks on some steps of each row, this process's share of it.
 
         A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
         the same: an eighth of them (fine_share) teaches the head for a fraction of the time.

@@ -1,1 +1,1 @@
-"""Training of a codec, and synthetic speech and music to train one on."""
+"""Training of a codec on recordings, measures of it, and synthetic speech and music."""

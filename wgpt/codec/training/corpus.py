@@ -1,147 +1,178 @@
-"""The sound a codec learns from: one int16 memory map per split, and random crops of it.
+"""The sound a codec learns from: recordings decoded once, and random crops of them.
 
-A corpus folder holds ``train.i16`` and ``eval.i16`` (mono, 24 kHz) and ``corpus.json`` with the
-bounds of every clip, its kind and its speaker. Clips of `eval` are never trained on; those of
-kind "held_out" are also from speakers that were never heard.
+A corpus folder holds ``sound.i16`` (mono, 24 kHz) and ``corpus.json``: one entry a clip with its
+bounds, its group (what belongs together: a speaker, a scene, a track) and its sha256.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from wgpt.codec.training import synth
+from wgpt import audio
+from wgpt.config import SAMPLE_RATE_HZ
+from wgpt.errors import AudioError, DataError
+from wgpt.files import replacing, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
-_AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"}
+LEAST_RATE_HZ = 16_000  # what a telephone leaves of a voice teaches a 24 kHz codec little
+LEAST_LEVEL = 3e-3  # root mean square below which a crop is drawn again
+MUSIC_SHARE = 0.3  # of the crops, where there is music
+MIXED_SHARE = 0.08  # of the crops are a sum of two
 
 
-def synthesise(folder: Path, speech_minutes: float, music_minutes: float, seed: int) -> None:
-    """Write a corpus of espeak-ng speech and procedural music into `folder`."""
-    clips: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "eval": []}
-    voices = synth.VOICES
-    n_each = max(1, round(speech_minutes * 60 / 12 / len(voices)))
-    jobs = [("train", "speech", v, seed + 1000 * i + j)
-            for i, v in enumerate(voices) for j in range(n_each)]  # fmt: skip
-    jobs += [("eval", "seen", v, seed + 700_000_000 + i) for i, v in enumerate(voices)]
-    jobs += [("eval", "held_out", v, seed + 800_000_000 + 10 * i + j)
-             for i, v in enumerate(synth.HELD_OUT_VOICES) for j in range(4)]  # fmt: skip
+@dataclass(frozen=True)
+class Recording:
+    """A file to train on."""
 
-    def speak(job: tuple[str, str, synth.Voice, int]) -> tuple[str, str, str, np.ndarray]:
-        split, kind, voice, clip_seed = job
-        seconds = 13.0 if split == "train" else 8.0
-        wave, _ = synth.speech_clip(np.random.default_rng(clip_seed), voice, seconds)
-        return split, kind, voice.name, wave
-
-    with ThreadPoolExecutor(2) as pool:
-        for split, kind, speaker, wave in pool.map(speak, jobs):
-            clips[split].append((kind, speaker, wave))
-    for i in range(round(music_minutes * 60 / 20)):
-        clips["train"].append(("music", "", synth.render_music(20, seed + 900_000_000 + i)))
-    for i in range(12):
-        clips["eval"].append(("music", "", synth.render_music(8, seed + 950_000_000 + i)))
-    _write(folder, clips)
+    path: Path
+    sha256: str
+    kind: str  # "music", or "speech" for everything else
+    group: str
 
 
-def collect(folder: Path, recordings: Path) -> None:
-    """Write a corpus from a folder of recordings; every 20th file is kept for evaluation.
+def list_recordings(source: Path) -> list[Recording]:
+    """What to train on: the `train` rows of a recordings table, or every sound in a folder.
+
+    A table has the columns path (relative to it), sha256, kind, group, split and rate_hz, as
+    benchmarks/recordings.py writes them. No file whose bytes are among the held-out rows is ever
+    returned, and every file is hashed when it is decoded (`collect`).
 
     Raises:
-        ValueError: fewer than two readable recordings.
+        DataError: no such table or folder, a table without these columns, nothing to train on.
     """
-    from wgpt import audio
+    if source.is_dir():
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
+        found = [Recording(p, sha256_of(p), "speech", p.parent.name) for p in paths]
+    elif source.is_file():
+        with open(source, newline="") as file:
+            rows = list(csv.DictReader(file))
+        needed = {"path", "sha256", "kind", "group", "split", "rate_hz"}
+        missing = needed - set(rows[0] if rows else ())
+        if missing:
+            raise DataError(
+                f"codec-train: {source} must have the columns {', '.join(sorted(needed))}; "
+                f"missing {', '.join(sorted(missing))}; see benchmarks/recordings.py"
+            )
+        held_out = {row["sha256"] for row in rows if row["split"] != "train"}
+        found = [
+            Recording(source.parent / row["path"], row["sha256"], row["kind"], row["group"])
+            for row in rows
+            if row["sha256"] not in held_out and int(row["rate_hz"]) >= LEAST_RATE_HZ
+        ]
+    else:
+        raise DataError(f"codec-train: {source} is neither a folder nor a table of recordings")
+    if not found:
+        raise DataError(f"codec-train: {source} holds nothing to train on")
+    return found
 
-    paths = sorted(p for p in recordings.rglob("*") if p.suffix.lower() in _AUDIO_SUFFIXES)
-    clips: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "eval": []}
-    for path in paths:
-        try:
-            wave = audio.read(path, synth.SAMPLE_RATE_HZ)
-        except (ValueError, OSError) as error:
-            logger.warning("skipped %s: %s", path, error)
-            continue
-        if wave.size < synth.SAMPLE_RATE_HZ:
-            logger.warning("skipped %s: shorter than one second", path)
-            continue
-        evaluate = len(clips["eval"]) * 20 <= len(clips["train"])
-        clips["eval" if evaluate else "train"].append(("recording", "", wave))
-    if not clips["train"] or not clips["eval"]:
-        raise ValueError(
-            f"codec_train: --data needs at least two recordings of a second or more, found "
-            f"{len(clips['train']) + len(clips['eval'])} in {recordings}"
-        )
-    _write(folder, clips)
 
+def collect(recordings: Iterable[Recording], folder: Path) -> None:
+    """Decode recordings into a corpus folder.
 
-def _write(folder: Path, clips: dict[str, list[tuple[str, str, np.ndarray]]]) -> None:
+    Files that cannot be decoded are left out with a warning.
+
+    Raises:
+        DataError: a file is not the one that was listed, or none could be decoded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    index: dict[str, list[dict]] = {}
-    for split, items in clips.items():
-        index[split] = []
-        start = 0
-        with open(folder / f"{split}.i16", "wb") as file:
-            for kind, speaker, wave in items:
-                file.write((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
-                index[split].append(
-                    {"start": start, "end": start + wave.size, "kind": kind, "speaker": speaker}
+    clips: list[dict[str, Any]] = []
+    start = 0
+    with replacing(folder / "sound.i16") as temporary, open(temporary, "wb") as file:
+        for recording in recordings:
+            if sha256_of(recording.path) != recording.sha256:
+                raise DataError(
+                    f"codec-train: {recording.path} is not the file of the table (its sha256 "
+                    "differs); make the table anew"
                 )
-                start += wave.size
-    (folder / "corpus.json").write_text(json.dumps(index))
+            try:
+                wave = audio.read(recording.path, SAMPLE_RATE_HZ)
+            except AudioError as error:
+                logger.warning("left out: %s", error)
+                continue
+            file.write((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
+            clips.append(
+                {
+                    "start": start,
+                    "end": start + wave.size,
+                    "kind": "music" if recording.kind == "music" else "speech",
+                    "group": recording.group,
+                    "sha256": recording.sha256,
+                }
+            )
+            start += wave.size
+    if not clips:
+        raise DataError("codec-train: none of the recordings could be decoded")
+    write_atomically(folder / "corpus.json", json.dumps(clips))
 
 
 class Corpus:
     """Reads a corpus folder.
 
     Attributes:
-        minutes: minutes of training audio by kind.
+        minutes: minutes of audio by kind.
+        sha256: of corpus.json, which names every recording by its own.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._index = json.loads((folder / "corpus.json").read_text())
-        self._waves = {
-            split: np.memmap(folder / f"{split}.i16", "<i2", mode="r") for split in self._index
-        }
-        self._by_kind: dict[str, np.ndarray] = {}
-        for kind in {clip["kind"] for clip in self._index["train"]}:
-            self._by_kind[kind] = np.array(
-                [(c["start"], c["end"]) for c in self._index["train"] if c["kind"] == kind]
-            )
-        self.minutes = {
-            kind: float((bounds[:, 1] - bounds[:, 0]).sum()) / synth.SAMPLE_RATE_HZ / 60
-            for kind, bounds in sorted(self._by_kind.items())
-        }
+        clips = json.loads((folder / "corpus.json").read_text())
+        self.sha256 = sha256_of(folder / "corpus.json")
+        self._sound = np.memmap(folder / "sound.i16", "<i2", mode="r")
+        self.minutes: dict[str, float] = {}
+        # By kind: bounds of the groups' clips, and cumulative shares of groups and of clips.
+        self._groups: dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]] = {}
+        for kind in sorted({clip["kind"] for clip in clips}):
+            self._groups[kind] = self._shares([c for c in clips if c["kind"] == kind])
+            samples = sum(c["end"] - c["start"] for c in clips if c["kind"] == kind)
+            self.minutes[kind] = samples / SAMPLE_RATE_HZ / 60
 
-    def crops(self, rng: np.random.Generator, n_crops: int, n_samples: int) -> torch.Tensor:
-        """Random audible crops at random levels; a quarter of music where there is any.
+    @staticmethod
+    def _shares(
+        clips: list[Mapping[str, Any]],
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """Groups weigh as the root of their length, so that one long voice does not rule."""
+        by_group: dict[str, list[tuple[int, int]]] = {}
+        for clip in clips:
+            by_group.setdefault(clip["group"], []).append((clip["start"], clip["end"]))
+        groups = []
+        for _, bounds in sorted(by_group.items()):
+            array = np.array(bounds)
+            groups.append((array, (array[:, 1] - array[:, 0]).cumsum()))
+        weights = np.array([float(ends[-1]) ** 0.5 for _, ends in groups]).cumsum()
+        return weights / weights[-1], groups
 
-        Returns:
-            float32 (n_crops, n_samples).
-        """
-        wave = self._waves["train"]
-        out = np.empty((n_crops, n_samples), np.float32)
-        kinds = [k for k in self._by_kind if k != "music"] or ["music"]
-        for i in range(n_crops):
-            music = "music" in self._by_kind and rng.random() < 0.25
-            bounds = self._by_kind["music" if music else kinds[int(rng.integers(len(kinds)))]]
-            for _ in range(20):
-                start, end = bounds[int(rng.integers(len(bounds)))]
-                at = int(rng.integers(start, max(start + 1, end - n_samples)))
-                crop = wave[at : at + n_samples].astype(np.float32) / 32767
-                if crop.size == n_samples and np.square(crop).mean() > 1e-4:
-                    break
-            crop = np.pad(crop, (0, n_samples - crop.size))
-            gain = 10 ** (rng.uniform(-5, 1) / 20)
-            out[i] = np.clip(crop * gain, -1, 1)
-        return torch.from_numpy(out)
+    def crops(self, rng: np.random.Generator, n_crops: int, n_samples: int) -> Tensor:
+        """Random audible crops at random levels, some of them sums of two; float32 (n, L)."""
+        crops = [self._draw(rng, n_samples) for _ in range(n_crops)]
+        return torch.from_numpy(np.stack(crops))
 
-    def evaluation_clips(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        """(kind, speaker, float32 (L,)) of the clips kept from training."""
-        for clip in self._index["eval"]:
-            wave = self._waves["eval"][clip["start"] : clip["end"]]
-            yield clip["kind"], clip["speaker"], wave.astype(np.float32) / 32767
+    def _draw(self, rng: np.random.Generator, n_samples: int) -> np.ndarray:
+        crop = self._draw_one(rng, n_samples)
+        if rng.random() < MIXED_SHARE:
+            crop = crop + self._draw_one(rng, n_samples) * 10 ** (rng.uniform(-12, 0) / 20)
+        gain = 10 ** (rng.uniform(-8, 2) / 20)
+        return np.clip(crop * gain, -1, 1).astype(np.float32)
+
+    def _draw_one(self, rng: np.random.Generator, n_samples: int) -> np.ndarray:
+        kinds = list(self._groups)
+        music = "music" in kinds and (len(kinds) == 1 or rng.random() < MUSIC_SHARE)
+        weights, groups = self._groups["music" if music else "speech"]
+        for _ in range(20):
+            bounds, ends = groups[int(np.searchsorted(weights, rng.random()))]
+            clip = int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))
+            start, end = bounds[min(clip, len(bounds) - 1)]
+            at = int(rng.integers(start, max(start + 1, end - n_samples)))
+            crop = self._sound[at : min(end, at + n_samples)].astype(np.float32) / 32767
+            if np.square(crop).sum() > LEAST_LEVEL**2 * n_samples:
+                break
+        return np.pad(crop, (0, n_samples - crop.size))

@@ -1,24 +1,15 @@
-"""What a codec is trained to keep: the waveform first, then magnitudes at three resolutions."""
+"""What a codec is trained to keep: the waveform, magnitudes at three resolutions, and envelopes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-
-def mel_filters(n_fft: int, n_mels: int, sample_rate_hz: int = 24_000) -> Tensor:
-    """Triangular filters, equally spaced on the mel scale (HTK formula), float32 (F, n_mels)."""
-    top = 2595 * torch.log10(torch.tensor(1 + sample_rate_hz / 2 / 700))
-    edges_hz = 700 * (10 ** (torch.linspace(0, float(top), n_mels + 2) / 2595) - 1)
-    bins_hz = torch.linspace(0, sample_rate_hz / 2, n_fft // 2 + 1)[:, None]
-    low, mid, high = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
-    rise = (bins_hz - low) / (mid - low)
-    fall = (high - bins_hz) / (high - mid)
-    filters = torch.minimum(rise, fall).clamp(min=0)
-    return filters / filters.sum(0).clamp(min=1e-3)
+from wgpt.audio.mel import mel_filterbank
+from wgpt.config import SAMPLE_RATE_HZ, MelConfig
 
 
-def third_octaves(n_fft: int, sample_rate_hz: int = 24_000) -> Tensor:
+def third_octaves(n_fft: int, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Tensor:
     """The 15 third-octave bands from 150 Hz that STOI compares, float32 (F, 15) of 0 and 1."""
     centres_hz = 150 * 2 ** (torch.arange(15) / 3)
     bins_hz = torch.linspace(0, sample_rate_hz / 2, n_fft // 2 + 1)[:, None]
@@ -37,13 +28,14 @@ class CodecLoss(nn.Module):
 
     scales = ((2048, 512, 80), (1024, 256, 64), (512, 128, 40))  # window, hop, mel bands
     bands: Tensor
-    log_floor = 0.05  # synthetic speech holds digital silence, whose logarithm says nothing
+    log_floor = 0.05  # recordings hold digital silence, whose logarithm says nothing
 
     def __init__(self) -> None:
         super().__init__()
         for n_fft, _, n_mels in self.scales:
+            filters = mel_filterbank(MelConfig(window_samples=n_fft, n_mels=n_mels))
             self.register_buffer(f"window_{n_fft}", torch.hann_window(n_fft))
-            self.register_buffer(f"filters_{n_fft}", mel_filters(n_fft, n_mels))
+            self.register_buffer(f"filters_{n_fft}", filters / filters.sum(0))
         self.register_buffer("bands", third_octaves(512))
 
     def _magnitude(self, wave: Tensor, n_fft: int, hop: int) -> Tensor:
@@ -75,6 +67,7 @@ class CodecLoss(nn.Module):
         error = (decoded - wave).square().sum(1) / energy
         rms = wave.square().mean(1).sqrt().clamp(min=1e-3)
         convergence, mel = torch.zeros_like(error), torch.zeros_like(error)
+        envelope = torch.zeros_like(error)
         for n_fft, hop, _ in self.scales:
             filters = getattr(self, f"filters_{n_fft}")
             with torch.no_grad():
@@ -92,14 +85,15 @@ class CodecLoss(nn.Module):
             mel = mel + log_gap.mean((1, 2)) / len(self.scales)
         few = (n_used <= 2).to(error)
         wave_part = error + 0.5 * (error + 0.02).log()
-        wave_weight, magnitude_weight = 1 - 0.4 * few, 0.2 + 0.6 * few
-        loss = wave_weight * wave_part + magnitude_weight * (convergence + mel + envelope)
+        wave_weight, magnitude_weight, envelope_weight = 1 - 0.4 * few, 0.3 + 0.5 * few, 1 + few / 2
+        loss = wave_weight * wave_part + magnitude_weight * (convergence + mel)
+        loss = (loss + envelope_weight * envelope).mean()
         with torch.no_grad():
-            parts = {"loss": float(loss.mean())}
+            parts = {"loss": float(loss)}
             for name, mask in (("1", n_used == 1), ("8", n_used == 8)):
                 if mask.any():
                     parts[f"nmse{name}"] = float(error[mask].mean())
                     parts[f"mel{name}"] = float(mel[mask].mean())
                     parts[f"sc{name}"] = float(convergence[mask].mean())
                     parts[f"env{name}"] = float(envelope[mask].mean())
-        return loss.mean(), parts
+        return loss, parts

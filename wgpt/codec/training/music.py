@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SAMPLE_RATE_HZ = 24_000
-
-
-class SynthError(RuntimeError):
-    """Raised when audio cannot be synthesised; the message says what to do about it."""
-
+from wgpt.config import SAMPLE_RATE_HZ
+from wgpt.errors import SynthesisError
 
 _SCALES = {
     "major": (0, 2, 4, 5, 7, 9, 11),
@@ -83,10 +79,10 @@ def render_music(seconds: float, seed: int, *, sample_rate_hz: int = SAMPLE_RATE
         float32 (round(seconds * sample_rate_hz),), peak between 0.45 and 0.9.
 
     Raises:
-        SynthError: seconds is not positive.
+        SynthesisError: seconds is not positive.
     """
     if not seconds > 0:
-        raise SynthError(f"synth: seconds of music must be > 0, got {seconds}")
+        raise SynthesisError(f"synth: seconds of music must be > 0, got {seconds}")
     rng = np.random.default_rng(seed)
     n_samples = round(seconds * sample_rate_hz)
     mix = np.zeros(n_samples, np.float32)

@@ -20,7 +20,6 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, n_codebooks: int, n_entries: int, width: int, decay: float = 0.99) -> None:
         super().__init__()
         self.n_codebooks, self.n_entries, self.decay = n_codebooks, n_entries, decay
-        self.ready = False
         self.register_buffer("embed", torch.zeros(n_codebooks, n_entries, width))
         self.register_buffer("total", torch.zeros(n_codebooks, n_entries, width))
         self.register_buffer("count", torch.ones(n_codebooks, n_entries))
@@ -44,7 +43,6 @@ class ResidualQuantizer(nn.Module):
             self.count[k].clamp_(min=0.05)
             self.total[k] = centres * self.count[k][:, None]
             residual = residual - centres[nearest]
-        self.ready = True
 
     @staticmethod
     def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:
@@ -58,20 +56,19 @@ class ResidualQuantizer(nn.Module):
         """Quantise latents and, while training, move the codebooks.
 
         Args:
-            z: float32 (B, width, T).
+            z: float32 (B, T, width).
             n_used: int64 (B,), how many codebooks each item of the batch uses.
             generator: draws the vectors that unused entries move onto.
 
         Returns:
-            (B, width, T) with straight-through gradients; the commitment loss, relative to the
+            (B, T, width) with straight-through gradients; the commitment loss, relative to the
             variance of z.
         """
-        batch, width, steps = z.shape
-        flat = z.transpose(1, 2).reshape(-1, width)
+        flat = z.flatten(0, 1)
         target = flat.detach()
         residual, quantized = target, torch.zeros_like(target)
         commitment = z.new_zeros(())
-        used = n_used.repeat_interleave(steps)
+        used = n_used.repeat_interleave(z.shape[1])
         scale = target.var(0).sum()
         for k in range(self.n_codebooks):
             nearest = self._nearest(residual, self.embed[k])
@@ -85,7 +82,7 @@ class ResidualQuantizer(nn.Module):
                 self._follow(k, residual, nearest, generator)
             residual = residual - chosen
         quantized = flat + (quantized - target)
-        return quantized.view(batch, steps, width).transpose(1, 2), commitment
+        return quantized.view(z.shape), commitment
 
     @torch.no_grad()
     def _follow(self, k: int, vectors: Tensor, nearest: Tensor, generator: torch.Generator) -> None:

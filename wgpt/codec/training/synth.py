@@ -1,35 +1,25 @@
 """Audio made on the spot: procedural music (numpy only) and espeak-ng speech.
 
-Both exist so that the package can be tried, tested and trained without downloading anything:
-
-    python -m wgpt.codec.training.synth speech --out DIR --minutes 20 --seed 0
-    python -m wgpt.codec.training.synth music  --out DIR --minutes 5  --seed 0
-
+Both exist so that the package can be tried, tested and trained without downloading anything.
 Everything is deterministic: the same seed gives the same samples (speech: with the same
 espeak-ng version). Speech needs the ``espeak-ng`` program; music needs numpy alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from wgpt.codec.training import phrases
-from wgpt.codec.training.music import SAMPLE_RATE_HZ, SynthError, render_music
+from wgpt.codec.training.music import render_music
+from wgpt.config import SAMPLE_RATE_HZ
+from wgpt.errors import SynthesisError
 
-__all__ = ["HELD_OUT_VOICES", "VOICES", "SynthError", "Voice", "render_music", "speech_clip",
+__all__ = ["HELD_OUT_VOICES", "VOICES", "Voice", "render_music", "speech_clip",
            "synthesize_speech"]  # fmt: skip
-
-logger = logging.getLogger(__name__)
-
-# ------------------------------------------------------------------ speech
 
 
 @dataclass(frozen=True)
@@ -97,16 +87,16 @@ def synthesize_speech(
         float32 (L,) in [-1, 1].
 
     Raises:
-        SynthError: espeak-ng is not installed, or it refused the voice or the text.
+        SynthesisError: espeak-ng is not installed, or it refused the voice or the text.
     """
     program = shutil.which("espeak-ng")
     if program is None:
-        raise SynthError(
+        raise SynthesisError(
             "synth: speech needs the program 'espeak-ng', which is not on PATH; install it with "
             "your package manager (Debian: apt-get install espeak-ng), or use music instead"
         )
     if not text.strip():
-        raise SynthError("synth: text to speak must not be empty")
+        raise SynthesisError("synth: text to speak must not be empty")
     pitch = voice.pitch if pitch is None else pitch
     speed_wpm = voice.speed_wpm if speed_wpm is None else speed_wpm
     # The text goes through stdin, so a text that begins with "-" is not read as an option.
@@ -116,7 +106,9 @@ def synthesize_speech(
     )
     if done.returncode != 0 or len(done.stdout) < 48:
         reason = done.stderr.decode(errors="replace").strip() or f"exit {done.returncode}"
-        raise SynthError(f"synth: espeak-ng could not speak with voice {voice.name!r}: {reason}")
+        raise SynthesisError(
+            f"synth: espeak-ng could not speak with voice {voice.name!r}: {reason}"
+        )
     return _from_espeak_wav(done.stdout, sample_rate_hz)
 
 
@@ -177,74 +169,3 @@ def _shorten_pauses(wave: np.ndarray, longest_samples: int, floor: float = 2e-3)
     for at in np.flatnonzero(gaps > longest_samples):
         keep[edges[at] + longest_samples : edges[at + 1]] = False
     return wave[keep]
-
-
-# ------------------------------------------------------------------ command line
-
-
-def write_speech(folder: Path, minutes: float, seed: int) -> int:
-    """Fill a folder with Ogg Opus clips of 8 to 15 s of all `VOICES` in turn.
-
-    Returns:
-        the number of files. A file text.tsv lists clip, voice and text.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[str] = []
-    total_s, i = 0.0, 0
-    while total_s < minutes * 60:
-        rng = np.random.default_rng([seed, 1, i])
-        voice = VOICES[i % len(VOICES)]
-        wave, text = speech_clip(rng, voice, float(rng.uniform(11, 15)))
-        i += 1
-        if not 8 <= wave.size / SAMPLE_RATE_HZ <= 15:
-            continue
-        name = f"{len(rows):03d}-{voice.name.replace('+', '-')}.ogg"
-        _write_opus(folder / name, wave)
-        rows.append(f"{name}\t{voice.name}\t{text}\n")
-        total_s += wave.size / SAMPLE_RATE_HZ
-    (folder / "text.tsv").write_text("".join(rows), encoding="utf-8")
-    return len(rows)
-
-
-def write_music(folder: Path, minutes: float, seed: int) -> int:
-    """Fill a folder with Ogg Opus pieces of 15 s; returns the number of files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    n_pieces = max(1, round(minutes * 4))
-    for i in range(n_pieces):
-        piece_seed = int(np.random.default_rng([seed, 2, i]).integers(2**31))
-        _write_opus(folder / f"{i:03d}.ogg", render_music(15, piece_seed))
-    return n_pieces
-
-
-def _write_opus(path: Path, wave: np.ndarray) -> None:
-    import soundfile
-
-    with soundfile.SoundFile(
-        path, "w", SAMPLE_RATE_HZ, 1, format="OGG", subtype="OPUS", compression_level=0.95
-    ) as file:
-        file.write(wave)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write a folder of synthetic speech or music; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wgpt.codec.training.synth", description=__doc__
-    )
-    parser.add_argument("kind", choices=["speech", "music"])
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--minutes", type=float, default=20, help="minutes of sound, about")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
-        write = write_speech if args.kind == "speech" else write_music
-        n_files = write(args.out, args.minutes, args.seed)
-    except SynthError as error:
-        logger.error("%s", error)
-        return 1
-    logger.info("wrote %d files into %s", n_files, args.out)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,7 @@
-"""The two packages that can run an EnCodec network: transformers, and the original encodec."""
+"""The same networks in two other packages, to compare with: transformers, and the original encodec.
+
+Both give the tokens of `wgpt.codec.layers` for the same weights. Neither streams.
+"""
 
 from __future__ import annotations
 
@@ -11,50 +14,76 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.encodec.configuration_encodec import EncodecConfig
-from transformers.models.encodec.modeling_encodec import EncodecModel
 
-from wgpt.codec.weights import CodecError, CodecWeights
+from wgpt.codec.network import Architecture
+from wgpt.codec.weights import CodecWeights
+from wgpt.errors import CodecError
 
-Stage = Callable[[Tensor], Tensor]
+_FRAMES_AT_ONCE = 4096  # bounds the (frames, entries) distances of the quantiser to 16 MiB
 
 
-def make_config(weights: CodecWeights) -> EncodecConfig:
-    """The architecture, with transformers' defaults (EnCodec 24 kHz) for absent fields."""
-    config = {k: v for k, v in weights.config.items() if k not in ("torch_dtype", "dtype")}
-    try:
-        return EncodecConfig(**config)
-    except (TypeError, ValueError) as error:
-        raise CodecError(f"codec: config.json of {weights.name} is not usable: {error}") from error
+@dataclass(frozen=True)
+class OtherNetwork:
+    """An EnCodec network by its four stages, as one of the packages runs it."""
+
+    module: nn.Module
+    embed: Callable[[Tensor], Tensor]  # (B, 1, L) -> (B, C, T)
+    quantize: Callable[[Tensor], Tensor]  # (B, C, T) -> (K, B, T)
+    dequantize: Callable[[Tensor], Tensor]  # (k, B, T) -> (B, C, T)
+    render: Callable[[Tensor], Tensor]  # (B, C, T) -> (B, 1, L)
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Waves (B, L) of whole frames to tokens (B, K, T)."""
+        latents = self.embed(batch[:, None])
+        parts = [self.quantize(part) for part in latents.split(_FRAMES_AT_ONCE, 2)]
+        return torch.cat(parts, 2).transpose(0, 1).contiguous()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Tokens (B, k, T) to waves (B, T * hop)."""
+        return self.render(self.dequantize(codes.transpose(0, 1)))[:, 0]
+
+
+def load(implementation: str, weights: CodecWeights, device: torch.device) -> OtherNetwork:
+    """The network in "transformers" or "encodec"; CodecError if that package is missing."""
+    if importlib.util.find_spec(implementation) is None:
+        raise CodecError(
+            f"codec: implementation={implementation!r} needs the package {implementation} (pip "
+            f"install 'wgpt[{implementation}]'); the default gives the same tokens"
+        )
+    build = {"transformers": _transformers_network, "encodec": _encodec_network}[implementation]
+    network = build(weights)
+    network.module.eval().requires_grad_(False).to(device)
+    return network
 
 
 def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
     """Load every tensor; only the codebooks' running means, which nothing reads, may miss."""
-    try:
-        missing, unexpected = module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CodecError(f"codec: weights of {name} do not fit its config: {error}") from error
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
     optional = ("embed_avg", "cluster_size", "inited")
     missing = [key for key in missing if not key.endswith(optional)]
     if missing or unexpected:
         raise CodecError(
-            f"codec: weights of {name} do not fit its config: {len(missing)} missing "
+            f"codec: weights of {name} do not fit this package's network: {len(missing)} missing "
             f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
 
 
-def transformers_stages(
-    weights: CodecWeights, config: EncodecConfig
-) -> tuple[nn.Module, Stage, Stage, Stage, Stage]:
-    """The network in transformers' EncodecModel, built without its loader and its log lines."""
+def _transformers_network(weights: CodecWeights) -> OtherNetwork:
+    """transformers' EncodecModel, built without its loader and its log lines."""
+    from transformers.models.encodec.configuration_encodec import EncodecConfig
+    from transformers.models.encodec.modeling_encodec import EncodecModel
+
     with torch.random.fork_rng(devices=[]):  # building draws random weights
-        model = EncodecModel(config)
+        model = EncodecModel(EncodecConfig(**weights.architecture.to_config()))
     _load_strictly(model, weights.tensors, weights.name)
-    return model, model.encoder, model.quantizer.encode, model.quantizer.decode, model.decoder
+    return OtherNetwork(
+        model, model.encoder, model.quantizer.encode, model.quantizer.decode, model.decoder
+    )
 
 
 # ------------------------------------------------------------------ the encodec package
@@ -96,15 +125,9 @@ def _original_name(key: str) -> str:
                   lambda m: "weight_" + "gv"[int(m[1])], key)  # fmt: skip
 
 
-def encodec_stages(
-    weights: CodecWeights, config: EncodecConfig
-) -> tuple[nn.Module, Stage, Stage, Stage, Stage]:
+def _encodec_network(weights: CodecWeights) -> OtherNetwork:
     """The network in the encodec package's own modules."""
-    if importlib.util.find_spec("encodec") is None:
-        raise CodecError(
-            "codec: implementation='encodec' needs the package encodec (pip install encodec); "
-            "implementation='transformers' gives the same tokens"
-        )
+    config: Architecture = weights.architecture
     with _importable_torchaudio():
         seanet = importlib.import_module("encodec.modules.seanet")
         quantization = importlib.import_module("encodec.quantization")
@@ -131,7 +154,7 @@ def encodec_stages(
         model.encoder = seanet.SEANetEncoder(**shared)
         model.decoder = seanet.SEANetDecoder(**shared, trim_right_ratio=1.0)
         model.quantizer = quantization.ResidualVectorQuantizer(
-            dimension=config.hidden_size, n_q=config.num_quantizers, bins=config.codebook_size
+            dimension=config.hidden_size, n_q=config.n_codebooks, bins=config.codebook_size
         )
     # Its convolutions are wrapped once more (.conv.conv., .convtr.convtr.): match by the tail.
     theirs = {_flat_name(key): key for key in model.state_dict()}
@@ -142,10 +165,10 @@ def encodec_stages(
             tensors[key] = torch.ones(1)
     _load_strictly(model, tensors, weights.name)
     quantizer: Any = model.quantizer
-    return (
+    return OtherNetwork(
         model,
         model.encoder,
-        lambda z: quantizer.vq.encode(z, n_q=config.num_quantizers),
+        lambda z: quantizer.vq.encode(z, n_q=config.n_codebooks),
         quantizer.vq.decode,
         model.decoder,
     )

@@ -1,7 +1,7 @@
-"""The layers of a streaming EnCodec: each takes new samples and the state the last call left.
+"""The layers of an EnCodec at work: each takes new samples and the state the last call left.
 
 One frame is hardly any arithmetic, so the cost is the number of tensor operations. Sound is kept
-time-major, (B, n, C): a convolution is then one matrix product over a strided view of its input,
+time-major, (B, n, C): a convolution is then one GEMM over a strided view of its input,
 
     inputs   [ context | new samples ]      a window of k samples: k*C neighbouring numbers
     outputs            [ one per hop ]      windows (B*n, k*C) @ weight (k*C, C_out) + bias
@@ -14,13 +14,16 @@ States are replaced by every step and never written to, so copies of a stream ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from wgpt import ops
+from wgpt.codec import network
+from wgpt.codec.network import Architecture, Conv, Lstm, Residual
 
 State = Any  # a tensor (B, ...) or a tuple of them
 
@@ -55,28 +58,23 @@ class Layer(Protocol):
 class Convolution:
     """ELU or nothing, then a causal convolution, or a transposed one as a convolution of pairs."""
 
-    def __init__(self, conv: nn.Module, elu: bool, reflect: bool) -> None:
-        assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d) and conv.bias is not None
-        weight, bias = conv.weight.detach().float(), conv.bias.detach().float()
-        (kernel,), (stride,), (dilation,) = conv.kernel_size, conv.stride, conv.dilation
-        if isinstance(conv, nn.ConvTranspose1d):
-            if kernel != 2 * stride:
-                raise ValueError(
-                    "codec_stream: a transposed convolution must have a kernel of twice its "
-                    f"stride {stride}, got {kernel}"
-                )
+    def __init__(self, conv: Conv, tensors: Mapping[str, Tensor], reflect: bool) -> None:
+        weight = network.effective_weight(conv, tensors)
+        bias = tensors[f"{conv.name}.bias"]
+        if conv.up > 1:
             # Tap 0 is the previous input: the second half of its kernel falls on this output.
-            weight = weight.unflatten(2, (2, stride)).flip(2)  # (C, C_out, 2, r)
+            weight = weight.unflatten(2, (2, conv.up)).flip(2)  # (C, C_out, 2, r)
             weight = weight.permute(2, 0, 3, 1)  # (2, C, r, C_out)
-            self.kernel, self.dilation, self.down, self.up = 2, 1, 1, stride
-            weight, self.bias = weight.flatten(2).flatten(0, 1), bias.repeat(stride)
+            self.kernel, self.dilation, self.down, self.up = 2, 1, 1, conv.up
+            weight, self.bias = weight.flatten(2).flatten(0, 1), bias.repeat(conv.up)
             reflect = False
         else:
-            self.kernel, self.dilation, self.down, self.up = kernel, dilation, stride, 1
+            self.kernel, self.dilation = conv.kernel, conv.dilation
+            self.down, self.up = conv.stride, 1
             weight, self.bias = weight.permute(2, 1, 0).flatten(0, 1), bias.clone()
         self.weight = ops.PackedMatrix(weight)  # (k * C, r * C_out)
         self.n_context = (self.kernel - 1) * self.dilation + 1 - self.down
-        self.elu, self.reflect = elu, reflect
+        self.elu, self.reflect = conv.elu, reflect
         self.n_start = self.n_context + 1 if reflect and self.n_context else 1
 
     def start(self, x: Tensor) -> Tensor:
@@ -106,19 +104,14 @@ class ResidualBlock:
 
     up = down = 1
 
-    def __init__(self, block: Any, reflect: bool) -> None:
-        self.inner = Convolution(block.block[1].conv, True, reflect)
+    def __init__(self, block: Residual, tensors: Mapping[str, Tensor], reflect: bool) -> None:
+        self.inner = Convolution(block.inner, tensors, reflect)
         self.n_start = self.inner.n_start
-        outer = Convolution(block.block[3].conv, True, reflect)
-        if outer.kernel != 1:
-            raise ValueError(
-                "codec_stream: the second convolution of a residual block must have a kernel of "
-                f"1, got {outer.kernel}"
-            )
+        outer = Convolution(block.outer, tensors, reflect)
         self.weight, self.bias = outer.weight, outer.bias
         self.shortcut = None
-        if not isinstance(block.shortcut, nn.Identity):
-            shortcut = Convolution(block.shortcut.conv, False, reflect)
+        if block.shortcut is not None:
+            shortcut = Convolution(block.shortcut, tensors, reflect)
             self.shortcut, self.bias = shortcut.weight, self.bias + shortcut.bias
 
     def start(self, x: Tensor) -> Tensor:
@@ -141,12 +134,12 @@ class LstmStack:
 
     n_start = up = down = 1
 
-    def __init__(self, lstm: nn.LSTM) -> None:
-        self.width = lstm.hidden_size
+    def __init__(self, lstm: Lstm, tensors: Mapping[str, Tensor]) -> None:
+        self.width = lstm.width
         self.layers = []
-        for i in range(lstm.num_layers):
+        for i in range(lstm.n_layers):
             names = (f"weight_ih_l{i}", f"weight_hh_l{i}", f"bias_ih_l{i}", f"bias_hh_l{i}")
-            w_in, w_hidden, b_in, b_hidden = (getattr(lstm, n).detach().float() for n in names)
+            w_in, w_hidden, b_in, b_hidden = (tensors[f"{lstm.name}.{n}"] for n in names)
             # torch orders the gates i, f, g, o; the three sigmoids go side by side here.
             order = torch.arange(4 * self.width, device=w_in.device).view(4, -1)
             order = order[[0, 1, 3, 2]].flatten()
@@ -178,27 +171,41 @@ class LstmStack:
         return sequence + x, tuple(after)
 
 
-def build(modules: nn.ModuleList, reflect: bool) -> list[Layer]:
-    """Layers for the modules of a transformers EncodecEncoder or EncodecDecoder, in order.
+def build(plan: list[network.Layer], tensors: Mapping[str, Tensor], reflect: bool) -> list[Layer]:
+    """Layers of a plan, in order, with copies of their parameters.
 
-    reflect says whether convolutions start from mirrored samples instead of zeros. Parameters are
-    copied as float32. Raises ValueError for a kernel that the architecture does not have.
+    reflect says whether convolutions start from mirrored samples instead of zeros.
     """
     layers: list[Layer] = []
-    elu = False
-    module: Any
-    for module in modules:
-        if isinstance(module, nn.ELU):
-            elu = True
-            continue
-        if hasattr(module, "lstm"):
-            layers.append(LstmStack(module.lstm))
-        elif hasattr(module, "block"):
-            layers.append(ResidualBlock(module, reflect))
+    for layer in plan:
+        if isinstance(layer, Lstm):
+            layers.append(LstmStack(layer, tensors))
+        elif isinstance(layer, Residual):
+            layers.append(ResidualBlock(layer, tensors, reflect))
         else:
-            layers.append(Convolution(module.conv, elu, reflect))
-        elu = False
+            layers.append(Convolution(layer, tensors, reflect))
     return layers
+
+
+class Network:
+    """An EnCodec network ready to run: the layers of both directions and the codebooks.
+
+    Its streams (`wgpt.codec.stream`) share these parameters; nothing writes to them.
+
+    Attributes:
+        architecture: its shape.
+        encoder, decoder: layers in the order that sound passes them.
+        codebooks: float32 (K, V, E).
+    """
+
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: float32, under the names of transformers, of `parameter_shapes`."""
+        self.architecture = architecture
+        reflect = architecture.pad_mode == "reflect"
+        self.encoder = build(network.encoder_layers(architecture), tensors, reflect)
+        self.decoder = build(network.decoder_layers(architecture), tensors, reflect)
+        names = (f"quantizer.layers.{k}.codebook.embed" for k in range(architecture.n_codebooks))
+        self.codebooks = torch.stack([tensors[name] for name in names])
 
 
 def repeat(state: State, n: int) -> State:
