@@ -30,7 +30,8 @@ REQUIRED: tuple[str, ...] = (
     "matplotlib",
 )
 OPTIONAL = {
-    "gradio": "the page of wgpt serve (pip install 'wgpt[demo]')",
+    "starlette": "the page of wgpt serve (pip install 'wgpt[serve]')",
+    "uvicorn": "the page of wgpt serve (pip install 'wgpt[serve]')",
     "transformers": "another implementation of the codec (pip install 'wgpt[transformers]')",
     "encodec": "another implementation of the codec (pip install 'wgpt[encodec]')",
     "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",

@@ -66,3 +66,7 @@ class GenerationError(WgptError, RuntimeError):
 
 class SynthesisError(WgptError, RuntimeError):
     """Sound could not be synthesised; the message names the program or setting at fault."""
+
+
+class ServeError(WgptError, RuntimeError):
+    """The page cannot be served; the message says what is missing or in use."""

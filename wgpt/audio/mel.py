@@ -40,6 +40,13 @@ def mel_to_hz(mel: Tensor) -> Tensor:
     return torch.where(mel < 15.0, linear, logarithmic)
 
 
+def band_edges_hz(config: MelConfig) -> Tensor:
+    """float64 (M + 2,), equally spaced on the mel scale; band m lies around edge m + 1."""
+    limits = torch.tensor([config.f_min_hz, config.f_max_hz], dtype=torch.float64)
+    low, high = hz_to_mel(limits).tolist()
+    return mel_to_hz(torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64))
+
+
 def mel_filterbank(config: MelConfig) -> Tensor:
     """Triangular filters from power-spectrum bins to mel bands.
 
@@ -57,9 +64,7 @@ def mel_filterbank(config: MelConfig) -> Tensor:
     """
     n_fft = config.window_samples
     bins_hz = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * (config.sample_rate_hz / n_fft)
-    limits = torch.tensor([config.f_min_hz, config.f_max_hz], dtype=torch.float64)
-    low, high = hz_to_mel(limits).tolist()
-    edges_hz = mel_to_hz(torch.linspace(low, high, config.n_mels + 2, dtype=torch.float64))
+    edges_hz = band_edges_hz(config)
     left, centre, right = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising = (bins_hz[:, None] - left) / (centre - left)
     falling = (right - bins_hz[:, None]) / (right - centre)

@@ -1,4 +1,4 @@
-"""Pictures: loss curves of runs, spectrograms of sounds, a prompt and its continuation.
+"""Pictures: loss curves of runs, spectrograms of sounds.
 
 Functions that return a figure draw; `save` and those that take `out` write a PNG.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from wgpt.audio.mel import hz_to_mel
-from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ, MelConfig
+from wgpt.config import STEP_RATE_HZ, MelConfig
 from wgpt.runs.metrics import read_metrics
 
 DPI = 110
@@ -35,18 +35,10 @@ def _figure(size: tuple[float, float], **options: Any) -> Any:
     return figure
 
 
-def _axes(
-    n_rows: int,
-    n_columns: int,
-    size: tuple[float, float],
-    heights: Sequence[float] | None = None,
-    sharex: bool = False,
-) -> tuple[Any, Any]:
+def _axes(n_rows: int, n_columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """A figure and its (n_rows, n_columns) axes."""
     figure = _figure(size, layout="constrained")
-    return figure, figure.subplots(
-        n_rows, n_columns, squeeze=False, height_ratios=heights, sharex=sharex
-    )
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
 def save(figure: Any, out: str | Path) -> Path:
@@ -220,60 +212,4 @@ def spectrograms_figure(
         axis.set_title(title, fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("seconds")
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="dB below the loudest", pad=0.01)
-    return figure
-
-
-def continuation(
-    wave: np.ndarray,
-    mel: np.ndarray,
-    *,
-    n_prompt: int,
-    n_steps: int,
-    prompt_tokens: Sequence[int],
-    tokens: Sequence[int],
-    entropies: Sequence[float],
-    codebook_size: int,
-) -> Any:
-    """A figure of a prompt and what was made of it: waveform, log-mel, coarse tokens, entropy.
-
-    Time 0 is the end of the prompt, and the axis has room for all that is still to come.
-
-    Args:
-        wave: float (steps so far * 320,), prompt included, 24 kHz.
-        mel: float (steps so far, M), natural logarithm.
-        n_prompt, n_steps: steps of the prompt, and of the whole continuation.
-        prompt_tokens: coarse tokens of the prompt's steps.
-        tokens, entropies: of each step of the continuation so far; nats.
-        codebook_size: entries V; ln(V) is the entropy of knowing nothing.
-    """
-    figure, axes = _axes(4, 1, (9.5, 6.2), heights=(1, 1.8, 0.9, 0.9), sharex=True)
-    sound, spectrum, codes, doubt = axes[:, 0]
-    start_s, end_s = -n_prompt / STEP_RATE_HZ, n_steps / STEP_RATE_HZ
-    samples = wave[: len(mel) * HOP_SAMPLES].reshape(-1, HOP_SAMPLES)
-    seconds = start_s + np.arange(len(mel)) / STEP_RATE_HZ
-    for steps, colour in ((slice(n_prompt), "0.45"), (slice(n_prompt, None), "C1")):
-        low, high = samples[steps].min(axis=1), samples[steps].max(axis=1)
-        sound.fill_between(seconds[steps], low, high, color=colour, lw=0.5, step="post")
-    sound.set_ylim(-1, 1)
-    sound.set_ylabel("wave")
-    draw_mel(spectrum, mel, float(mel.max()) if mel.size else 0.0, start_s=start_s)
-    steps_s = (np.arange(len(tokens)) + 0.5) / STEP_RATE_HZ
-    prompt_s = start_s + (np.arange(len(prompt_tokens)) + 0.5) / STEP_RATE_HZ
-    codes.plot(prompt_s, prompt_tokens, ".", ms=3.5, mew=0, color="0.45")
-    codes.plot(steps_s, tokens, ".", ms=3.5, mew=0, color="C1")
-    codes.set_ylim(0, codebook_size)
-    codes.set_ylabel("coarse token")
-    most = np.log(codebook_size)
-    doubt.plot(steps_s[: len(entropies)], entropies, color="C0", lw=0.9)
-    doubt.axhline(most, color="0.6", lw=0.8, ls=":")
-    doubt.set_ylim(0, 1.05 * most)
-    doubt.set_ylabel("entropy, nats")
-    doubt.set_xlabel("seconds after the prompt")
-    for axis in axes[:, 0]:
-        axis.set_xlim(start_s, end_s)
-        axis.axvline(0, color="0.2", lw=1.0)
-    if n_prompt:
-        sound.text(0, 1.06, "prompt ", ha="right", color="0.45", fontsize=9)
-    sound.text(0, 1.06, " continuation", ha="left", color="C1", fontsize=9)
-    figure.align_ylabels()
     return figure
