@@ -108,11 +108,11 @@ PACKAGES = (
         lambda path: path.stem, held_out=lambda path, rank: rank % 4 == 3,
     ),
     Package(
-        "sonic-pi-samples", "music", "usr/share/sonic-pi/samples", "CC0-1.0",
+        "sonic-pi-samples", "music", "usr/share/sonic-pi/samples", "CC0-1.0 (by file), else MIT",
         lambda path: path.stem.partition("_")[0], held_out=lambda path, rank: rank % 4 == 3,
     ),
     Package("asc-music", "music", "usr/share", "GPL-2+", lambda path: path.stem),
-    Package("colobot-common-sounds", "music", "usr/share/games/colobot", "GPL-3", _top),
+    Package("colobot-common-sounds", "music", "usr/share/games/colobot", "GPL-3+", _top),
 )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ def test_doctor_reports_json_with_the_cpu_target(capsys: pytest.CaptureFixture[s
     assert findings["cpu"]["status"] == "ok"
     assert ops.info()["cpu_target"] in findings["cpu"]["detail"]
     assert findings["torch"]["status"] == "ok"
+    assert "trained on" in findings["codec mini"]["detail"]
+    assert "sonic-pi-samples: CC0-1.0" in findings["codec mini"]["detail"]
 
 
 def test_doctor_notes_a_broken_torchaudio_and_goes_on(

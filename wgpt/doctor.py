@@ -185,6 +185,17 @@ def _check_cuda(info: Mapping[str, Any]) -> Iterator[Finding]:
             yield _ok(subject, f"{name}; every op agrees with its reference (sm {kernels})")
 
 
+def _trained_on(name: str) -> str:
+    """What the packaged codec learnt from, and under which licences, if it says so."""
+    path = resources.files("wgpt") / "assets" / name / "sources.json"
+    if not path.is_file():
+        return ""
+    sources = json.loads(path.read_text())["recordings"]
+    n_files = sum(source["files"] for source in sources)
+    listed = "; ".join(f"{source['package']}: {source['licence']}" for source in sources)
+    return f", trained on {n_files} recordings ({listed})"
+
+
 def check_assets() -> Iterator[Finding]:
     """The codec and recordings that the package carries, and the released codec if it is here."""
     try:
@@ -201,7 +212,7 @@ def check_assets() -> Iterator[Finding]:
             yield _ok(
                 f"codec {name}",
                 f"{loaded.n_codebooks} codebooks of {loaded.codebook_size}, "
-                f"{loaded.sample_rate_hz} Hz",
+                f"{loaded.sample_rate_hz} Hz{_trained_on(name)}",
             )
     try:
         codec.load("encodec_24khz")

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wgpt import audio, codec
 from wgpt.cli import main
 from wgpt.codec.network import Architecture, Lstm, decoder_layers, encoder_layers, parameter_shapes
+from wgpt.codec.training import trainer
 from wgpt.codec.training.corpus import Corpus, collect, list_recordings
 from wgpt.codec.training.forward import Forward
 from wgpt.codec.training.initial import draw_parameters, scale_layers
@@ -219,11 +221,19 @@ def test_crops_come_from_all_groups_and_repeat(recordings, tmp_path):
     assert (crops.square().mean(1) > 1e-6).all() and crops.abs().max() <= 1
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_start():
+    """Start codebooks from 64 crops: k-means on all 768 takes most of a run this small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "START_BATCHES", 2)
+        yield
+
+
 def _arguments(recordings: Path, folder: Path, *more: str) -> list[str]:
     return [
         "codec-train", "--data", str(recordings / "recordings.csv"),
         "--work", str(folder / "work"), "--out", str(folder / "out"), "--batch", "2",
-        "--filters", "2", "--hidden", "4", "--warmup-steps", "2", "--steps", "8",
+        "--filters", "2", "--hidden", "4", "--warmup-steps", "2", "--steps", "12",
         "--decay-steps", "2", "--dtype", "float32", "--json", *more,
     ]  # fmt: skip
 
@@ -232,6 +242,7 @@ def _start(recordings: Path, folder: Path, *more: str) -> subprocess.Popen:
     """The command, slowed to 10 steps a second and saving after every one."""
     code = (
         "import time, sys; from wgpt.codec.training import run; from wgpt.cli import main;"
+        "from wgpt.codec.training import trainer; trainer.START_BATCHES = 2;"
         "run.SAVE_EVERY_S = 0; step = run.Trainer.train_step;"
         "run.Trainer.train_step = lambda self: (time.sleep(0.1), step(self));"
         "sys.exit(main(sys.argv[1:]))"
@@ -242,11 +253,19 @@ def _start(recordings: Path, folder: Path, *more: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def _step_of(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])["step"]
+
+
 def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the checkpoint is of a step at which the quantiser learns."""
     deadline = time.monotonic() + 300
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+    while _step_of(path) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert path.exists(), process.communicate()[1]
+    assert process.poll() is None and _step_of(path) >= 4, process.communicate()[1]
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,9 @@ def test_init_starter_begins_where_the_starter_is(tmp_path):
     (tmp_path / "audio").mkdir()
     for seed in range(4):
         audio.write(tmp_path / "audio" / f"{seed}.wav", synth.render_music(2.0, seed=seed))
-    prepare(tmp_path / "audio", tmp_path / "data", mel_sources=("wave", "decoded-8"),
-            valid_fraction=0.3, progress=False)  # fmt: skip
+    codec_name = pretrained.codec_of_starter()
+    prepare(tmp_path / "audio", tmp_path / "data", codec=codec_name, valid_fraction=0.3,
+            mel_sources=("wave", "decoded-8"), progress=False)  # fmt: skip
     settings = {"max_steps": 1, "batch_size": 2, "context_s": 1.0, "warmup_steps": 1,
                 "sample_s": 0.0, "device": "cpu", "mel_source": "decoded-8"}  # fmt: skip
     train(tmp_path / "data", tmp_path / "run", init="starter", **settings)

@@ -107,10 +107,16 @@ def demo(
 
     recordings = gather_audio(out / "audio", sizes)
     done("gathering audio")
-    n_codebooks = codec.load("mini").n_codebooks
+    codec_name = pretrained.codec_of_starter()  # what follows is fine-tuned from it
+    n_codebooks = codec.load(codec_name).n_codebooks
     decoded_all = f"decoded-{n_codebooks}"  # the mel of what a model of all codebooks makes
-    sources = ("wave", "decoded-1", decoded_all)
-    prepare(recordings, out / "data", mel_sources=sources, jobs=jobs or os.cpu_count() or 1)
+    prepare(
+        recordings,
+        out / "data",
+        codec=codec_name,
+        mel_sources=("wave", "decoded-1", decoded_all),
+        jobs=jobs or os.cpu_count() or 1,
+    )
     done("preparing")
     settings = {**SETTINGS, **settings}
     result = study.study(
@@ -130,7 +136,9 @@ def demo(
     done("comparing with real sound")
     dataset = Dataset(out / "data")
     frontend = MelFrontend(dataset.mel_config)
-    result["codec"] = codec_ceiling(dataset.split("valid"), codec.load("mini"), frontend)
+    result["codec"] = codec_ceiling(
+        dataset.split("valid"), codec.load(pretrained.codec_of_starter()), frontend
+    )
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     write_report(out, result, steps, sizes.prompt_s)
     return result

@@ -44,16 +44,17 @@ class InitialWeights:
 
     def check_data(self, data: Dataset) -> None:
         """Raises ConfigError unless the data's tokens and slices mean what the model learnt."""
-        codec, mel = self.facts["codec"]["identity"], to_json(data.mel_config)
-        for what, same, expected, got in (
-            ("codec", same_tokens(codec, data.codec_identity), codec, data.codec_identity),
-            ("mel settings", self.facts["mel"] == mel, self.facts["mel"], mel),
-        ):
-            if not same:
-                raise ConfigError(
-                    f"init: the data of {data.path} must be prepared with the model's {what}, "
-                    f"{expected} ({self.path}), got {got}"
-                )
+        codec, source = self.facts["codec"]["identity"], self.facts["codec"]["source"]
+        if not same_tokens(codec, data.codec_identity):
+            raise ConfigError(
+                f"init: the data of {data.path} must be prepared with the model's codec, {codec} "
+                f"({self.path}), got {data.codec_identity}; run wgpt prepare with --codec {source}"
+            )
+        if self.facts["mel"] != to_json(data.mel_config):
+            raise ConfigError(
+                f"init: the data of {data.path} must be prepared with the model's mel settings, "
+                f"{self.facts['mel']} ({self.path}), got {to_json(data.mel_config)}"
+            )
 
     def load_into(self, model: HybridModel) -> None:
         """Copies the trunk, mel constants included; fine head and latents where shapes are equal,

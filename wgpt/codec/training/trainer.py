@@ -34,6 +34,7 @@ from wgpt.errors import CheckpointError
 from wgpt.files import replacing
 
 CROP_FRAMES = 38  # about half a second
+START_BATCHES = 24  # of 32 crops, whose latents the codebooks start from
 CHECKPOINT = "checkpoint.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -155,7 +156,8 @@ class Trainer:
     @torch.no_grad()
     def _start_codebooks(self) -> None:
         latents = [
-            self._run(self._encoder, self._crops(10**9 + i, 32)).flatten(0, 1) for i in range(24)
+            self._run(self._encoder, self._crops(10**9 + i, 32)).flatten(0, 1)
+            for i in range(START_BATCHES)
         ]
         generator = torch.Generator().manual_seed(self.config.seed)
         self.quantizer.start(torch.cat(latents), generator)
