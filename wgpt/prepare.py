@@ -10,7 +10,7 @@ import sys
 
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
-from wgpt.data.account import account_lines
+from wgpt.data.report import report_lines
 from wgpt.data.splits import SPLIT_BY
 from wgpt.errors import ConfigError, Interrupted
 
@@ -93,21 +93,13 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command resumes where this one stopped") from None
-    totals = manifest["totals"]
     if args.json:
-        line = {
-            "out": str(args.out), "account": manifest["account"], "totals": totals,
-            "split_by": manifest["split_by"], "skipped": len(manifest["skipped"]),
-        }  # fmt: skip
+        shown = ("account", "totals", "split_by", "report")
+        line = {"out": str(args.out), "skipped": len(manifest["skipped"])}
+        line |= {name: manifest[name] for name in shown}
         sys.stdout.write(json.dumps(line) + "\n")
         return 0
-    lines = account_lines(manifest)
-    for split, total in totals.items():
-        if total["clips"]:
-            lines.append(
-                f"{split}: {total['files']} files, {total['clips']} clips, "
-                f"{total['groups']} groups, {total['steps']} steps, {total['seconds']:.1f} s"
-            )
+    lines = [*report_lines(manifest), f"listen and look: {args.out}/report.html"]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

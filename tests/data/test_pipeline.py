@@ -90,6 +90,7 @@ def test_the_manifest_holds_no_path_of_this_machine(prepared) -> None:
     assert str(audio_dir.parent) not in (data / "manifest.json").read_text()
     assert sorted(path.name for path in data.iterdir()) == [
         "manifest.json",
+        "report.html",
         "test",
         "train",
         "valid",

@@ -63,6 +63,8 @@ def open_streams(path: Path, note: Note) -> Iterator[Stream]:
         OSError: the file cannot be opened.
     """
     head, links = formats.read_head(path), formats.find_links(path)
+    if not head:
+        raise AudioError(f"{path}: must be audio, got an empty file")
     kind = formats.sniff(head)
     if kind not in (None, "sndfile"):
         yield from _ffmpeg_streams(path, str(kind), note)

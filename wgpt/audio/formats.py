@@ -14,7 +14,7 @@ SNDFILE_SUFFIXES = frozenset(
 # What phones, browsers and cameras write: read by FFmpeg (PyAV), the extra `formats`.
 FFMPEG_SUFFIXES = frozenset(
     """.m4a .m4b .m4r .aac .mp4 .m4v .mov .3gp .3g2 .webm .mka .mkv .weba .wma .wmv .asf .avi .flv
-    .amr .ac3 .eac3 .ape .wv .tta .mpc .ra .rm .ts .mts .m2ts .mpg .mpeg .vob .ogv .ogx""".split()
+    .amr .ac3 .eac3 .ape .wv .tta .mpc .ra .rm .mts .m2ts .mpg .mpeg .vob .ogv .ogx""".split()
 )
 SUFFIXES = SNDFILE_SUFFIXES | FFMPEG_SUFFIXES
 

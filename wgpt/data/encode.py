@@ -212,9 +212,14 @@ def _read_if_whole(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def write_partial(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write a finished file, whole or not at all."""
+    """Write a finished file, whole or not at all.
+
+    Not flushed: that would take longer than encoding a short clip, and what a power cut tears is
+    found by its length and made again.
+    """
     ordered = {name: arrays[name] for name in sorted(arrays)}
-    write_atomically(path, safetensors.numpy.save(ordered, {"facts": json.dumps(facts)}))
+    blob = safetensors.numpy.save(ordered, {"facts": json.dumps(facts)})
+    write_atomically(path, blob, durable=False)
 
 
 def read_partial(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from wgpt.config import CODEBOOK_SIZE, MelConfig
 from wgpt.data.account import account
 from wgpt.data.assemble import assemble, bytes_needed
+from wgpt.data.ceiling import codec_ceiling, listen
 from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
 from wgpt.data.folder import (
     PARTIAL,
@@ -35,12 +36,15 @@ from wgpt.data.folder import (
     reopen,
 )
 from wgpt.data.inputs import Inputs, collect
+from wgpt.data.page import page
 from wgpt.data.progress import Progress
+from wgpt.data.report import report
 from wgpt.data.scan import Found, hash_all, list_sources
 from wgpt.data.splits import SPLIT_BY, SplitRule, assign
 from wgpt.data.treatment import PIECE_SECONDS, TARGET_LUFS, Treatment
 from wgpt.data.workers import EncoderSpec, encode_here, encode_in_processes, load_codec
 from wgpt.errors import ConfigError, DataError
+from wgpt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +140,7 @@ def prepare(
             if before is not None:
                 logger.info("%d files are kept", reopen(out, before, settings, found))
             facts, reasons = _encode(found, spec, encoder, jobs, progress)
-            return _build(out, inputs, settings, found, facts, reasons, rule, kept)
+            return _build(out, inputs, encoder, settings, found, facts, reasons, rule, kept)
     except OSError as error:
         raise DataError(
             f"{out}: reading or writing failed: {error}; free the cause and run again, "
@@ -180,6 +184,7 @@ def _check_settings(rule: SplitRule, jobs: int | None, max_seconds: float, mel: 
 def _build(
     out: Path,
     inputs: Inputs,
+    encoder: Encoder,
     settings: dict[str, Any],
     found: Found,
     facts: dict[str, dict[str, Any]],
@@ -194,9 +199,15 @@ def _build(
     by = assign(sources, rule, kept.get("splits", {}), kept.get("by"))
     check_space(out, bytes_needed(sources, settings))
 
+    logger.info("listening to what the codec makes of some clips")
+    heard = listen(encoder, sources, found.jobs)
+    rate_hz = encoder.mel.sample_rate_hz
+
     def finish(manifest: dict[str, Any], building: Path) -> None:
         manifest["split_by"] = by
         manifest["account"] = account(inputs, manifest)
+        manifest["report"] = report(manifest, codec_ceiling(heard, rate_hz))
+        write_atomically(building / "report.html", page(manifest, heard, rate_hz))
 
     manifest = assemble(
         out, sources, settings, duplicates=duplicates, skipped=skipped, finish=finish
