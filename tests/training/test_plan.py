@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_train_without_flags_states_its_plan_and_trains(prepared, tmp_path, quic
     assert main([*command, "--dry-run"]) == 0
     dry = capsys.readouterr().out
     assert not out.exists()
-    assert "from scratch: starter wants the mel source decoded-8" in dry
+    assert "start: from scratch" in dry
     assert "4 steps of 2 windows" in dry and "minutes on this machine" in dry
     assert main(command) == 0
     said = [record.getMessage() for record in caplog.records]
@@ -116,6 +117,20 @@ def test_train_without_flags_states_its_plan_and_trains(prepared, tmp_path, quic
     run = Run.open(out)
     assert (run.preset, run.model.end_of_clip, run.model.window_steps) == ("voice-xs", True, 256)
     assert run.config.mel_source == "wave" and run.config.max_steps == 4
+
+
+def test_train_without_flags_goes_on_from_a_model_that_knows_the_codec(
+    prepared, tiny_run, tmp_path, quick, monkeypatch
+):
+    """Its weights, and an output more for the end of a clip."""
+    monkeypatch.setattr(launch, "NAME", str(tiny_run))  # in place of the packaged one
+    settings = {"max_steps": 1, "sample_s": 0.0, "eval_audio_s": 3.0, "device": "cpu"}
+    train(prepared, tmp_path / "run", **settings)
+    run = Run.open(tmp_path / "run")
+    assert run.config.init == str(tiny_run) and run.config.mel_source == "wave"
+    assert (run.preset, run.model.end_of_clip, run.model.dropout) == ("hybrid-xs", True, 0.2)
+    scratch = train(prepared, tmp_path / "other", model={"n_layers": 1}, **settings)
+    assert scratch["preset"] == "voice-xs" and not Run.open(tmp_path / "other").config.init
 
 
 def test_the_plan_is_measured_on_a_model_of_its_own(prepared, tmp_path, quick, monkeypatch):
@@ -134,9 +149,15 @@ def test_the_plan_is_measured_on_a_model_of_its_own(prepared, tmp_path, quick, m
     assert got == expected
 
 
-def test_facts_of_data_know_the_packaged_model(prepared):
+def test_facts_of_data_know_a_model_of_their_codec(prepared, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "NAME", str(tiny_run))
     of = launch.facts_about(Dataset(prepared))
-    assert (of.start, of.start_mel_source) == ("starter", "decoded-8")
+    assert (of.start, of.start_mel_source) == (str(tiny_run), "wave")
+    other = shutil.copytree(prepared, tmp_path / "data")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["codec"]["identity"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert launch.facts_about(Dataset(other)).start == ""
     assert of.mel_sources == ("wave", "decoded-1") and of.n_codebooks == 8
 
 
