@@ -144,7 +144,6 @@ def draw_mel(
     mel: np.ndarray,
     loudest: float,
     *,
-    start_s: float = 0.0,
     config: MelConfig | None = None,
 ) -> Any:
     """Log-mel float (T, M), one slice a step, over the 43 dB below `loudest`; returns the image.
@@ -159,7 +158,7 @@ def draw_mel(
         cmap="magma",
         vmin=-RANGE_DB,
         vmax=0,
-        extent=(start_s, start_s + len(mel) / STEP_RATE_HZ, 0, mel.shape[1]),
+        extent=(0, len(mel) / STEP_RATE_HZ, 0, mel.shape[1]),
     )
     ticks = [hz for hz in TICKS_HZ if config.f_min_hz < hz < config.f_max_hz]
     names = [f"{hz / 1000:g}k" if hz >= 1000 else str(hz) for hz in ticks]
