@@ -2,7 +2,8 @@
 
     audio and codec -> start from the packaged model, or a size -> windows, steps, rates -> minutes
 
-Pure: the same facts give the same plan. The figures behind its constants are in docs/log.md.
+Pure: the same facts give the same plan. Its constants follow the packaged model's recipe (the card
+in wgpt/assets/starter); no sweep stands behind them.
 """
 
 from __future__ import annotations
