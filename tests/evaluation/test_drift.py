@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from splits import split_of
+from splits import codec_of, split_of
 
-from wgpt import codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError
@@ -23,7 +22,7 @@ class Player:
     n_codebooks = 1
 
     def __init__(self, dataset, continuations, gain=1.0):
-        self.codec, self.frontend = codec.load("mini"), MelFrontend(dataset.mel_config)
+        self.codec, self.frontend = codec_of(dataset), MelFrontend(dataset.mel_config)
         self.continuations, self.gain = continuations, gain
 
     def steps_batch(self, prompts, n_steps, sampling, seeds):
@@ -92,7 +91,7 @@ def test_rollouts_repeat_with_their_seed(tiny_run, prepared):
 def test_token_only_models_roll_out_too(prepared):
     dataset = Dataset(prepared)
     model = HybridModel(dataclasses.replace(presets.preset("gpt-xs"), n_layers=1)).eval()
-    generator = AudioGenerator(model, codec.load("mini"), MelFrontend(dataset.mel_config), None)
+    generator = AudioGenerator(model, codec_of(dataset), MelFrontend(dataset.mel_config), None)
     result = drift.drift(generator, dataset.split("train"), 1, 3)
     assert result["n_rollouts"] == 3 and len(result["seconds"]) == 1
 

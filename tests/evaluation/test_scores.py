@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from splits import split_of
+from splits import codec_of, split_of
 
-from wgpt import codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.data.dataset import Dataset
 from wgpt.evaluation.baselines import baselines
@@ -101,7 +100,7 @@ def test_decoded_mel_on_the_fly_equals_the_prepared_one(prepared):
     dataset = Dataset(prepared)
     split = dataset.split("valid")
     stored = split.mel.pop("decoded-1")
-    made = with_decoded_mel(split, codec.load("mini"), MelFrontend(dataset.mel_config), 1).mel[
+    made = with_decoded_mel(split, codec_of(dataset), MelFrontend(dataset.mel_config), 1).mel[
         "decoded-1"
     ]
     # Prepared in one thread, decoded here in all: float32 rounding, and a float16 step at most.
@@ -111,7 +110,7 @@ def test_decoded_mel_on_the_fly_equals_the_prepared_one(prepared):
 def test_codec_ceiling_is_lower_with_more_codebooks(prepared):
     dataset = Dataset(prepared)
     one, all_of_them = codec_ceiling(
-        dataset.split("valid"), codec.load("mini"), MelFrontend(dataset.mel_config)
+        dataset.split("valid"), codec_of(dataset), MelFrontend(dataset.mel_config)
     )
     assert (one["codebooks"], all_of_them["codebooks"]) == (1, 8)
     assert 0 < all_of_them["log_mel_error_db"] < one["log_mel_error_db"] < 40
