@@ -22,7 +22,12 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def test_importing_ops_needs_torch_alone() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, "-c", CODE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ,
+        cwd="/",  # away from the source tree, whose wgpt/ has no compiled module
     )
     loaded = json.loads(result.stdout)
     ours = {name for name in loaded if name.partition(".")[0] == "wgpt"}
