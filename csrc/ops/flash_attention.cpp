@@ -28,6 +28,7 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
     return kernels.flash_attention_forward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
+  if (call.first_key != nullptr) fail(kOp, "first_key runs on the CPU only");
   const CudaScope scope(kOp, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_forward_workspace_bytes(call.shape));
@@ -47,6 +48,7 @@ void launch(FlashAttentionBackward& call, const Tensor& where) {
     return kernels.flash_attention_backward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
+  if (call.first_key != nullptr) fail(kBackward, "first_key runs on the CPU only");
   const CudaScope scope(kBackward, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_backward_workspace_bytes(call.shape));

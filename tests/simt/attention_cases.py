@@ -29,8 +29,7 @@ def inputs(emu, b, tq, tk, h, d, dtype, seed=0, gain=1.0, n=3, pad=8):
     return out
 
 
-def visible(tq, tk, causal, window, first_key=None):
-    """(Tq, Tk), or with first_key (B, Tq): (B, 1, Tq, Tk)."""
+def visible(tq, tk, causal, window):
     position = torch.arange(tq)[:, None] + tk - tq
     key = torch.arange(tk)[None]
     mask = torch.ones(tq, tk, dtype=torch.bool)
@@ -40,14 +39,13 @@ def visible(tq, tk, causal, window, first_key=None):
         mask &= key > position - window
         if not causal:
             mask &= key < position + window
-    return mask if first_key is None else mask & (key >= first_key[:, None, :, None])
+    return mask
 
 
-def reference(q, k, v, scale, causal, window, first_key=None):
+def reference(q, k, v, scale, causal, window):
     """out (B, Tq, H, D) and lse (B, H, Tq)."""
     s = torch.einsum("bihd,bjhd->bhij", q, k) * scale
-    seen = visible(q.shape[1], k.shape[1], causal, window, first_key)
-    s = s.masked_fill(~seen, -math.inf)
+    s = s.masked_fill(~visible(q.shape[1], k.shape[1], causal, window), -math.inf)
     return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v), s.logsumexp(-1)
 
 
@@ -56,12 +54,11 @@ def make_shape(q, k, scale, causal, window):
     return FlashAttentionShape(DTYPE_CODES[q.dtype], b, tq, k.shape[1], h, d, scale, causal, window)
 
 
-def forward(emu, q, k, v, scale, causal=True, window=0, first_key=None):
+def forward(emu, q, k, v, scale, causal=True, window=0):
     b, tq, h, d = q.shape
     shape = make_shape(q, k, scale, causal, window)
     out, lse = emu.empty((b, tq, h, d), q.dtype), emu.empty((b, h, tq), torch.float32)
     work = emu.workspace("flash_attention_forward_workspace_bytes", shape)
-    keys = emu.tensor(first_key)
     emu.call(
         "flash_attention_forward",
         FlashAttentionForward(
@@ -69,7 +66,7 @@ def forward(emu, q, k, v, scale, causal=True, window=0, first_key=None):
             heads_view(q),
             heads_view(k),
             heads_view(v),
-            address(keys),
+            None,
             heads_view(out),
             address(lse),
             address(work),
@@ -78,19 +75,16 @@ def forward(emu, q, k, v, scale, causal=True, window=0, first_key=None):
     return out, lse
 
 
-def backward(
-    emu, q, k, v, out, lse, d_out, scale, causal=True, window=0, d_lse=None, first_key=None
-):
+def backward(emu, q, k, v, out, lse, d_out, scale, causal=True, window=0, d_lse=None):
     shape = make_shape(q, k, scale, causal, window)
     dq, dk, dv = (emu.empty(x.shape, x.dtype) for x in (q, k, v))
     work = emu.workspace("flash_attention_backward_workspace_bytes", shape)
-    keys = emu.tensor(first_key)
     emu.call(
         "flash_attention_backward",
         FlashAttentionBackward(
             shape,
             *map(heads_view, (q, k, v, out, d_out)),
-            address(keys),
+            None,
             address(lse),
             address(d_lse),
             *map(heads_view, (dq, dk, dv)),

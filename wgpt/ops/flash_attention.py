@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
+from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.gradient import backward_op, differentiable, register_fake
 
@@ -81,6 +82,7 @@ def flash_attention(
         first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
             last key that the query sees without it, non-decreasing along a row. Causal attention
             over packed documents: the start of the query's document (`first_key_of`). No gradient.
+            The kernels for it run on the CPU; on CUDA it is `reference`'s formula, O(Tq Tk) memory.
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -93,6 +95,17 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
+    if first_key is not None and q.device.type != "cpu":  # our CUDA kernels do not know it yet
+        return reference.flash_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            window=window,
+            first_key=first_key,
+            return_lse=return_lse,
+        )
     out: Tensor
     lse: Tensor
     given = () if first_key is None else (first_key,)

@@ -9,8 +9,7 @@
 //   16 rows   |                 | warp 1             P never leaves the registers: the accumulators of S are the A
 //    ...      +-----------------+                    fragments of P V.
 //
-// Rows of a block that belong to several packed documents (first_key) are taken one document after the other, each with
-// its own key tiles. Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
+// Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
 // the longest rows start first. float32 is 3xTF32, which keeps float32 accuracy. O, max and sums are float32;
 // deterministic (no atomics, fixed order). FLOPs: 4 D per visible pair; limit: the tensor cores, and for D = 32 the
 // exponentials (16 per clock and multiprocessor on sm_80 to sm_90).
@@ -46,13 +45,13 @@ constexpr size_t forward_shared_bytes() {
   return sizeof(T) * SmemTile<T, D>::elements(16 * kWarps + 4 * kForwardKeys<T, D>);
 }
 
-// Queries [row0, q_end) of a block, which have no border of documents between them.
 template <typename T, int D, int kWarps>
-WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, const Visibility& visible, T* base,
-                              int batch_head, int row0, int q_end) {
+__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
   constexpr int kRows = 16 * kWarps, kKeys = kForwardKeys<T, D>, kThreads = kWarps * kWarp,
                 kN = kKeys / 8;
   using HeadTile = SmemTile<T, D>;
+  WGPT_DYNAMIC_SHARED(shared);
+  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile q_tile = {base};
   const auto k_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(kRows + 2 * stage * kKeys)};
@@ -61,28 +60,27 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, const Visibility& visib
     return HeadTile{base + HeadTile::elements(kRows + (2 * stage + 1) * kKeys)};
   };
 
+  // Blocks are numbered with the head fastest, so that the last (for causal: longest) rows of all heads start first.
+  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
+  const int row0 = (p.n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
   const Rows<const T> q = p.q.head(b, h), k = p.k.head(b, h), v = p.v.head(b, h);
-  const int key_origin = visible.key_origin(row0);
-  const int key_end = visible.key_end(q_end - 1);
-  const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;
-  const int tile_end = ceil_div(visible.keys_of(q_end - 1).hi - key_origin, kKeys);
+  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
+  const int last_row = row0 + kRows < q_steps ? row0 + kRows - 1 : q_steps - 1;
+  const int tile_begin = p.visible.keys_of(row0).lo / kKeys;
+  const int tile_end = ceil_div(p.visible.keys_of(last_row).hi, kKeys);
 
   // This warp's rows, and what each lane must know of its two.
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row0 = row0 + 16 * warp;
-  const int warp_last = warp_row0 + 16 < q_end ? warp_row0 + 15 : q_end - 1;
-  const Span first_span = visible.keys_of(warp_row0), last_span = visible.keys_of(warp_last);
-  const Span row_span[2] = {visible.keys_of(warp_row0 + g), visible.keys_of(warp_row0 + g + 8)};
+  const int warp_last = warp_row0 + 16 < q_steps ? warp_row0 + 15 : q_steps - 1;
+  const Span first_span = p.visible.keys_of(warp_row0), last_span = p.visible.keys_of(warp_last);
+  const Span row_span[2] = {p.visible.keys_of(warp_row0 + g), p.visible.keys_of(warp_row0 + g + 8)};
 
-  const auto load_keys = [&](int stage, int tile) {
-    const int key0 = key_origin + tile * kKeys;
-    k_tile(stage).template load<kKeys, kThreads>(k, key0, key_end, p.aligned);
-    v_tile(stage).template load<kKeys, kThreads>(v, key0, key_end, p.aligned);
-    copy_async_commit();
-  };
-  q_tile.template load<kRows, kThreads>(q, row0, q_end, p.aligned);
-  load_keys(0, tile_begin);
+  q_tile.template load<kRows, kThreads>(q, row0, q_steps, p.aligned);
+  k_tile(0).template load<kKeys, kThreads>(k, tile_begin * kKeys, kv_steps, p.aligned);
+  v_tile(0).template load<kKeys, kThreads>(v, tile_begin * kKeys, kv_steps, p.aligned);
+  copy_async_commit();
 
   LeftRows<T, D, sizeof(T) == 2> q_rows = {q_tile, 16 * warp, {}};
   float out[D / 8][4], row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
@@ -92,10 +90,14 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, const Visibility& visib
     const int stage = (tile - tile_begin) % 2;
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) load_keys(1 - stage, tile + 1);
+    if (tile + 1 < tile_end) {
+      k_tile(1 - stage).template load<kKeys, kThreads>(k, (tile + 1) * kKeys, kv_steps, p.aligned);
+      v_tile(1 - stage).template load<kKeys, kThreads>(v, (tile + 1) * kKeys, kv_steps, p.aligned);
+      copy_async_commit();
+    }
     if (tile == tile_begin) q_rows.prepare();
-    const int key0 = key_origin + tile * kKeys;
-    if (warp_row0 >= q_end || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
+    const int key0 = tile * kKeys;
+    if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
 
     float s[kN][4];
     gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
@@ -148,29 +150,13 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, const Visibility& visib
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
     inverse[half] = sum > 0.f ? 1.f / sum : 0.f;
     const int row = warp_row0 + g + 8 * half;
-    if (t == 0 && row < q_end) {
-      p.lse[static_cast<int64_t>(batch_head) * visible.q_steps + row] =
-          row_max[half] * p.scale + logf(sum);
+    if (t == 0 && row < q_steps) {
+      p.lse[static_cast<int64_t>(batch_head) * q_steps + row] = row_max[half] * p.scale + logf(sum);
     }
   }
   // The warp's own rows of Q are read no more, and carry its output.
-  store_rows<T, D>(out, inverse, q_tile, 16 * warp, p.out.head(b, h), warp_row0, q_end, p.aligned);
-}
-
-template <typename T, int D, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
-  constexpr int kRows = 16 * kWarps;
-  WGPT_DYNAMIC_SHARED(shared);
-  // Blocks are numbered with the head fastest, so that the last (for causal: longest) rows of all heads start first.
-  const int batch_head = blockIdx.x % p.n_batch_heads;
-  const Visibility visible = p.visible.of_item(batch_head / p.n_heads);
-  const int row0 = (p.n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
-  const int block_end = row0 + kRows < visible.q_steps ? row0 + kRows : visible.q_steps;
-  for (int begin = row0, end; begin < block_end; begin = end) {
-    end = visible.segment_end(begin, block_end);
-    if (begin > row0) __syncthreads();  // every warp has done with the tiles of the document before
-    forward_rows<T, D, kWarps>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
-  }
+  store_rows<T, D>(out, inverse, q_tile, 16 * warp, p.out.head(b, h), warp_row0, q_steps,
+                   p.aligned);
 }
 
 // Warps of a block: 8 (128 rows share each tile of keys) once that still gives every multiprocessor kWavesFor8 blocks,
@@ -184,14 +170,14 @@ inline int forward_warps(int64_t batch_heads, int64_t q_steps, int multiprocesso
 template <typename T, int D>
 const char* forward(const FlashAttentionForward& a, Stream stream) {
   const FlashAttentionShape& s = a.shape;
-  if (s.q_steps <= kDecodeSteps) return decode<T, D>(a, visibility(s, a.first_key), stream);
+  if (s.q_steps <= kDecodeSteps) return decode<T, D>(a, visibility(s), stream);
   ForwardParams<T> p;
   p.q = heads<const T>(a.q);
   p.k = heads<const T>(a.k);
   p.v = heads<const T>(a.v);
   p.out = heads<T>(a.out);
   p.lse = static_cast<float*>(a.lse);
-  p.visible = visibility(s, a.first_key);
+  p.visible = visibility(s);
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
   p.scale = static_cast<float>(s.scale);

@@ -11,7 +11,6 @@
 // S and dP are computed in both passes: 7 GEMMs, 14 D FLOPs per visible pair, instead of 5 and an unordered or
 // serialised addition into dQ. Every gradient has one owner and a fixed order, so the bits are always the same. float32
 // accumulators; P and dS are rounded to the element type for the second GEMMs (float32 keeps them: 3xTF32).
-// A block's rows that belong to several packed documents (first_key) are taken one document after the other.
 // The limit is the tensor cores. Memory: delta, 4 bytes per row.
 #pragma once
 
@@ -87,14 +86,16 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(BackwardParams<T> 
   if (row < n_rows && column == 0) p.delta[at] = sum - (p.d_lse != nullptr ? p.d_lse[at] : 0.f);
 }
 
-// Keys [key0, key_end) of a block, which have no border of documents between them.
 template <typename T, int D>
-WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const Visibility& visible, T* base,
-                                     int batch_head, int key0, int key_end) {
+__global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
+                                  KeyValueGradTiles<T, D>::kMinBlocks)
+    key_value_grad_kernel(BackwardParams<T> p) {
   using Sizes = KeyValueGradTiles<T, D>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kKeys = Sizes::kOwned, kQueries = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kQueries / 8;
+  WGPT_DYNAMIC_SHARED(shared);
+  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile k_tile = {base}, v_tile = {base + HeadTile::elements(kKeys)};
   const auto q_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kKeys + 2 * stage * kQueries)};
@@ -105,40 +106,39 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const Visibilit
   float* const row_facts =
       reinterpret_cast<float*>(base + Sizes::kElements);  // [stage][log2 e lse | delta][query]
 
+  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
+  const int key0 =
+      static_cast<int>(blockIdx.x / p.n_batch_heads) * kKeys;  // for causal, the longest come first
   const Rows<const T> q = p.q.head(b, h), d_out = p.d_out.head(b, h);
-  Span queries = visible.queries_of(key0, key_end - 1);
-  queries.hi = visible.first_blind(key_end - 1, queries.lo, queries.hi);
-  const int query_origin = visible.query_origin(key0);
-  const int tile_begin = (queries.lo - query_origin) / kQueries,
-            tile_end = ceil_div(queries.hi - query_origin, kQueries);
-  // Queries from here on are not loaded: those of another document.
-  const int q_end = visible.first_key == nullptr ? visible.q_steps : queries.hi;
+  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
+  const int last_key = key0 + kKeys < kv_steps ? key0 + kKeys - 1 : kv_steps - 1;
+  const Span queries = p.visible.queries_of(key0, last_key);
+  const int tile_begin = queries.lo / kQueries, tile_end = ceil_div(queries.hi, kQueries);
 
   const auto load_queries = [&](int stage, int tile) {
-    const int query0 = query_origin + tile * kQueries;
-    q_tile(stage).template load<kQueries, kThreads>(q, query0, q_end, p.aligned);
-    d_out_tile(stage).template load<kQueries, kThreads>(d_out, query0, q_end, p.aligned);
+    q_tile(stage).template load<kQueries, kThreads>(q, tile * kQueries, q_steps, p.aligned);
+    d_out_tile(stage).template load<kQueries, kThreads>(d_out, tile * kQueries, q_steps, p.aligned);
     if (threadIdx.x < kQueries) {
-      const int query = query0 + threadIdx.x;
-      const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + query;
+      const int query = tile * kQueries + threadIdx.x;
+      const int64_t at = static_cast<int64_t>(batch_head) * q_steps + query;
       float* facts = row_facts + 2 * stage * kQueries + threadIdx.x;
-      facts[0] = query < q_end ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
-      facts[kQueries] = query < q_end ? p.delta[at] : 0.f;
+      facts[0] = query < q_steps ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
+      facts[kQueries] = query < q_steps ? p.delta[at] : 0.f;
     }
     copy_async_commit();
   };
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_first = key0 + 16 * warp,
-            warp_last = warp_first + 15 < key_end ? warp_first + 15 : key_end - 1;
+            warp_last = warp_first + 15 < kv_steps ? warp_first + 15 : kv_steps - 1;
   LeftRows<T, D, Sizes::kKeep> k_rows = {k_tile, 16 * warp, {}}, v_rows = {v_tile, 16 * warp, {}};
   float dk[D / 8][4], dv[D / 8][4];
   clear(dk);
   clear(dv);
 
-  k_tile.template load<kKeys, kThreads>(p.k.head(b, h), key0, key_end, p.aligned);
-  v_tile.template load<kKeys, kThreads>(p.v.head(b, h), key0, key_end, p.aligned);
+  k_tile.template load<kKeys, kThreads>(p.k.head(b, h), key0, kv_steps, p.aligned);
+  v_tile.template load<kKeys, kThreads>(p.v.head(b, h), key0, kv_steps, p.aligned);
   if (tile_begin < tile_end) {
     load_queries(0, tile_begin);
   } else {
@@ -155,10 +155,10 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const Visibilit
       k_rows.prepare();
       v_rows.prepare();
     }
-    const int query0 = query_origin + tile * kQueries;
-    const int last_query = query0 + kQueries < q_end ? query0 + kQueries - 1 : q_end - 1;
-    const Span first_span = visible.keys_of(query0), last_span = visible.keys_of(last_query);
-    if (warp_first >= key_end || warp_first >= last_span.hi || warp_last < first_span.lo) continue;
+    const int query0 = tile * kQueries;
+    const int last_query = query0 + kQueries < q_steps ? query0 + kQueries - 1 : q_steps - 1;
+    const Span first_span = p.visible.keys_of(query0), last_span = p.visible.keys_of(last_query);
+    if (warp_first >= kv_steps || warp_first >= last_span.hi || warp_last < first_span.lo) continue;
     const bool masked = warp_first < last_span.lo || warp_last >= first_span.hi;
 
     float s[kN][4], ds[kN][4];  // rows: keys, columns: queries
@@ -174,14 +174,13 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const Visibilit
         WGPT_UNROLL
         for (int half = 0; half < 2; ++half) {
           float weight = exp2_approx(s[n][2 * half + c] * p.scale_log2 - lse_log2);
-          float slope = ds[n][2 * half + c] - delta;
           if (masked) {
-            const Span span = visible.keys_of(query0 + column + c);
+            const Span span = p.visible.keys_of(query0 + column + c);
             const int key = warp_first + g + 8 * half;
-            if (key < span.lo || key >= span.hi) weight = slope = 0.f;
+            if (key < span.lo || key >= span.hi) weight = 0.f;
           }
           s[n][2 * half + c] = weight;
-          ds[n][2 * half + c] = weight * slope;
+          ds[n][2 * half + c] = weight * (ds[n][2 * half + c] - delta);
         }
       }
     }
@@ -189,39 +188,21 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const Visibilit
     add_weighted_rows<T, D>(dk, ds, q_tile(stage));
   }
   // Only this warp reads these rows of K and V, so it may write their gradients through them.
-  store_rows<T, D>(dk, {p.scale, p.scale}, k_tile, 16 * warp, p.dk.head(b, h), warp_first, key_end,
+  store_rows<T, D>(dk, {p.scale, p.scale}, k_tile, 16 * warp, p.dk.head(b, h), warp_first, kv_steps,
                    p.aligned);
-  store_rows<T, D>(dv, {1.f, 1.f}, v_tile, 16 * warp, p.dv.head(b, h), warp_first, key_end,
+  store_rows<T, D>(dv, {1.f, 1.f}, v_tile, 16 * warp, p.dv.head(b, h), warp_first, kv_steps,
                    p.aligned);
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
-                                  KeyValueGradTiles<T, D>::kMinBlocks)
-    key_value_grad_kernel(BackwardParams<T> p) {
-  constexpr int kKeys = KeyValueGradTiles<T, D>::kOwned;
-  WGPT_DYNAMIC_SHARED(shared);
-  const int batch_head = blockIdx.x % p.n_batch_heads;
-  const Visibility visible = p.visible.of_item(batch_head / p.n_heads);
-  const int key0 =
-      static_cast<int>(blockIdx.x / p.n_batch_heads) * kKeys;  // for causal, the longest come first
-  const int block_end = key0 + kKeys < visible.kv_steps ? key0 + kKeys : visible.kv_steps;
-  const int offset = visible.kv_steps - visible.q_steps;  // from a query to the key at its position
-  for (int begin = key0, end; begin < block_end; begin = end) {
-    end = visible.segment_end(begin - offset, block_end - offset) + offset;
-    if (begin > key0) __syncthreads();  // every warp has done with the tiles of the document before
-    key_value_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
-  }
-}
-
-// Queries [row0, q_end) of a block, which have no border of documents between them.
-template <typename T, int D>
-WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const Visibility& visible, T* base,
-                                 int batch_head, int row0, int q_end) {
+__global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles<T, D>::kMinBlocks)
+    query_grad_kernel(BackwardParams<T> p, int n_tiles) {
   using Sizes = QueryGradTiles<T, D>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kRows = Sizes::kOwned, kKeys = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kKeys / 8;
+  WGPT_DYNAMIC_SHARED(shared);
+  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile q_tile = {base}, d_out_tile = {base + HeadTile::elements(kRows)};
   const auto k_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kRows + 2 * stage * kKeys)};
@@ -230,52 +211,54 @@ WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const Visibility& v
     return HeadTile{base + HeadTile::elements(2 * kRows + (2 * stage + 1) * kKeys)};
   };
 
+  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
+  const int row0 = (n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
   const Rows<const T> k = p.k.head(b, h), v = p.v.head(b, h);
-  const int key_origin = visible.key_origin(row0);
-  const int key_end = visible.key_end(q_end - 1);
-  const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;
-  const int tile_end = ceil_div(visible.keys_of(q_end - 1).hi - key_origin, kKeys);
+  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
+  const int last_row = row0 + kRows < q_steps ? row0 + kRows - 1 : q_steps - 1;
+  const int tile_begin = p.visible.keys_of(row0).lo / kKeys;
+  const int tile_end = ceil_div(p.visible.keys_of(last_row).hi, kKeys);
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row0 = row0 + 16 * warp,
-            warp_last = warp_row0 + 16 < q_end ? warp_row0 + 15 : q_end - 1;
-  const Span first_span = visible.keys_of(warp_row0), last_span = visible.keys_of(warp_last);
+            warp_last = warp_row0 + 16 < q_steps ? warp_row0 + 15 : q_steps - 1;
+  const Span first_span = p.visible.keys_of(warp_row0), last_span = p.visible.keys_of(warp_last);
   Span row_span[2];
   float lse_log2[2], delta[2];
   WGPT_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row0 + g + 8 * half;
-    const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + row;
-    row_span[half] = visible.keys_of(row);
-    lse_log2[half] = row < q_end ? p.lse[at] * kLog2E : INFINITY;
-    delta[half] = row < q_end ? p.delta[at] : 0.f;
+    const int64_t at = static_cast<int64_t>(batch_head) * q_steps + row;
+    row_span[half] = p.visible.keys_of(row);
+    lse_log2[half] = row < q_steps ? p.lse[at] * kLog2E : INFINITY;
+    delta[half] = row < q_steps ? p.delta[at] : 0.f;
   }
   LeftRows<T, D, Sizes::kKeep> q_rows = {q_tile, 16 * warp, {}},
                                d_out_rows = {d_out_tile, 16 * warp, {}};
   float dq[D / 8][4];
   clear(dq);
 
-  const auto load_keys = [&](int stage, int tile) {
-    const int key0 = key_origin + tile * kKeys;
-    k_tile(stage).template load<kKeys, kThreads>(k, key0, key_end, p.aligned);
-    v_tile(stage).template load<kKeys, kThreads>(v, key0, key_end, p.aligned);
-    copy_async_commit();
-  };
-  q_tile.template load<kRows, kThreads>(p.q.head(b, h), row0, q_end, p.aligned);
-  d_out_tile.template load<kRows, kThreads>(p.d_out.head(b, h), row0, q_end, p.aligned);
-  load_keys(0, tile_begin);
+  q_tile.template load<kRows, kThreads>(p.q.head(b, h), row0, q_steps, p.aligned);
+  d_out_tile.template load<kRows, kThreads>(p.d_out.head(b, h), row0, q_steps, p.aligned);
+  k_tile(0).template load<kKeys, kThreads>(k, tile_begin * kKeys, kv_steps, p.aligned);
+  v_tile(0).template load<kKeys, kThreads>(v, tile_begin * kKeys, kv_steps, p.aligned);
+  copy_async_commit();
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     const int stage = (tile - tile_begin) % 2;
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) load_keys(1 - stage, tile + 1);
+    if (tile + 1 < tile_end) {
+      k_tile(1 - stage).template load<kKeys, kThreads>(k, (tile + 1) * kKeys, kv_steps, p.aligned);
+      v_tile(1 - stage).template load<kKeys, kThreads>(v, (tile + 1) * kKeys, kv_steps, p.aligned);
+      copy_async_commit();
+    }
     if (tile == tile_begin) {
       q_rows.prepare();
       d_out_rows.prepare();
     }
-    const int key0 = key_origin + tile * kKeys;
-    if (warp_row0 >= q_end || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
+    const int key0 = tile * kKeys;
+    if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
     const bool masked = key0 < last_span.lo || key0 + kKeys > first_span.hi;
 
     float s[kN][4], ds[kN][4];
@@ -286,34 +269,17 @@ WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const Visibility& v
       WGPT_UNROLL
       for (int i = 0; i < 4; ++i) {
         float weight = exp2_approx(s[n][i] * p.scale_log2 - lse_log2[i / 2]);
-        float slope = ds[n][i] - delta[i / 2];
         if (masked) {
           const int key = key0 + 8 * n + 2 * t + i % 2;
-          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) weight = slope = 0.f;
+          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) weight = 0.f;
         }
-        ds[n][i] = weight * slope;
+        ds[n][i] = weight * (ds[n][i] - delta[i / 2]);
       }
     }
     add_weighted_rows<T, D>(dq, ds, k_tile(stage));
   }
-  store_rows<T, D>(dq, {p.scale, p.scale}, q_tile, 16 * warp, p.dq.head(b, h), warp_row0, q_end,
+  store_rows<T, D>(dq, {p.scale, p.scale}, q_tile, 16 * warp, p.dq.head(b, h), warp_row0, q_steps,
                    p.aligned);
-}
-
-template <typename T, int D>
-__global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles<T, D>::kMinBlocks)
-    query_grad_kernel(BackwardParams<T> p, int n_tiles) {
-  constexpr int kRows = QueryGradTiles<T, D>::kOwned;
-  WGPT_DYNAMIC_SHARED(shared);
-  const int batch_head = blockIdx.x % p.n_batch_heads;
-  const Visibility visible = p.visible.of_item(batch_head / p.n_heads);
-  const int row0 = (n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
-  const int block_end = row0 + kRows < visible.q_steps ? row0 + kRows : visible.q_steps;
-  for (int begin = row0, end; begin < block_end; begin = end) {
-    end = visible.segment_end(begin, block_end);
-    if (begin > row0) __syncthreads();  // every warp has done with the tiles of the document before
-    query_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
-  }
 }
 
 template <typename T, int D>
@@ -334,7 +300,7 @@ const char* backward(const FlashAttentionBackward& a, Stream stream) {
   p.lse = static_cast<const float*>(a.lse);
   p.d_lse = static_cast<const float*>(a.d_lse);
   p.delta = static_cast<float*>(a.workspace);
-  p.visible = visibility(s, a.first_key);
+  p.visible = visibility(s);
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
   p.scale = static_cast<float>(s.scale);

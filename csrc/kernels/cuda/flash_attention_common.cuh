@@ -19,25 +19,8 @@ struct Span {
 struct Visibility {
   int q_steps, kv_steps, window;
   bool causal;
-  const int32_t* first_key;  // (B, Tq), or of one item; nullptr for 0
 
-  WGPT_DEVICE Visibility of_item(int64_t b) const {
-    Visibility item = *this;
-    if (first_key != nullptr) item.first_key += b * q_steps;
-    return item;
-  }
-
-  // Nobody has checked the values on the device: whatever they are, a query sees a key, and no key that is not there.
-  WGPT_DEVICE Span keys_of(int query) const {
-    Span keys = keys_without_first(query);
-    if (first_key != nullptr) {
-      const int first = first_key[query < q_steps ? query : q_steps - 1];
-      if (first > keys.lo) keys.lo = first < keys.hi ? first : keys.hi - 1;
-    }
-    return keys;
-  }
-
-  WGPT_HOST_DEVICE Span keys_without_first(int query) const {
+  WGPT_HOST_DEVICE Span keys_of(int query) const {
     const int position = query + kv_steps - q_steps;
     const int lo = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
     int hi = kv_steps;
@@ -49,55 +32,7 @@ struct Visibility {
     return {lo, hi};
   }
 
-  // Where a grid of key tiles begins for a run of queries that begins with this one: a packed document gets the tiles,
-  // and so the bits, that it gets alone.
-  WGPT_DEVICE int key_origin(int query) const {
-    if (first_key == nullptr) return 0;
-    const int first = first_key[query], last = keys_without_first(query).hi - 1;
-    return first < 0 ? 0 : first < last ? first : last;
-  }
-
-  // Keys from here on are not loaded for queries that end with this one: those of another document.
-  WGPT_DEVICE int key_end(int last_query) const {
-    return first_key == nullptr ? kv_steps : keys_of(last_query).hi;
-  }
-
-  // The same as key_origin for the query tiles of a run of keys.
-  WGPT_DEVICE int query_origin(int key) const {
-    const int query = key - (kv_steps - q_steps);
-    if (first_key == nullptr || !causal || query < 0) return 0;
-    const int first = key_origin(query) - (kv_steps - q_steps);
-    return first > 0 ? first : 0;
-  }
-
-  // The first query in (query, end) whose first key is its own position, else `end`: no query from there on shares a key
-  // with one before, so tiles that cross this border are taken apart. 0 times an infinite value of another document
-  // would be NaN. The whole warp calls it.
-  WGPT_DEVICE int segment_end(int query, int end) const {
-    if (first_key == nullptr || !causal) return end;
-    for (int from = query + 1 > 0 ? query + 1 : 0; from < end; from += kWarp) {
-      const int mine = from + lane_id();
-      const unsigned begins =
-          __ballot_sync(kFullWarp, mine < end && first_key[mine] >= mine + kv_steps - q_steps);
-      if (begins != 0) return from + __ffs(static_cast<int>(begins)) - 1;
-    }
-    return end;
-  }
-
-  // The first query in [lo, hi) whose first key comes after `key`, else hi: each step asks a warp's 32 lanes, which all
-  // must call it.
-  WGPT_DEVICE int first_blind(int key, int lo, int hi) const {
-    if (first_key == nullptr) return hi;
-    while (lo < hi) {
-      const int step = ceil_div(hi - lo, kWarp), mine = lo + (lane_id() + 1) * step - 1;
-      const unsigned sees = __ballot_sync(kFullWarp, mine < hi && first_key[mine] <= key);
-      lo += __popc(sees) * step;
-      hi = lo + step - 1 < hi ? lo + step - 1 : hi;
-    }
-    return hi;
-  }
-
-  // The queries [lo, hi) that see any of the keys [first, last], first_key apart.
+  // The queries [lo, hi) that see any of the keys [first, last].
   WGPT_HOST_DEVICE Span queries_of(int first, int last) const {
     const int offset = kv_steps - q_steps;
     int lo = causal ? first - offset : window > 0 ? first - window + 1 - offset : 0;
@@ -255,9 +190,9 @@ inline const char* check(const FlashAttentionShape& s) {
   return nullptr;
 }
 
-inline Visibility visibility(const FlashAttentionShape& s, const int32_t* first_key) {
+inline Visibility visibility(const FlashAttentionShape& s) {
   return {static_cast<int>(s.q_steps), static_cast<int>(s.kv_steps), static_cast<int>(s.window),
-          s.causal, first_key};
+          s.causal};
 }
 
 // Calls f(integral_constant<int, D>).

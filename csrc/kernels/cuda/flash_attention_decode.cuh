@@ -89,9 +89,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(DecodeParam
   const int i = static_cast<int>(row % p.visible.q_steps);
   const int64_t batch_head = row / p.visible.q_steps, b = batch_head / p.n_heads,
                 h = batch_head % p.n_heads;
-  const Visibility visible = p.visible.of_item(b);
-  const Span all = visible.keys_of(i);
-  const int from = visible.keys_of(0).lo + static_cast<int>(blockIdx.y) * p.keys_per_split;
+  const Span all = p.visible.keys_of(i);
+  const int from = p.visible.keys_of(0).lo + static_cast<int>(blockIdx.y) * p.keys_per_split;
   const int begin = from > all.lo ? from : all.lo;
   const int end = from + p.keys_per_split < all.hi ? from + p.keys_per_split : all.hi;
   const int group = threadIdx.x / kGroup, column = threadIdx.x % kGroup * kW;
