@@ -51,7 +51,7 @@ def make_audio(folder: Path, n_files: int = 10, seconds: float = 0.5) -> Path:
     """Noise of differing lengths in two groups, in three formats."""
     rng = np.random.default_rng(0)
     for i in range(n_files):
-        suffix = ("wav", "flac", "ogg")[i % 3]
+        suffix = ("wav", "flac", "aiff")[i % 3]  # each writes the same bytes every time
         path = folder / ("speech" if i % 3 else "music") / f"{i:02d}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         x = rng.standard_normal(int(24_000 * seconds * (1 + i % 4))) * 0.05 * (1 + i % 5)
