@@ -1,4 +1,4 @@
-"""What a training says on its way where there is no terminal, and when its loss runs away."""
+"""What a training logs where there is no terminal, and when its loss runs away."""
 
 import pytest
 

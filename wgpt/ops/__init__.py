@@ -8,8 +8,8 @@
 
 The second group has CPU kernels because a profile of the training step asked for them there;
 elsewhere it is the same formula in plain torch, and so is flash_attention with `first_key` on CUDA.
-`reference` specifies every op that way. A build
-without CUDA kernels raises OpError for the first group on CUDA tensors.
+`reference` specifies every op that way. A build without CUDA kernels raises OpError for the first
+group on CUDA tensors.
 
 On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.
