@@ -213,6 +213,12 @@ class TrainConfig:
     max_steps: int = _documented(2000, "optimizer steps")
     batch_size: int = _documented(8, "windows per step, over all processes together", group="data")
     context_s: float = _documented(10.0, "length of a training window, seconds", group="data")
+    join_s: float = _documented(
+        0.0,
+        "join short clips of a group, in order, to this length: the model learns what follows a "
+        "clip, s; 0: each alone",
+        group="data",
+    )
     lr: float = _documented(1e-3, "peak learning rate")
     min_lr_ratio: float = _documented(0.1, "final learning rate over the peak")
     warmup_steps: int = _documented(100, "steps of linear warm-up")
@@ -301,6 +307,7 @@ class TrainConfig:
         for name in ("sample_every", "sample_s", "seed", "eval_audio_s", "patience"):
             check(name, "at least 0", getattr(self, name) >= 0)
         check("context_s", "at least one step (1/75 s)", self.context_steps >= 1)
+        check("join_s", "in [0, 3600]", 0 <= self.join_s <= 3600)
         check("lr", "positive", self.lr > 0)
         check("min_lr_ratio", "in [0, 1]", 0 <= self.min_lr_ratio <= 1)
         check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)

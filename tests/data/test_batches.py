@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -327,3 +328,38 @@ def test_bad_batch_settings_are_refused() -> None:
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             batches.TrainingBatches(hand_split(), **(good | change))
+
+
+def test_joined_clips_are_the_same_steps_in_fewer_clips(data) -> None:
+    """Neighbours of one group, until they are long enough; what follows a clip is then learnt."""
+    whole = dataset_module.Dataset(data).split("train")
+    lengths = np.diff(whole.offsets)
+    joined = whole.joined(int(lengths[:2].sum()))
+    assert joined.groups[0] == whole.groups[0] == whole.groups[1]
+    assert joined.clip_steps(0) == lengths[0] + lengths[1]
+    for got, first, second in zip(
+        joined.clip(0, "wave"), whole.clip(0, "wave"), whole.clip(1, "wave"), strict=True
+    ):
+        axis = 1 if got.dtype == torch.int64 else 0
+        assert torch.equal(got, torch.cat([first, second], axis))
+    other = dataclasses.replace(whole, groups=[str(i // 2) for i in range(whole.n_clips)])
+    for n_steps in (0, 1, 40, 10**9):
+        by_group = other.joined(n_steps)
+        assert by_group.n_steps == whole.n_steps and set(by_group.offsets) <= set(whole.offsets)
+        pairs = {int(whole.offsets[i]): str(i // 2) for i in range(whole.n_clips)}
+        assert by_group.groups == [pairs[int(start)] for start in by_group.offsets[:-1]]
+    assert other.joined(0).n_clips == whole.n_clips
+    assert other.joined(10**9).n_clips == -(-whole.n_clips // 2)  # never across groups
+    empty = dataset_module.Dataset(data).split("test")
+    assert empty.joined(100).n_clips == 0
+
+
+def test_a_batch_of_joined_clips_goes_on_across_the_joint(data) -> None:
+    """The first step of the second clip is predicted from the last of the first, not from BOS."""
+    whole = dataset_module.Dataset(data).joined(3600.0).split("train")
+    joint = int(np.diff(dataset_module.Dataset(data).split("train").offsets)[0])
+    batch = batches.collate(whole, [[Segment(0, joint, joint + 4, joint)]], mel_source="wave")
+    codes, frames = whole.clip(0, "wave")
+    assert batch.tokens[0].tolist() == codes[0, joint - 1 : joint + 3].tolist()
+    assert batch.targets[0].tolist() == codes[0, joint : joint + 4].tolist()
+    assert torch.equal(batch.frames[0], frames[joint - 1 : joint + 3])

@@ -9,6 +9,9 @@ import pytest
 from wgpt.cli import main
 from wgpt.config import ModelConfig, TrainConfig
 from wgpt.data.dataset import Dataset
+from wgpt.evaluation import evaluate
+from wgpt.evaluation.scores import score
+from wgpt.model import HybridModel
 from wgpt.model.presets import preset
 from wgpt.runs.run import Run
 from wgpt.training import launch, plan, train
@@ -33,6 +36,7 @@ def test_a_known_codec_starts_from_the_packaged_model():
     chosen, settings = planned(facts())
     assert chosen.preset is None and settings.init == "starter"
     assert settings.mel_source == "decoded-8" and chosen.model["end_of_clip"]
+    assert settings.join_s == 60
     for other in (facts(start="", start_mel_source=""), facts(mel_sources=("wave",))):
         chosen, settings = planned(other)
         assert chosen.preset == "voice-xs" and settings.init == ""
@@ -131,6 +135,25 @@ def test_train_without_flags_goes_on_from_a_model_that_knows_the_codec(
     assert (run.preset, run.model.end_of_clip, run.model.dropout) == ("hybrid-xs", True, 0.2)
     scratch = train(prepared, tmp_path / "other", model={"n_layers": 1}, **settings)
     assert scratch["preset"] == "voice-xs" and not Run.open(tmp_path / "other").config.init
+
+
+def test_a_run_trains_scores_and_is_evaluated_on_joined_clips(prepared, tmp_path, quick):
+    """The presets of the paper keep clips apart."""
+    settings = {"sample_s": 0.0, "device": "cpu", "eval_audio_s": 2.0, "max_steps": 1}
+    small = {"n_layers": 1, "n_mel_layers": 1}
+    train(prepared, tmp_path / "voice", model=small, **settings)
+    run = Run.open(tmp_path / "voice")
+    apart, together = Dataset(prepared).split("valid"), run.dataset().split("valid")
+    assert together.n_clips < apart.n_clips and together.n_steps == apart.n_steps
+    result = evaluate(tmp_path / "voice", prepared)
+    model, steps = HybridModel.from_pretrained(run.model_folder), run.config.context_steps
+    nll = {
+        split: score("", model, split, context_steps=steps).row()["nll_nats"]
+        for split in (together, apart)
+    }
+    row = next(row for row in result["rows"] if "teacher-forced" in row["model"])
+    assert row["nll_nats"] == pytest.approx(nll[together]) != pytest.approx(nll[apart])
+    assert TrainConfig().join_s == 0
 
 
 def test_the_plan_is_measured_on_a_model_of_its_own(prepared, tmp_path, quick, monkeypatch):

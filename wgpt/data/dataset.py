@@ -12,9 +12,10 @@ samples, which sees the future: for experiments on leakage only).
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wgpt.config import MelConfig
+from wgpt.config import STEP_RATE_HZ, MelConfig
 from wgpt.errors import DataError
 from wgpt.files import sha256_of
 
@@ -88,6 +89,20 @@ class Split:
         frames = self.mel_array(mel_source)[first * r : last * r]
         return tokens, torch.from_numpy(frames.astype(np.float32))
 
+    def joined(self, n_steps: int) -> Split:
+        """The same steps in fewer clips: neighbours of one group, in order, are one clip until it
+        has n_steps; 0: as they are."""
+        starts = [0] if self.n_clips else []
+        for i in range(1, self.n_clips):
+            is_full = self.offsets[i] - self.offsets[starts[-1]] >= n_steps
+            if is_full or self.groups[i] != self.groups[i - 1]:
+                starts.append(i)
+        return replace(
+            self,
+            offsets=np.append(self.offsets[starts], self.offsets[-1]),
+            groups=[self.groups[i] for i in starts],
+        )
+
     def mel_array(self, source: str) -> np.ndarray:
         """The float16 (N * r, M) array of a source."""
         if source not in self.mel:
@@ -147,6 +162,13 @@ class Dataset:
         if name not in self._splits:
             raise DataError(f"{self.path}: split must be one of {SPLITS}, got {name!r}")
         return self._splits[name]
+
+    def joined(self, seconds: float) -> Dataset:
+        """These data with short clips joined to this length or more, see Split.joined."""
+        other = copy.copy(self)
+        n_steps = round(seconds * STEP_RATE_HZ)
+        other._splits = {name: split.joined(n_steps) for name, split in self._splits.items()}
+        return other
 
     def normalisation(self, source: str) -> tuple[Tensor, Tensor]:
         """Per-bin (mean, inv_std) of the training split, float32 (M,) each.

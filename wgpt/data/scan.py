@@ -74,7 +74,7 @@ def hash_all(
 def list_sources(
     found: Found, facts: dict[str, dict[str, Any]], reasons: dict[str, str]
 ) -> tuple[list[Source], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The files that worked, in order of name; manifest entries of duplicates and of the skipped.
+    """The files that worked, by group and name; manifest entries of duplicates and of the skipped.
 
     Two files whose samples are the same (a WAV and its FLAC) are duplicates too.
     """
@@ -102,4 +102,5 @@ def list_sources(
             duplicates.append(duplicate)
         else:
             skipped.append({"path": duplicate["path"], "sha256": digest, "reason": reasons[digest]})
-    return sorted(sources, key=lambda source: source.path), duplicates, skipped
+    # Neighbours belong together: see Split.joined.
+    return sorted(sources, key=lambda source: (source.group, source.path)), duplicates, skipped

@@ -64,6 +64,8 @@ class ModelRecord:
     def dataset(self, path: str | Path | None = None) -> Dataset:
         """Prepared data whose tokens and slices are the model's; by default those of its run.
 
+        Clips are joined as the run joined them (TrainConfig.join_s).
+
         Raises ConfigError when there is neither a path nor a run, DataError when the data were
         made with another codec or mel.
         """
@@ -83,7 +85,7 @@ class ModelRecord:
                 f"{dataset.path}: its mel slices were made with {to_json(dataset.mel_config)}, "
                 f"this model's with {to_json(self.mel)}; prepare it with the same settings"
             )
-        return dataset
+        return dataset.joined(self.run.config.join_s if self.run is not None else 0.0)
 
 
 def _run_around(folder: Path) -> Run | None:

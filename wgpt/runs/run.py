@@ -120,7 +120,7 @@ class Run:
                 f"{dataset.path}: its mel slices were made with {to_json(dataset.mel_config)}, "
                 f"this run's with {self.data['mel']}; prepare it with the same settings"
             )
-        return dataset
+        return dataset.joined(self.config.join_s)
 
     def codec(self, device: str = "cpu") -> codecs.Codec:
         """The codec of the run. Raises CodecError when its weights are no longer the same."""

@@ -217,7 +217,7 @@ def _resolved(
     processes = ProcessGroup.join(settings.device)
     check_ranks(settings, processes)
     run = Run(out, preset, shape, settings, facts_of(dataset))
-    return Job(run, dataset, warm, processes, facts_about(dataset), why)
+    return Job(run, dataset.joined(settings.join_s), warm, processes, facts_about(dataset), why)
 
 
 def _resumed(

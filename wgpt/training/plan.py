@@ -18,6 +18,7 @@ from wgpt.config import STEP_RATE_HZ, ModelConfig, TrainConfig
 from wgpt.model import HybridModel
 
 BATCH_SIZE = 8
+JOIN_S = 60.0  # a model of single clips of 2 s learns little but to end them
 CONTEXT_STEPS = 512  # twice the attention window of the presets for one's own recordings
 N_VALIDATIONS = 20
 WORTH_IT_S = 480.0  # time that a training may always take, and more with more audio:
@@ -66,7 +67,8 @@ def shape_for(facts: Facts, wants_shape: bool = False) -> Plan:
     spoken = f"decoded-{facts.n_codebooks}"  # the mel that a model with all codebooks makes
     hours = facts.hours
     common = {"batch_size": BATCH_SIZE, "context_s": CONTEXT_STEPS / STEP_RATE_HZ,
-              "fine_weight": 1.0, "fine_share": 0.25, "eval_audio_s": 60.0}  # fmt: skip
+              "join_s": JOIN_S, "eval_audio_s": 180.0,
+              "fine_weight": 1.0, "fine_share": 0.25}  # fmt: skip
     # Little audio is soon known by heart.
     model: dict[str, Any] = {"dropout": 0.2 if hours < 1 else 0.1, "end_of_clip": True}
     if facts.start and facts.start_mel_source in facts.mel_sources and not wants_shape:

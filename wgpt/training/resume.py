@@ -13,7 +13,7 @@ from wgpt.runs.run import Run
 from wgpt.training.initial_weights import CHANGEABLE_FIELDS
 
 # What the weights so far mean, or came from: another value makes another run, begun from this one.
-_FIXED = ("seed", "mel_source", "init", "freeze_trunk")
+_FIXED = ("seed", "mel_source", "join_s", "init", "freeze_trunk")
 _FIELDS = {f.name: f for kind in (TrainConfig, ModelConfig) for f in dataclasses.fields(kind)}
 
 
