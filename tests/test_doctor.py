@@ -1,7 +1,9 @@
 """wgpt doctor: it finds what is there, and says so where something is broken."""
 
 import json
+import shutil
 import sys
+from importlib import resources
 
 import pytest
 
@@ -48,3 +50,21 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     findings = {finding.subject: finding for finding in doctor.check_packages()}
     assert findings["no-such-package"].status == "problem"
     assert "pip install no-such-package" in findings["no-such-package"].detail
+
+
+def test_the_speech_in_the_package_has_its_sources_and_is_whole(tmp_path, monkeypatch):
+    real = resources.files("wgpt") / "assets" / "speech"
+    sources = json.loads((real / "sources.json").read_text(encoding="utf-8"))
+    named = {recording["file"] for recording in sources["recordings"]}
+    assert named == {path.name for path in real.iterdir() if path.suffix == ".ogg"}
+    assert all(len(recording["sha256"]) == 64 for recording in sources["recordings"])
+    texts = (real / "text.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in texts] == sorted(named)
+    assert sources["licence"] in doctor._speech().detail and (real / "LICENCE.txt").is_file()
+
+    shutil.copytree(real, tmp_path / "assets" / "speech")
+    monkeypatch.setattr(doctor.resources, "files", lambda name: tmp_path)
+    assert doctor._speech().status == "ok"
+    (tmp_path / "assets" / "speech" / "ru-0012.ogg").unlink()
+    assert "must hold ru-0012.ogg" in doctor._speech().detail
+    assert doctor._speech().status == "problem"

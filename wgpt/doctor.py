@@ -186,7 +186,7 @@ def _check_cuda(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _trained_on(name: str) -> str:
-    """What the packaged codec learnt from, and under which licences, if it says so."""
+    """What a packaged codec or model learnt from, and under which licences, if it says so."""
     path = resources.files("wgpt") / "assets" / name / "sources.json"
     if not path.is_file():
         return ""
@@ -197,7 +197,7 @@ def _trained_on(name: str) -> str:
 
 
 def check_assets() -> Iterator[Finding]:
-    """The codec and recordings that the package carries, and the released codec if it is here."""
+    """What the package carries, where it comes from, and the released codec if it is here."""
     try:
         from wgpt import codec
     except Exception as error:
@@ -220,11 +220,23 @@ def check_assets() -> Iterator[Finding]:
         yield _note("codec encodec_24khz", str(error))
     else:
         yield _ok("codec encodec_24khz", "found")
-    speech = resources.files("wgpt") / "assets" / "speech"
-    clips = speech.iterdir() if speech.is_dir() else ()
-    n_clips = sum(clip.name.endswith((".ogg", ".opus")) for clip in clips)
-    status = _ok if n_clips else _note
-    yield status("speech", f"{n_clips} recordings in the package")
+    yield _ok("model starter", f"in the package{_trained_on('starter')}")
+    yield _speech()
+
+
+def _speech() -> Finding:
+    """The recordings in the package, each with its source."""
+    folder = resources.files("wgpt") / "assets" / "speech"
+    try:
+        sources = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        names = [recording["file"] for recording in sources["recordings"]]
+        missing = [name for name in names if not (folder / name).is_file()]
+        detail = f"{len(names)} recordings of {sources['package']} ({sources['licence']})"
+    except (OSError, ValueError, KeyError) as error:
+        return _problem("speech", _first_line(error))
+    if missing:
+        return _problem("speech", f"must hold {missing[0]}, which is gone; install wgpt again")
+    return _ok("speech", detail)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

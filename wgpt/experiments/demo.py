@@ -35,7 +35,7 @@ from wgpt.training import train
 log = logging.getLogger(__name__)
 
 GROUPS = ("speech", "music")
-HELD_OUT = 9  # every ninth voice, and piece of music, is for validation
+HELD_OUT = 6  # every sixth sentence, and piece of music, is for validation
 SAMPLING = Sampling(top_k=100, end_of_clip=False)  # as long as the true rest
 # Windows of 3.4 s and a high rate suit a million parameters and 25 minutes of sound.
 SETTINGS: dict[str, Any] = {
@@ -147,7 +147,9 @@ def demo(
 def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
     """The package's speech and freshly rendered music, as folder/speech and folder/music.
 
-    Returns folder/recordings.csv, which lists them and holds out every ninth voice and piece.
+    The speech is one reader's: the package holds no second human voice whose licence allows it.
+
+    Returns folder/recordings.csv, which lists them and holds out every sixth sentence and piece.
     """
     sizes = sizes or Sizes()
     (folder / "speech").mkdir(parents=True)
@@ -158,14 +160,10 @@ def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
     for seed in range(sizes.music_clips):
         wave = synth.render_music(sizes.music_clip_s, seed=seed)
         audio.write(folder / "music" / f"music-{seed:03d}.flac", wave)
-    voices = {path: path.stem.partition("-")[2] for path in audio.find(folder / "speech")}
-    sources = {**voices, **{path: path.stem for path in audio.find(folder / "music")}}
     lines = ["path,group,split"]
     for group in GROUPS:
-        own = {path: source for path, source in sources.items() if path.parent.name == group}
-        held_out = sorted(set(own.values()))[::HELD_OUT]  # whole voices: 008-en-gb-m2 and all of it
-        for path, source in own.items():
-            split = "valid" if source in held_out else "train"
+        for number, path in enumerate(audio.find(folder / group)):
+            split = "train" if number % HELD_OUT else "valid"
             lines.append(f"{group}/{path.name},{group},{split}")
     listed = folder / "recordings.csv"
     listed.write_text("\n".join(lines) + "\n")
@@ -174,7 +172,7 @@ def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
 
 def unheard(out: Path, group: str, sizes: Sizes) -> list[tuple[str, np.ndarray]]:
     """Names and waves of up to n_prompts sounds, a prompt and its rest, that no model was
-    trained on: music rendered anew, speech of the voices held out."""
+    trained on: music rendered anew, sentences held out."""
     n_samples = sizes.sound_samples
     if group == "music":
         seeds = range(sizes.music_clips, sizes.music_clips + sizes.n_prompts)

@@ -70,9 +70,9 @@ class GenerationSession:
     def __init__(self, models: Mapping[str, AudioGenerator], limits: Limits) -> None:
         self.models = dict(models)
         self.limits = limits
-        lines = (EXAMPLES / "text.tsv").read_text().splitlines()
+        lines = (EXAMPLES / "text.tsv").read_text(encoding="utf-8").splitlines()
         every = -(-len(lines) // N_EXAMPLES)
-        self.examples = [line.split("\t") for line in lines[::every]]  # name, voice, text
+        self.examples = [line.split("\t") for line in lines[::every]]  # name, language, text
 
     def facts(self) -> dict[str, Any]:
         """What the page must know before the first request."""
@@ -88,8 +88,8 @@ class GenerationSession:
             "limits": asdict(self.limits),
             "sampling": asdict(Sampling(top_k=100)),
             "examples": [
-                {"language": voice.partition("+")[0], "text": re.split("(?<=[.!?]) ", text)[0]}
-                for _, voice, text in self.examples
+                {"language": language, "text": re.split("(?<=[.!?]) ", text)[0]}
+                for _, language, text in self.examples
             ],
             "rate_hz": SAMPLE_RATE_HZ,
             "step_samples": HOP_SAMPLES,

@@ -1,0 +1,342 @@
+"""What becomes of a person's own recordings? README's commands, on voices nobody trained on.
+
+    python benchmarks/recordings.py --out RECORDINGS
+    python benchmarks/voices.py --recordings RECORDINGS --work WORK [--cases CASE ...] \
+        [--out benchmarks/results/voices.json] [--threads 2]
+
+Each case lays out a folder of recordings of a held-out set of recordings.py and runs
+`wgpt prepare`, `train`, `eval` and `generate` on it with no other flag than README's:
+
+    15min     15 minutes of Dutch dialogue, whole scenes, and seven odd files among them
+    95min     all scenes but those held out
+    one-file  the same, joined to a single WAV
+    actor     15 minutes of one of the two actors
+    music     held-out orchestral tracks
+    starter   no training: the packaged model on the prompts of `15min`
+
+Judged are continuations of 4 s, by 16 clips of scenes (or tracks) that no case trains on, the whole
+clip and its first 2 s as the prompt, beside the true recordings and the codec's own round trip:
+share of silent 100 ms frames, periodicity (wgpt/evaluation/frechet.py), the cosine of
+resemblyzer's speaker embeddings to the whole clip, and the Frechet distance of log-mel slices to
+other real clips. Recordings are treated as prepare treats them (silence cut, -18 LUFS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from listeners import Listeners
+from spectrograms import draw_spectrograms
+
+import wgpt
+from wgpt import audio
+from wgpt.audio import Recording
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
+from wgpt.data.treatment import PIECE_SECONDS, Plan, Treatment, measure
+from wgpt.errors import AudioError
+from wgpt.evaluation.frechet import frechet_db, periodicity, statistics
+from wgpt.files import write_atomically
+from wgpt.generation import AudioGenerator, Sampling
+from wgpt.generation.listener import silent_share
+
+CASES = ("15min", "95min", "one-file", "actor", "music", "starter")
+SETS = {"music": "wesnoth-1.16-music"}
+SPEECH = "fillets-ng-data-nl"
+HELD_OUT_GROUPS = {SPEECH: 12, "wesnoth-1.16-music": 2}
+N_CLIPS, N_REFERENCE = 16, 64
+CLIP_S = (2.5, 8.0)  # of the clips that prompt
+SHORT_PROMPT_S, CONTINUE_S = 2.0, 4.0
+ACTOR = re.compile(r"-m-[^/]*$")  # file names say who speaks: one of two
+
+Wave = np.ndarray  # float32 (L,), 24 kHz
+
+
+# ------------------------------------------------------------------ recordings
+
+
+def rows_of(table: Path, package: str) -> list[dict[str, str]]:
+    """The rows of a held-out set, in an order that hashes give."""
+    with open(table, newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if row["package"] == package and row["split"] == "held-out"]  # fmt: skip
+    return sorted(rows, key=lambda row: row["sha256"])
+
+
+def held_out_groups(rows: list[dict[str, str]], n: int) -> set[str]:
+    """The n groups that no case trains on."""
+    groups = {row["group"] for row in rows}
+    return set(sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest())[:n])
+
+
+def treated(path: Path) -> list[Wave]:
+    """A recording as prepare would encode it, in pieces; none where it refuses it."""
+    recording = Recording(path)
+    try:
+        plan = Plan(measure(recording), Treatment(), HOP_SAMPLES, PIECE_SECONDS * SAMPLE_RATE_HZ)
+        return list(plan.pieces(recording))
+    except AudioError:
+        return []
+
+
+def clips_of(table: Path, rows: list[dict[str, str]], n: int) -> list[Wave]:
+    """n clips of at most CLIP_S[1] s: of short files the whole, of long ones several places."""
+    clips: list[Wave] = []
+    shortest, longest = (round(s * SAMPLE_RATE_HZ) // HOP_SAMPLES * HOP_SAMPLES for s in CLIP_S)
+    for row in rows:
+        for piece in treated(table.parent / row["path"]):
+            for start in range(0, max(len(piece) - shortest, 0), 3 * longest):
+                clips.append(piece[start : start + longest])
+    keep = [i * len(clips) // n for i in range(min(n, len(clips)))]
+    return [clips[i] for i in keep]
+
+
+def lay_out(case: str, table: Path, rows: list[dict[str, str]], folder: Path) -> None:
+    """The recordings of a case: a folder for each scene, as a person would have them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if case == "actor":
+        rows = [row for row in rows if ACTOR.search(row["path"])]
+    limit_s = 15 * 60 if case in ("15min", "actor") else np.inf
+    by_scene = sorted(rows, key=lambda row: (hashlib.sha256(row["group"].encode()).digest(),
+                                             row["path"]))  # fmt: skip
+    chosen, total_s = [], 0.0
+    for row in by_scene:
+        if total_s >= limit_s:
+            break
+        chosen.append(row)
+        total_s += float(row["seconds"])
+    sources = [table.parent / row["path"] for row in chosen]
+    if case == "one-file":
+        folder.mkdir(parents=True)
+        waves = [audio.read(source, SAMPLE_RATE_HZ) for source in sources]
+        soundfile.write(folder / "all.wav", np.concatenate(waves), SAMPLE_RATE_HZ)
+        return
+    for row, source in zip(chosen, sources, strict=True):
+        target = folder / row["group"].rpartition("/")[2] / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    if case == "15min":
+        add_odd_files(folder / "odd", table, rows_of(table, SPEECH))
+
+
+def add_odd_files(folder: Path, table: Path, rows: list[dict[str, str]]) -> None:
+    """What real folders also hold: files that are broken, empty, joined, cancelling, silent."""
+    folder.mkdir()
+    whole = [table.parent / row["path"] for row in rows if float(row["seconds"]) > 3][:3]
+    (folder / "broken.ogg").write_bytes(whole[0].read_bytes()[:900])
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "chained.ogg").write_bytes(whole[0].read_bytes() + whole[1].read_bytes())
+    wave = audio.read(whole[2], SAMPLE_RATE_HZ)
+    soundfile.write(folder / "antiphase.wav", np.stack([wave, -wave], 1), SAMPLE_RATE_HZ)
+    soundfile.write(folder / "silent.wav", np.zeros(72_000), SAMPLE_RATE_HZ)
+    (folder / "notes.txt").write_text("where and when\n")
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        print("no m4a among them: ffmpeg is not installed", file=sys.stderr)
+        return
+    subprocess.run([ffmpeg, "-v", "error", "-i", whole[2], folder / "interview.m4a"], check=True)
+
+
+# ------------------------------------------------------------------ commands
+
+
+class Commands:
+    """Runs wgpt's commands as a user would, and keeps their seconds."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.seconds = folder, dict[str, float]()
+        self.env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def __call__(self, *words: str | Path) -> str:
+        """Stdout of `wgpt WORDS`; what it says on stderr goes to FOLDER/log.txt."""
+        command = [sys.executable, "-m", "wgpt", *map(str, words)]
+        began = time.monotonic()
+        with open(self.folder / "log.txt", "a") as log:
+            log.write(f"\n$ wgpt {' '.join(map(str, words))}\n")
+            log.flush()
+            done = subprocess.run(
+                command, env=self.env, stdout=subprocess.PIPE, stderr=log, text=True, check=True
+            )
+            log.write(done.stdout)
+        self.seconds[str(words[0])] = round(time.monotonic() - began, 1)
+        return done.stdout
+
+
+def run_case(folder: Path, prompt: Wave, threads: int) -> dict[str, Any]:
+    """README's four commands on FOLDER/recordings. Returns what they say."""
+    for old in ("data", "run"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    (folder / "log.txt").unlink(missing_ok=True)
+    wgpt_ = Commands(folder, threads)
+    data, run = folder / "data", folder / "run"
+    wgpt_("prepare", folder / "recordings", "--out", data)
+    trained = json.loads(wgpt_("train", "--data", data, "--out", run, "--json"))
+    rows = json.loads(wgpt_("eval", run, "--json"))["rows"]
+    audio.write(folder / "x.wav", prompt)
+    wgpt_("generate", run, "--prompt", folder / "x.wav", "--seconds", "10",
+          "--out", folder / "y.wav")  # fmt: skip
+    manifest = json.loads((data / "manifest.json").read_text())
+    whole = {row["model"]: row["nll_nats"] for row in rows if row["group"] == "all"}
+    return {
+        "account": manifest["account"],
+        "minutes": {name: round(part["seconds"] / 60, 1) if "seconds" in part
+                    else round(part["steps"] / 75 / 60, 1)
+                    for name, part in manifest["totals"].items() if part},
+        "seconds": wgpt_.seconds,
+        "steps": trained["steps"],
+        "best_step": trained["best_step"],
+        "nll_nats": whole,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------ judging
+
+
+def judge(
+    generator: AudioGenerator, clips: list[Wave], reference: list[Wave], sampling: Sampling
+) -> tuple[dict[str, dict[str, float]], list[tuple[str, Wave]]]:
+    """The table of measures by kind of sound, and some sounds to look at."""
+    listeners = Listeners()
+    n_short = round(SHORT_PROMPT_S * SAMPLE_RATE_HZ)
+    n_steps = round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES
+    frontend = generator.frontend
+
+    def mel(wave: Wave) -> np.ndarray:
+        return frontend(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
+
+    # Slices of real sound, relative to the first 2 s of their clip as those that are judged.
+    real = statistics([mel(wave) for wave in reference], n_short // HOP_SAMPLES, skip_prompt=False)
+
+    def row(prompts: list[Wave], rests: list[Wave], alike: list[Wave] | None) -> dict[str, float]:
+        """alike: what is compared with the whole clips by speaker."""
+        pairs = list(zip(prompts, rests, strict=True))
+        mels = [mel(np.concatenate([prompt[-n_short:], rest])) for prompt, rest in pairs]
+        heard = [periodicity(np.concatenate(pair), len(pair[0])) for pair in pairs]
+        found = {
+            "silent": float(np.mean([silent_share(rest) for rest in rests])),
+            "periodicity": float(np.mean(heard)),
+            "frechet_db": frechet_db(statistics(mels, n_short // HOP_SAMPLES, True), real),
+        }
+        return found | speaker(alike)
+
+    def speaker(waves: list[Wave] | None) -> dict[str, float]:
+        if waves is None or "resemblyzer" in listeners.missing:
+            return {}
+        cosines = [listeners.speaker(*pair) for pair in zip(waves, clips, strict=True)]
+        return {"speaker": float(np.mean(cosines))}
+
+    def copy(wave: Wave) -> Wave:
+        wave = wave[: len(wave) // HOP_SAMPLES * HOP_SAMPLES]
+        heard = generator.codec.decode(generator.codec.encode(torch.from_numpy(wave.copy())))
+        return heard.cpu().numpy()
+
+    copies = [copy(clip) for clip in clips]
+    table = {
+        "real recordings": row([c[:n_short] for c in clips], [c[n_short:] for c in clips], None),
+        "codec's round trip": row(
+            [c[:n_short] for c in copies], [c[n_short:] for c in copies], copies
+        ),
+        "other real clips": speaker(reference[: len(clips)]),
+    }
+    shown: list[tuple[str, Wave]] = []
+    for title, prompts in (
+        ("after the whole clip", clips),
+        ("after 2 s", [clip[:n_short] for clip in clips]),
+    ):
+        batches = list(generator.steps_batch(prompts, n_steps, sampling, range(len(prompts))))
+        rests = [np.concatenate([batch[i].wave for batch in batches]) for i in range(len(prompts))]
+        table[title] = row(prompts, rests, rests)
+        shown += [(f"{title}, clip {i + 1}", np.concatenate([prompts[i], rests[i]]))
+                  for i in range(2)]  # fmt: skip
+    return table, shown
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Two tables: what the commands gave, and what is heard."""
+    lines = ["| case | minutes | prepare, train, eval, generate, s | steps, best | bigram, nats "
+             "| model | behind the bigram by |",
+             "|---|---:|---|---|---:|---:|---:|"]  # fmt: skip
+    for case, found in results.items():
+        if "nll_nats" not in found:
+            continue
+        nll = found["nll_nats"]
+        model = next(value for name, value in nll.items() if "teacher-forced" in name)
+        times = ", ".join(f"{s:.0f}" for s in found["seconds"].values())
+        lines.append(
+            f"| {case} | {found['minutes']['train']} | {times} | {found['steps']}, "
+            f"{found['best_step']} | {nll['bigram']:.2f} | {model:.2f} | "
+            f"{nll['bigram'] - model:.2f} |"
+        )
+    lines += ["", "| case | sound | silent | periodicity | speaker | Frechet, dB |",
+              "|---|---|---:|---:|---:|---:|"]  # fmt: skip
+    for case, found in results.items():
+        for name, row in found["heard"].items():
+            cells = (f"{row[key]:{form}}" if key in row else "" for key, form in (
+                ("silent", ".0%"), ("periodicity", ".2f"), ("speaker", ".3f"),
+                ("frechet_db", ".2f")))  # fmt: skip
+            lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the cases, print the tables to stderr and JSON to stdout; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recordings", type=Path, required=True, help="folder of recordings.py")
+    parser.add_argument("--work", type=Path, required=True, help="folder to work in")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--model", help="judge this model folder too, on every case's prompts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, help="file of results to write or to add to")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    table = args.recordings / "recordings.csv"
+    results: dict[str, Any] = {}
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())
+    for case in args.cases:
+        package = SETS.get(case, SPEECH)
+        rows = rows_of(table, package)
+        groups = held_out_groups(rows, HELD_OUT_GROUPS[package])
+        judged = [row for row in rows if row["group"] in groups]
+        if case == "actor":
+            judged = [row for row in judged if ACTOR.search(row["path"])]
+        clips = clips_of(table, judged, N_CLIPS + N_REFERENCE)
+        clips, reference = clips[:: len(clips) // N_CLIPS][:N_CLIPS], clips
+        reference = [c for c in reference if not any(c is clip for clip in clips)]
+        folder = args.work / case
+        folder.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {}
+        if case != "starter":
+            lay_out(case, table, [row for row in rows if row["group"] not in groups],
+                    folder / "recordings")  # fmt: skip
+            found = run_case(folder, clips[0], args.threads)
+        generator = wgpt.load(args.model or (folder / "run" if case != "starter" else "starter"))
+        sampling = Sampling(temperature=args.temperature, end_of_clip=False)
+        found["heard"], shown = judge(generator, clips, reference, sampling)
+        for i, (title, wave) in enumerate(shown):
+            audio.write(folder / f"{i} {title}.wav", wave)
+        draw_spectrograms(folder / "heard.png", shown, SAMPLE_RATE_HZ)
+        results[case] = found
+        if args.out:
+            write_atomically(args.out, json.dumps(results, indent=1) + "\n")
+        print(markdown({case: found}), file=sys.stderr)
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
