@@ -15,8 +15,8 @@ from wgpt.runs.model_record import ModelRecord
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
 SHA256 = {  # of a release; `sha256sum` of the files, after `pack`
-    "config.json": "137ce98247dcd1d780be3f4ddbe265678809f56ac1d012bb218c325c32c2ea0e",
-    "model.safetensors": "350cdba5ac4c2e81097cd6e4b7dcf396322f0a5ec7bda299512dd46bcca33de1",
+    "config.json": "0aa6c3af520f677881f33e3d896e374c3dca2301c70d248f4383af130bb64082",
+    "model.safetensors": "84c2fe17fb144de78c99485a0734564a1d6b7c91f9d2c14870ce35d8ceabe2d1",
 }
 STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
 
