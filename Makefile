@@ -8,7 +8,7 @@
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
 #   make bench   the CPU benchmarks
-#   make gpu     build with CUDA, test with a GPU required, benchmark
+#   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
 PYTHON ?= python3
 VENV ?= .venv
@@ -127,7 +127,7 @@ demo: build
 	$(VENV)/bin/wgpt demo $(ARGS)
 
 gpu:
-	JOBS=$${JOBS:-$$(nproc)} bash benchmarks/gpu.sh
+	JOBS=$${JOBS:-$$(nproc)} $${PYTHON:-python3} benchmarks/gpu.py $(if $(DRY),--dry)
 
 # Development: for $(DEV_PYTHON), which must have torch, pybind11, cmake and ninja. Warnings are
 # errors. Put the source tree on PYTHONPATH (or in a .pth file) to use it. flock: two builds at once

@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
 
 from wgpt.audio import formats
 from wgpt.errors import AudioError
+
+if TYPE_CHECKING:  # loaded where a file is read: training on prepared data needs none
+    import soundfile
 
 BLOCK_FRAMES = 1 << 16
 # libsndfile's "length unknown", as of a FLAC written to a pipe, is SF_COUNT_MAX.
@@ -69,6 +71,8 @@ def open_streams(path: Path, note: Note) -> Iterator[Stream]:
     if kind not in (None, "sndfile"):
         yield from _ffmpeg_streams(path, str(kind), note)
         return
+    import soundfile
+
     if len(links) > 1:
         note(f"holds {len(links)} recordings joined end to end; all are read")
     for index, (start, stop) in enumerate(links):
@@ -119,6 +123,8 @@ def _sndfile_stream(path: Path, file: soundfile.SoundFile, note: Note) -> Stream
 def _sndfile_blocks(
     path: Path, file: soundfile.SoundFile, n_claimed: int | None, note: Note
 ) -> Iterator[np.ndarray]:
+    import soundfile
+
     n_frames = 0
     while True:
         try:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soxr
 
 from wgpt.audio.decoders import Stream, open_streams
 from wgpt.audio.downmix import Downmix
@@ -70,6 +69,8 @@ class Recording:
             AudioError: not audio, out of bounds, non-finite, absurdly loud, damaged.
             OSError: the machine's fault, such as an I/O error or a lack of memory.
         """
+        import soxr  # here: training on prepared data needs none
+
         seconds, n_samples, n_full = 0.0, 0, 0
         self._cancelling = {}
         try:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from wgpt.audio.decoders import BLOCK_FRAMES
 from wgpt.config import SAMPLE_RATE_HZ
@@ -63,6 +62,8 @@ def write(
             "%s: clipped %d of %d samples (peak %.3g)",
             path, n_clipped, wave.size, np.abs(wave).max(),
         )  # fmt: skip
+    import soundfile  # here: training on prepared data needs none
+
     try:
         # In blocks: libsndfile's Ogg encoders put a whole call's samples on the stack.
         with (

@@ -8,7 +8,6 @@ import io
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from wgpt.data.ceiling import Heard
 from wgpt.data.report import report_lines
@@ -79,6 +78,8 @@ def _players(heard: list[Heard], rate_hz: int) -> str:
 
 
 def _player(wave: np.ndarray, rate_hz: int) -> str:
+    import soundfile  # here: training on prepared data needs none
+
     blob = io.BytesIO()
     # MP3: every browser plays it, and unlike Ogg the same wave gives the same bytes.
     soundfile.write(blob, np.clip(wave[: round(PLAYER_S * rate_hz)], -1, 1), rate_hz, format="MP3")
