@@ -27,6 +27,7 @@ COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "study": ("wgpt.study", "train the hybrid, its token-only twins and controls; one table"),
     "demo": ("wgpt.demo", "the whole pipeline on the sound in the package; writes a report"),
     "presets": ("wgpt.presets", "list the model presets"),
+    "verify": ("wgpt.verify", "whether data, a run, a model or a codec is whole, byte by byte"),
     "doctor": ("wgpt.doctor", "what is installed, and what will run"),
 }
 

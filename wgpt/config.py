@@ -183,8 +183,11 @@ class ModelConfig:
                 f"a multiple of frames_per_step {self.frames_per_step}",
                 self.mel_context_frames % self.frames_per_step == 0,
             )
-        check("rope_base", "above 1", self.rope_base > 1)
+        check("rope_base", "above 1 and at most 1e9", 1 < self.rope_base <= 1e9)
         check("dropout", "in [0, 1)", 0 <= self.dropout < 1)
+        for name, value in vars(self).items():
+            limit = LAYERS_LIMIT if "layers" in name else LIMIT
+            check(name, f"at most {limit}", type(value) is not int or value <= limit)
 
     @property
     def width(self) -> int:
@@ -202,6 +205,8 @@ def mel_source_name(text: str) -> str:
     return text.replace(":", "-")
 
 
+LIMIT = 1 << 20  # of every size in a file: far above a model that fits, far below 2^63
+LAYERS_LIMIT = 1000
 DTYPES = ("fp32", "bf16")
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
 

@@ -200,6 +200,7 @@ def check_assets() -> Iterator[Finding]:
     """What the package carries, where it comes from, and the released codec if it is here."""
     try:
         from wgpt import codec
+        from wgpt.runs.pretrained import model_folder
     except Exception as error:
         yield _problem("codec", _first_line(error))
         return
@@ -220,7 +221,12 @@ def check_assets() -> Iterator[Finding]:
         yield _note("codec encodec_24khz", str(error))
     else:
         yield _ok("codec encodec_24khz", "found")
-    yield _ok("model starter", f"in the package{_trained_on('starter')}")
+    try:
+        model_folder("starter")
+    except Exception as error:
+        yield _problem("model starter", _first_line(error))
+    else:
+        yield _ok("model starter", f"in the package, whole{_trained_on('starter')}")
     yield _speech()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,8 +133,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def write_sealed(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
     """Writes a JSON object with its seal, by `replacing`. Numbers must be finite."""
+    value = json.loads(json.dumps(value, allow_nan=False))  # as a reader will see it
     sealed = {**value, _SEAL: _seal_of(value)}
-    write_atomically(path, json.dumps(sealed, indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(sealed, indent=2) + "\n")
 
 
 def read_json(
@@ -188,6 +189,25 @@ def read_json(
     if (seal or is_sealed) and seal != _seal_of(value):  # even where the word "seal" was damaged
         raise error(f"{path}: does not match its seal; it was damaged, or changed by hand")
     return value
+
+
+def check_sha256(
+    folder: str | os.PathLike[str], sums: Mapping[str, Any], error: type[WgptError], way_out: str
+) -> None:
+    """Raises `error` naming the first file of a folder that is missing or has another sha256.
+
+    sums: by file name; way_out: the end of the message.
+    """
+    for name, expected in sums.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise error(f"{path}: is missing; {way_out}")
+        got = sha256_of(path)
+        if got != expected:
+            raise error(
+                f"{path}: must have sha256 {expected}, got {got}; it was damaged or changed, "
+                f"{way_out}"
+            )
 
 
 def _seal_of(value: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 from wgpt import codec
 from wgpt.codec import weights as codec_weights
 from wgpt.codec.training import synth
+from wgpt.files import read_json
 
 HOP = 320
 
@@ -345,7 +346,7 @@ def test_48khz_model_is_refused_because_it_is_not_causal(name):
     ],
 )
 def test_unusable_configs_are_refused_with_the_reason(reflecting, tmp_path, change, says):
-    config = json.loads((reflecting / "config.json").read_text()) | change
+    config = read_json(reflecting / "config.json") | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((reflecting / "model.safetensors").read_bytes())
     with pytest.raises(codec.CodecError, match=says):

@@ -18,6 +18,7 @@ from wgpt.data import batches, prepare
 from wgpt.data import dataset as dataset_module
 from wgpt.data.packing import PackedWindows, Segment, cover
 from wgpt.errors import DataError
+from wgpt.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("manifest.json", lambda p: p.write_text("{"), "readable JSON"),
+        ("manifest.json", lambda p: p.write_text("{"), "must be a JSON object"),
         ("manifest.json", lambda p: p.write_text('{"format": "x"}'), "format"),
         ("train/tokens.npy", lambda p: p.write_bytes(p.read_bytes()[:-9]), "whole .npy"),
         ("train/tokens.npy", lambda p: np.save(p, np.zeros((3, 4), np.uint16)), "shape must be"),
@@ -68,7 +69,7 @@ def test_a_manifest_that_breaks_the_format_is_refused(
     data, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     data = Path(shutil.copytree(data, tmp_path / "copy"))
-    manifest = json.loads((data / "manifest.json").read_text())
+    manifest = read_json(data / "manifest.json")
     (data / "manifest.json").write_text(json.dumps(manifest | change))
     with pytest.raises(DataError, match=message):
         dataset_module.Dataset(data)

@@ -16,9 +16,10 @@ import pytest
 import soundfile
 from fake_codec import FakeCodec, make_audio, tree
 
+from wgpt import files
 from wgpt.config import MelConfig
-from wgpt.data import assemble, encode, folder, pipeline, prepare
 from wgpt.data import dataset as dataset_module
+from wgpt.data import encode, folder, pipeline, prepare
 from wgpt.errors import DataError
 
 HERE = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def test_temporaries_lie_where_a_rerun_clears_them(audio_dir, tmp_path: Path) ->
         original(path, blob, durable)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encode, folder, assemble):
+        for module in (encode, folder, files):
             patch.setattr(module, "write_atomically", spy)
         prepare(audio_dir, out, codec=FakeCodec())
     assert folders == {out / ".partial", out / ".building"}

@@ -11,14 +11,14 @@ from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError
 from wgpt.evaluation import evaluate
 from wgpt.evaluation.baselines import baselines
-from wgpt.files import sha256_of
+from wgpt.files import read_json, sha256_of
 from wgpt.runs import pretrained
 
 
 def without(data, split, out):
     """A copy of a prepared folder whose `split` is empty."""
     shutil.copytree(data, out)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_json(out / "manifest.json")
     manifest["totals"][split] = dict.fromkeys(manifest["totals"][split], 0)
     manifest["sources"] = [s for s in manifest["sources"] if s.get("split") != split]
     for path in (out / split).rglob("*.npy"):
@@ -54,7 +54,7 @@ def test_eval_context_is_the_record_s_or_the_flag_s(tiny_run, tmp_path):
     with pytest.raises(ConfigError, match="context_s must be at least one step"):
         evaluate(tiny_run, context_s=float("nan"))
     shutil.copytree(pretrained.FOLDER, tmp_path / "model")
-    facts = json.loads((tmp_path / "model" / "config.json").read_text())
+    facts = read_json(tmp_path / "model" / "config.json")
     del facts["context_steps"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match="how long its training windows were; give --context-s"):

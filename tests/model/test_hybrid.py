@@ -11,6 +11,7 @@ from waking import awake
 
 from wgpt.config import ModelConfig
 from wgpt.errors import ConfigError
+from wgpt.files import read_json
 from wgpt.model import HybridModel, presets
 
 SMALL = ModelConfig(
@@ -142,7 +143,7 @@ def test_model_folder_errors_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         HybridModel.from_pretrained(tmp_path)
     build(SMALL).save_pretrained(tmp_path)
-    description = json.loads((tmp_path / "config.json").read_text())
+    description = read_json(tmp_path / "config.json")
     description["model"]["ffn_dim"] = 65
     (tmp_path / "config.json").write_text(json.dumps(description))
     with pytest.raises(ConfigError, match=r"model\.safetensors: does not hold this model"):

@@ -9,6 +9,7 @@ import torch
 from wgpt.config import TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
+from wgpt.files import read_json
 from wgpt.model import HybridModel
 from wgpt.runs.metrics import read_metrics
 from wgpt.runs.run import Run
@@ -138,7 +139,7 @@ def test_init_goes_on_from_trunk_and_head(prepared, joint, tmp_path):
     train(prepared, out, **{**SETTINGS, "max_steps": 1, "init": str(joint / "model")})
     first, last = read_metrics(out / "metrics.csv")[0], read_metrics(joint / "metrics.csv")[-1]
     assert (first["nll_nats"], first["fine_nll_nats"]) == (last["nll_nats"], last["fine_nll_nats"])
-    assert json.loads((out / "config.json").read_text())["preset"] == "hybrid-xs"
+    assert read_json(out / "config.json")["preset"] == "hybrid-xs"
     # Another shape of head is drawn anew; the trunk still comes along.
     out = tmp_path / "other"
     settings = {**SETTINGS, "max_steps": 1, "init": str(joint)}
@@ -165,7 +166,7 @@ def test_init_must_fit(prepared, coarse, tmp_path):
     with pytest.raises(ConfigError, match="--freeze-trunk trains the residual codebooks"):
         start(init=str(coarse), freeze_trunk=True)
     other = shutil.copytree(prepared, tmp_path / "data")
-    manifest = json.loads((other / "manifest.json").read_text())
+    manifest = read_json(other / "manifest.json")
     manifest["codec"]["identity"]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match=r"init: .*must be prepared with the model's codec"):

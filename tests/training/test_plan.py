@@ -11,6 +11,7 @@ from wgpt.config import ModelConfig, TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.evaluation import evaluate
 from wgpt.evaluation.scores import score
+from wgpt.files import read_json
 from wgpt.model import HybridModel
 from wgpt.model.presets import preset
 from wgpt.runs.run import Run
@@ -177,7 +178,7 @@ def test_facts_of_data_know_a_model_of_their_codec(prepared, tiny_run, tmp_path,
     of = launch.facts_about(Dataset(prepared))
     assert (of.start, of.start_mel_source) == (str(tiny_run), "wave")
     other = shutil.copytree(prepared, tmp_path / "data")
-    manifest = json.loads((other / "manifest.json").read_text())
+    manifest = read_json(other / "manifest.json")
     manifest["codec"]["identity"]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert launch.facts_about(Dataset(other)).start == ""

@@ -16,6 +16,7 @@ import torch
 from wgpt.config import TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, TrainError
+from wgpt.files import read_json
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.metrics import METRICS, read_metrics
@@ -225,12 +226,12 @@ def test_run_checks_codec_of_other_data(prepared, whole, tmp_path):
 
     other = tmp_path / "data"
     shutil.copytree(prepared, other)
-    manifest = json.loads((other / "manifest.json").read_text())
+    manifest = read_json(other / "manifest.json")
     manifest["codec"]["identity"]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="prepare it with the same codec"):
         Run.open(whole).dataset(other)
-    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest = read_json(prepared / "manifest.json")
     manifest["mel"]["window_samples"] = 600
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="prepare it with the same settings"):

@@ -61,6 +61,14 @@ class Architecture:
         }
         architecture = cls(**values)
         for key, value in asdict(architecture).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) and not all(type(n) in (int, float) for n in value):
+                raise CodecError(f"codec: config.json of {name}: {key} must hold numbers")
+            # Far above any codec, far below what would be allocated for ever.
+            if any(not isinstance(n, str) and n and not 0 < n <= 100_000 for n in numbers):
+                raise CodecError(
+                    f"codec: config.json of {name}: {key} must lie in (0, 100000], got {value}"
+                )
             expected = type(getattr(cls, key))
             if key in ("chunk_length_s", "overlap", "codebook_dim"):
                 continue

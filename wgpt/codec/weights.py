@@ -6,7 +6,6 @@ Nothing touches the network unless `download` is asked for.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,10 +17,19 @@ from torch import Tensor
 
 from wgpt.codec.network import Architecture, parameter_shapes
 from wgpt.errors import CodecError
-from wgpt.files import sha256_of
+from wgpt.files import check_sha256, read_json, sha256_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
-PACKAGED = ("mini", "mini-v1")  # mini-v1 is what mini was in version 0.1.0
+PACKAGED = {  # and the sha256 of their files; mini-v1 is what mini was in version 0.1.0
+    "mini": {
+        "config.json": "8276a5928ddc0c65c38d533dab4f58b9ca4d518a745d3f6cda38e20464cab533",
+        "model.safetensors": "8d65082e935aaf77f6f572b151289aa705bc489ab142bdd71fdaf7c8630416c6",
+    },
+    "mini-v1": {
+        "config.json": "d1c7c6ebb6f708b3e7dd56752dfc6477d7508ddda2cdc6e91b58a73593e6360d",
+        "model.safetensors": "c9ef1e414d8b1b7bbc1341f91ee7cce9e961d3cc421459d2c3a0c788ba86479b",
+    },
+}
 ENCODEC_REPOSITORY = "facebook/encodec_24khz"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
 
@@ -77,6 +85,7 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
             "audio, so a next-token model trained on them would cheat; use encodec_24khz or mini"
         )
     if text in PACKAGED:
+        check_sha256(ASSETS / text, PACKAGED[text], CodecError, "install wgpt again")
         return _read_folder(ASSETS / text, text)
     if text == "encodec_24khz":
         path = _find_encodec_24khz(download)
@@ -110,12 +119,13 @@ def _read_folder(folder: Path, name: str) -> CodecWeights:
                 "model.safetensors as save_pretrained of transformers' EncodecModel writes them"
             )
     try:
-        config = json.loads(config_path.read_text())
+        config = read_json(config_path, CodecError)
         tensors = load_file(str(weights_path))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise CodecError(f"codec: {folder} is damaged ({error}); get its files again") from error
-    if not isinstance(config, dict):
-        raise CodecError(f"codec: {config_path} must hold a JSON object")
+    if "sha256" in config:  # written by `wgpt codec-train`
+        sums = {"model.safetensors": config["sha256"]}
+        check_sha256(folder, sums, CodecError, "train or get the codec again")
     return _checked(name, config, tensors, sha256_of(weights_path))
 
 

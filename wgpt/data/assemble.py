@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from wgpt.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
 from wgpt.data.encode import read_partial
 from wgpt.data.splits import Source
 from wgpt.errors import DataError
-from wgpt.files import sha256_of, sync_folder, write_atomically
+from wgpt.files import sha256_of, sync_folder, write_sealed
 
 # A bin that hardly varies (a band above the material's bandwidth) must not be blown up into noise.
 STD_FLOOR = 0.1
@@ -139,7 +138,7 @@ def assemble(
         "skipped": sorted(skipped, key=lambda e: e["path"]),
     }
     finish(manifest, building)
-    _move(out, building, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    _move(out, building, manifest)
     return manifest
 
 
@@ -228,9 +227,9 @@ def _entries(source: Source) -> list[dict[str, Any]]:
     return entries
 
 
-def _move(out: Path, building: Path, manifest: bytes) -> None:
+def _move(out: Path, building: Path, manifest: dict[str, Any]) -> None:
     # Written in here: a temporary that a kill leaves beside the real one would stay for good.
-    write_atomically(building / "manifest.json", manifest)
+    write_sealed(building / "manifest.json", manifest)
     (out / "manifest.json").unlink(missing_ok=True)
     sync_folder(out)
     for page in building.glob("*.html"):

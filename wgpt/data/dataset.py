@@ -13,7 +13,6 @@ samples, which sees the future: for experiments on leakage only).
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from wgpt.config import STEP_RATE_HZ, MelConfig
 from wgpt.errors import DataError
-from wgpt.files import sha256_of
+from wgpt.files import check_sha256, read_json
 
 FORMAT = "wgpt-data"
 FORMAT_VERSION = 1
@@ -191,15 +190,18 @@ class Dataset:
 
     def verify(self) -> None:
         """Read every array and compare it with the manifest's sha256; DataError on a difference."""
-        for name, entry in self.manifest["files"].items():
-            if ".." in name or Path(name).is_absolute():
-                raise DataError(f"{self.path}: files must lie in the folder, got {name!r}")
-            got = sha256_of(self.path / name)
-            if got != entry["sha256"]:
-                raise DataError(
-                    f"{self.path / name}: must have sha256 {entry['sha256']}, got {got}; "
-                    "the file was damaged or changed, prepare the data again"
-                )
+        files = self.manifest["files"]
+        names = [
+            f"{split}/{name}"
+            for split in SPLITS
+            if self.split(split).n_clips
+            for name in ("tokens.npy", "offsets.npy", *(f"mel/{s}.npy" for s in self.mel_sources))
+        ]
+        missing = sorted(set(names) - set(files))
+        if missing:
+            raise DataError(f"{self.path / 'manifest.json'}: has no sha256 of {missing[0]}")
+        sums = {name: files[name]["sha256"] for name in names}
+        check_sha256(self.path, sums, DataError, "prepare the data again")
 
     def _empty(self, name: str) -> Split:
         config = self.mel_config
@@ -237,18 +239,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read DATA/manifest.json and check that it is one of ours."""
     where = path / "manifest.json"
     try:
-        if where.stat().st_size > MANIFEST_LIMIT_BYTES:
-            raise DataError(f"{where}: must be at most {MANIFEST_LIMIT_BYTES} bytes")
-        manifest: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
+        manifest = read_json(where, DataError, MANIFEST_LIMIT_BYTES)
     except FileNotFoundError:
         raise DataError(
             f"{path}: must hold manifest.json; run `wgpt prepare AUDIO_DIR --out {path}` "
             "(again, if it was interrupted)"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: must be readable JSON, got: {error}") from error
-    version = (manifest.get("format"), manifest.get("version")) if isinstance(
-        manifest, dict) else None  # fmt: skip
+    version = manifest.get("format"), manifest.get("version")
     _require(where, "(format, version)", (FORMAT, FORMAT_VERSION), version)
     return manifest
 

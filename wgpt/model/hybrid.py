@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from wgpt.config import STEP_RATE_HZ, ModelConfig, from_json, to_json
 from wgpt.errors import ConfigError
-from wgpt.files import write_atomically
+from wgpt.files import read_json, write_atomically, write_sealed
 from wgpt.model.cache import Cache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.fusion import Fusion
@@ -272,13 +271,9 @@ class HybridModel(nn.Module):
             "model": to_json(self.config),
             **(extra or {}),
         }
-        files = {
-            "model.safetensors": weights,
-            "config.json": (json.dumps(description, indent=2) + "\n").encode(),
-            "README.md": (card or self.describe() + "\n").encode(),
-        }
-        for name, content in files.items():
-            write_atomically(folder / name, content)
+        write_atomically(folder / "model.safetensors", weights)
+        write_sealed(folder / "config.json", description)
+        write_atomically(folder / "README.md", card or self.describe() + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:
@@ -293,13 +288,10 @@ class HybridModel(nn.Module):
                 raise ConfigError(
                     f"{path}: no such file; a model folder holds config.json and model.safetensors"
                 )
-        try:
-            description = json.loads(config_path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{config_path}: not JSON: {error}") from None
-        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        description = read_json(config_path)
+        if description.get("format") != _FORMAT:
             raise ConfigError(f"{config_path}: expected the format {_FORMAT!r}")
-        model = cls(from_json(ModelConfig, description.get("model"), str(config_path)))
+        config = from_json(ModelConfig, description.get("model"), str(config_path))
         weights = weights_path.read_bytes()
         got = hashlib.sha256(weights).hexdigest()
         if got != description.get("sha256"):
@@ -308,7 +300,15 @@ class HybridModel(nn.Module):
                 f"{got}; the file was damaged or changed"
             )
         try:
-            model.load_state_dict(safetensors.torch.load(weights))
+            state = safetensors.torch.load(weights)
+            with torch.device("meta"):  # nothing is allocated for a shape that is not in the file
+                shapes = {name: value.shape for name, value in cls(config).state_dict().items()}
+            found = {name: value.shape for name, value in state.items()}
+            if found != shapes:
+                odd = next(n for n in {**shapes, **found} if shapes.get(n) != found.get(n))
+                raise RuntimeError(f"{odd} must be {shapes.get(odd)}, got {found.get(odd)}")
+            model = cls(config)
+            model.load_state_dict(state)
         except (safetensors.SafetensorError, RuntimeError) as error:
             raise ConfigError(f"{weights_path}: does not hold this model: {error}") from None
         return model.to(device).eval()

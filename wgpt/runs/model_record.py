@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wgpt import codec as codecs
-from wgpt.config import MelConfig, from_json, to_json
+from wgpt.config import LIMIT, MelConfig, from_json, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError
+from wgpt.files import read_json
 from wgpt.runs.run import Run
 
 
@@ -36,7 +37,7 @@ class ModelRecord:
         """Of a model folder. Raises ConfigError when `wgpt train` or `pack` did not write it."""
         path, run = folder / "config.json", _run_around(folder)
         try:
-            facts = json.loads(path.read_text())
+            facts = read_json(path)
             if "train" in facts:
                 raise ConfigError(
                     f"{folder}: this run has saved no model yet; continue with "
@@ -44,8 +45,16 @@ class ModelRecord:
                 )
             mel, mel_source = from_json(MelConfig, facts["mel"], str(path)), facts["mel_source"]
             codec = facts["codec"]
-            codec["source"], codec["identity"]["sha256"]  # needed by whoever reads them
+            words = facts["preset"], codec["source"], codec["identity"]["sha256"]
+            if not all(isinstance(word, str) for word in words):
+                raise ConfigError(f"{path}: preset, codec, sha256 must be words, got {words}")
+            if mel_source is not None and not re.fullmatch(r"[a-z]+(-\d+)?", str(mel_source)):
+                raise ConfigError(f"{path}: mel_source must be a plain name, got {mel_source!r}")
             context_steps = facts.get("context_steps")
+            if context_steps is not None and not (
+                type(context_steps) is int and 0 < context_steps <= LIMIT
+            ):
+                raise ConfigError(f"{path}: context_steps must lie in [1, {LIMIT}]")
             if run is not None:  # version 0.1 wrote it there alone
                 context_steps = context_steps or run.config.context_steps
             return cls(folder, facts["preset"], mel, mel_source, codec, context_steps, run)
@@ -53,7 +62,7 @@ class ModelRecord:
             raise ConfigError(
                 f"{path}: no such file; a model folder holds config.json and model.safetensors"
             ) from None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: was not written by `wgpt train`: no {error}") from None
 
     def load_codec(self, device: str = "cpu") -> codecs.Codec:

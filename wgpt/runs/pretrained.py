@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from wgpt.errors import ConfigError, did_you_mean
+from wgpt.files import check_sha256, read_json
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.model_record import ModelRecord
 
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
+SHA256 = {  # of a release; `sha256sum` of the files, after `pack`
+    "config.json": "0aa6c3af520f677881f33e3d896e374c3dca2301c70d248f4383af130bb64082",
+    "model.safetensors": "84c2fe17fb144de78c99485a0734564a1d6b7c91f9d2c14870ce35d8ceabe2d1",
+}
 STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
 
 
@@ -26,6 +30,7 @@ def model_folder(run: str | Path) -> Path:
     Raises ConfigError when there is no such folder.
     """
     if str(run) == NAME:  # a folder of this name is ./starter
+        check_sha256(FOLDER, SHA256, ConfigError, "install wgpt again")
         return FOLDER
     folder, mark, which = Path(run), "", ""
     if not folder.is_dir():
@@ -72,7 +77,7 @@ def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
     """
     folder = model_folder(run)
     model = HybridModel.from_pretrained(folder)
-    facts = json.loads((folder / "config.json").read_text())
+    facts = read_json(folder / "config.json")
     kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
     kept["context_steps"] = ModelRecord.read(folder).context_steps
     card = card or (folder / "README.md").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from wgpt.codec import same_tokens
 from wgpt.config import ModelConfig, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
+from wgpt.files import read_json
 from wgpt.model import HybridModel
 from wgpt.runs.pretrained import model_folder
 
@@ -32,7 +32,7 @@ class InitialWeights:
         path = model_folder(folder)
         self.model = HybridModel.from_pretrained(path)
         self.path = path / "config.json"
-        self.facts: dict[str, Any] = json.loads(self.path.read_text())
+        self.facts: dict[str, Any] = read_json(self.path)
         missing = [name for name in ("preset", "mel", "codec") if name not in self.facts]
         if missing:
             raise ConfigError(f"{self.path}: was not written by `wgpt train`: no {missing[0]}")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from wgpt.codec.training.corpus import Corpus, collect, list_recordings
 from wgpt.codec.training.trainer import CodecTrainConfig, Trainer
 from wgpt.errors import CheckpointError, Interrupted
-from wgpt.files import replacing, write_atomically
+from wgpt.files import replacing, sha256_of, write_atomically, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -111,4 +111,6 @@ def export(trainer: Trainer, folder: Path) -> None:
     with replacing(folder / "model.safetensors") as temporary:
         save_file(halves, temporary, metadata={"format": "pt"})
     config = trainer.architecture.to_config()
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_sealed(
+        folder / "config.json", {**config, "sha256": sha256_of(folder / "model.safetensors")}
+    )
