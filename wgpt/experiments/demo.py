@@ -209,7 +209,8 @@ def sounds(out: Path, group: str, sizes: Sizes) -> list[dict[str, Any]]:
             ("hybrid", hybrid, "codec_codebook_0"),
         ):
             n_steps = (len(wave) - len(prompt)) // HOP_SAMPLES
-            listener, made = Listener(prompt), [waves[heard][: len(prompt)]]
+            listener = Listener(prompt, model.prompt_gain(prompt))
+            made = [waves[heard][: len(prompt)]]
             for step in model.steps(prompt, n_steps, SAMPLING, seed=0):
                 listener.hear(step)
                 made.append(step.wave)
