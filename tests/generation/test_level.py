@@ -159,8 +159,8 @@ def test_silence_and_loops_are_judged_as_the_model_made_them(generator):
 def test_models_of_untouched_levels_behave_as_before(recordings, tiny_run, quiet, tmp_path):
     """Data prepared with --keep-loudness, and model folders that say nothing of it."""
     codec = ModelRecord.read(tiny_run / "model").codec["source"]
-    prepare(recordings, tmp_path / "data", codec=codec, mel_sources=("wave",), valid_fraction=0.3, keep_loudness=True,
-            progress=False)  # fmt: skip
+    prepare(recordings, tmp_path / "data", codec=codec, mel_sources=("wave",), valid_fraction=0.3,
+            keep_loudness=True, progress=False)  # fmt: skip
     train(tmp_path / "data", tmp_path / "run", "gpt-xs", max_steps=1, batch_size=2, context_s=0.5,
           sample_s=0.0, warmup_steps=1, device="cpu")  # fmt: skip
     kept = AudioGenerator.load(tmp_path / "run")
