@@ -251,7 +251,7 @@ def _trainer(job: Job) -> Trainer:
 
 
 def _time_steps(job: Job) -> tuple[float, int]:
-    """Seconds of a step by a trainer of its own, and the parts in which its batch fits in memory."""
+    """Seconds of a step by a trainer of its own, and in how many parts a batch fits in memory."""
     trainer = _trainer(job)
     return trainer.seconds_per_step(), trainer.step.n_parts
 
