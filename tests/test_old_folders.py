@@ -11,7 +11,9 @@ import wgpt
 from wgpt import codec
 from wgpt.data import Dataset
 from wgpt.evaluation import evaluate
+from wgpt.files import read_json
 from wgpt.generation import Sampling
+from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
 from wgpt.training import train
 
@@ -58,6 +60,25 @@ def test_old_run_resumes_from_its_checkpoint(old):
     before = read_metrics(old / "run" / "metrics.csv")
     assert train(old / "data", old / "run", resume=True)["steps"] == 2
     assert read_metrics(old / "run" / "metrics.csv") == before
+
+
+def test_a_run_without_seals_and_committed_rows_resumes(tiny_run, prepared, tmp_path):
+    """As it was between 0.1.0 and the sealed folders: model folders in checkpoints, no more."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    facts = read_json(run / "config.json")
+    del facts["data"]["manifest_sha256"]
+    (run / "config.json").write_text(json.dumps(facts))
+    for path in checkpoint.list_steps(run / "checkpoints"):
+        (path / "metrics.csv").unlink()
+        state = read_json(path / "state.json")
+        sums = {
+            name: state["sha256"][name] for name in ("model.safetensors", "optimizer.safetensors")
+        }
+        state = {"step": state["step"], "progress": state["progress"], "sha256": sums}
+        (path / "state.json").write_text(json.dumps(state))
+    before = read_metrics(run / "metrics.csv")
+    assert train(None, run, resume=True, max_steps=4)["steps"] == 4
+    assert read_metrics(run / "metrics.csv")[: len(before)] == before
 
 
 def test_old_codec_gives_the_same_tokens(old, expected):

@@ -308,7 +308,7 @@ class TrainConfig:
             check(name, "at least 0", getattr(self, name) >= 0)
         check("context_s", "at least one step (1/75 s)", self.context_steps >= 1)
         check("join_s", "in [0, 3600]", 0 <= self.join_s <= 3600)
-        check("lr", "positive", self.lr > 0)
+        check("lr", "finite and positive", 0 < self.lr < math.inf)
         check("min_lr_ratio", "in [0, 1]", 0 <= self.min_lr_ratio <= 1)
         check("beta1", "in [0, 1)", 0 <= self.beta1 < 1)
         check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)

@@ -1,17 +1,27 @@
-"""Files that appear whole or not at all, and their hashes: one implementation for the package."""
+"""Files that appear whole or not at all, and their hashes: one implementation for the package.
+
+A sealed JSON file holds, as `seal`, the sha256 of everything else in it: a flipped bit is found.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, WgptError
 
 BLOCK_BYTES = 1 << 20
+JSON_LIMIT_BYTES = 64 << 20
+_SEAL = "seal"
+_DIGITS_LIMIT = 40  # of a number in JSON: 2^63 has 19, a float64 17 and an exponent
 # Errors of the machine and not of a file: what met one must be tried again, not left out.
 BAD_DAY = frozenset(
     getattr(errno, name)
@@ -60,8 +70,8 @@ def write_atomically(
 def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Keeps other processes out of an existing folder; the system unlocks when this one dies.
 
-    what: is being done here, for the message. Raises ConfigError where another does it already;
-    does nothing on a system without such locks.
+    what: is being done here, for the message. Raises ConfigError where another does it already,
+    and says which; does nothing on a system without such locks.
     """
     try:
         import fcntl
@@ -74,11 +84,23 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder}: is being {what} by another process; wait for it"
+                f"{folder}: is being {what} by {_holder(descriptor)}; wait for it"
             ) from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Who has locked an open folder, as far as /proc tells."""
+    inode = f":{os.fstat(descriptor).st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if "->" not in words and words[1] == "FLOCK" and words[5].endswith(inode):
+                command = Path(f"/proc/{words[4]}/cmdline").read_bytes().decode(errors="replace")
+                return f"process {words[4]} ({command.replace(chr(0), ' ').strip()[:200]})"
+    return "another process"
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -104,3 +126,70 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def write_sealed(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+    """Writes a JSON object with its seal, by `replacing`. Numbers must be finite."""
+    sealed = {**value, _SEAL: _seal_of(value)}
+    write_atomically(path, json.dumps(sealed, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    error: type[WgptError] = ConfigError,
+    limit_bytes: int = JSON_LIMIT_BYTES,
+) -> dict[str, Any]:
+    """A JSON object from a regular file; its seal is checked and left out, where it has one.
+
+    Raises FileNotFoundError, or `error` naming the file for one that is larger than limit_bytes,
+    is not UTF-8 or JSON, nests too deep, names a key twice, holds a number that is not finite or
+    has more than 40 digits, or whose seal is broken.
+    """
+    path = Path(path)
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(what)
+
+    def number(text: str) -> Any:
+        if len(text) > _DIGITS_LIMIT:
+            refuse(f"a number of {len(text)} digits")
+        value = float(text) if set(text) & set(".eE") else int(text)
+        return refuse(f"the number {text}") if value in (float("inf"), -float("inf")) else value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        return value if len(value) == len(pairs) else refuse("a key twice")
+
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a FIFO would be waited for
+            refuse("no regular file")
+        if facts.st_size > limit_bytes:
+            refuse(f"{facts.st_size} bytes, more than {limit_bytes}")
+        value = json.loads(
+            path.read_bytes().decode(),
+            parse_constant=lambda text: refuse(f"the number {text}"),
+            parse_int=number,
+            parse_float=number,
+            object_pairs_hook=unique,
+        )
+        if not isinstance(value, dict):
+            refuse(f"a {type(value).__name__}")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: must be a JSON object, got {problem}") from None
+    last = next(reversed(value.values()), None)
+    is_sealed = isinstance(last, str) and re.fullmatch("[0-9a-f]{64}", last)
+    seal = value.pop(_SEAL, None)
+    if (seal or is_sealed) and seal != _seal_of(value):  # even where the word "seal" was damaged
+        raise error(f"{path}: does not match its seal; it was damaged, or changed by hand")
+    return value
+
+
+def _seal_of(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,7 +7,7 @@ import torch
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
 from wgpt.runs import plots
-from wgpt.runs.metrics import Metrics
+from wgpt.runs.metrics import Metrics, rows_until
 
 MEL = MelConfig()
 
@@ -15,7 +15,7 @@ MEL = MelConfig()
 def run_of(folder, valid, train=()):
     """A run folder with these NLL by step."""
     folder.mkdir()
-    metrics = Metrics(folder / "metrics.csv", 0)
+    metrics = Metrics(folder / "metrics.csv", rows_until(folder / "metrics.csv", 0))
     for split, rows in (("train", train), ("valid", valid)):
         for step, nll in rows:
             metrics.add(step=step, epoch=step / 50, split=split, nll_nats=nll, accuracy=0.1)

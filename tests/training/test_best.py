@@ -114,7 +114,7 @@ def test_patience_zero_trains_to_the_end(prepared, tmp_path):
         (Trainer, "_step", 4),  # the best so far, 4, is still to come
         (Trainer, "_step", 12),  # after the best: what was best, and for how long, is remembered
         (checkpoint, "copy_model", 5),  # between the checkpoint and RUN/model
-        (checkpoint, "save", 7),  # between a validation and the checkpoint
+        (checkpoint, "commit", 7),  # between a validation and the checkpoint
         (record.RunRecord, "validate", 1),  # before the first checkpoint
     ],
     ids=lambda value: getattr(value, "__name__", value),

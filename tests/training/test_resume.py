@@ -1,22 +1,27 @@
 """A run can be changed on the way, and every command that a message names works."""
 
-import json
+import os
 import re
 import shlex
 import shutil
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wgpt.cli import main
+from wgpt.data import prepare
 from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainError
-from wgpt.files import locked
+from wgpt.files import locked, read_json, write_sealed
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
+from wgpt.runs.pretrained import codec_of_starter
 from wgpt.runs.run import Run
 from wgpt.training import plan, train
+from wgpt.training.record import RunRecord
 from wgpt.training.step import TrainingStep
 from wgpt.training.trainer import Trainer
 
@@ -180,10 +185,112 @@ def test_a_run_that_never_began_is_resumed_from_the_start(prepared, done, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(Trainer, "fit", lambda *_: (_ for _ in ()).throw(MemoryError()))
         start(prepared, out)
+    shutil.copytree(out, again := tmp_path / "again")
+    train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
+    start(prepared, again)
+    for folder in (out, again):
+        assert (folder / "metrics.csv").read_bytes() == (done / "metrics.csv").read_bytes()
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
         start(prepared, out)
+
+
+def test_resume_of_nothing_begins(prepared, done, tmp_path, caplog):
+    out = tmp_path / "run"
     train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
     assert (out / "metrics.csv").read_bytes() == (done / "metrics.csv").read_bytes()
+    with pytest.raises(ConfigError, match="no such file"):
+        train(None, tmp_path / "none", resume=True)
+
+
+def test_what_is_derived_is_made_again_from_the_last_step(run, done):
+    """At max_steps, where no step is left to write anything."""
+    for name in ("config.json", "model/config.json", "metrics.csv", "plots/loss.png"):
+        (run / name).unlink()
+    (run / "model" / "model.safetensors").write_bytes(b"torn")
+    shutil.copytree(run / "checkpoints" / "step-00000004", run / "checkpoints" / ".step-4.1.old")
+    train(None, run, resume=True)
+    for path in (p for p in done.rglob("*") if p.is_file() and p.suffix != ".png"):
+        assert (run / path.relative_to(done)).read_bytes() == path.read_bytes(), path
+    assert {p.relative_to(run) for p in run.rglob("*")} == {
+        p.relative_to(done) for p in done.rglob("*")
+    }
+
+
+def test_a_sample_that_a_kill_took_is_made(prepared, tmp_path, monkeypatch):
+    settings = {"sample_every": 2, "sample_s": 0.2}
+    start(prepared, whole := tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(RunRecord, "sample", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        start(prepared, out := tmp_path / "out", **settings)
+    train(None, out, resume=True)
+    name = "samples/step-00000002.wav"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_other_data_are_refused_with_a_command_that_begins_on_them(
+    prepared, recordings, run, tmp_path
+):
+    more = shutil.copytree(recordings, tmp_path / "recordings")
+    (more / "0.wav").rename(more / "again.wav")
+    prepare(more, tmp_path / "other", codec=codec_of_starter(), valid_fraction=0.3, progress=False,
+            mel_sources=("wave", "decoded-1"))  # fmt: skip
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(DataError, match=r"is not what .* was trained on") as refused:
+        train(tmp_path / "other", run, resume=True, max_steps=6)
+    assert (run / "config.json").read_bytes() == before
+    assert main(command_in(refused.value, tmp_path, *SHORT)) == 0
+
+
+def test_another_environment_is_told_once(run, caplog, restore_threads):
+    state = checkpoint.list_steps(run / "checkpoints")[-1] / "state.json"
+    facts = read_json(state)
+    facts["environment"]["torch"] = "1.0"
+    write_sealed(state, facts)
+    train(None, run, resume=True)
+    told = [r.getMessage() for r in caplog.records if "bits" in r.getMessage()]
+    assert len(told) == 1 and "torch: was 1.0 when step 4 was committed" in told[0]
+
+
+def test_an_update_that_is_not_finite_is_never_committed(prepared, tmp_path, monkeypatch):
+    step, out = TrainingStep.__call__, tmp_path / "run"
+
+    def poisoning(self, number, batch):
+        result = step(self, number, batch)
+        if number == 4:
+            next(self.model.parameters()).data[0] = float("inf")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", poisoning)
+        with pytest.raises(TrainError, match="not finite; the step is not committed") as failed:
+            start(prepared, out)
+    assert checkpoint.newest_step(out / "checkpoints") == 2
+    assert main(command_in(failed.value, tmp_path)) == 0
+    assert checkpoint.newest_step(out / "checkpoints") == 4
+
+
+def test_a_full_disk_is_said_with_what_is_safe(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        said = r"needs \d+ bytes, and the disk has 1000 left.*all up to .*step-00000004 is safe"
+        with pytest.raises(TrainError, match=said) as full:
+            train(None, run, resume=True, max_steps=6)
+    assert main(command_in(full.value, tmp_path)) == 0
+    assert checkpoint.newest_step(run / "checkpoints") == 6
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_schedulers_signals_commit_the_step(prepared, tmp_path, monkeypatch, name):
+    step = Trainer._step
+
+    def signalled(self, number, batch):
+        signal.raise_signal(getattr(signal, name))
+        return step(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "_step", signalled)
+    with pytest.raises(Interrupted, match="stopped at step 1 of 4"):
+        start(prepared, tmp_path / "run")
+    assert checkpoint.newest_step(tmp_path / "run" / "checkpoints") == 1
 
 
 def test_a_run_that_began_from_another_begins_from_it_again(prepared, done, tmp_path, monkeypatch):
@@ -245,16 +352,16 @@ def test_checkpoints_all_damaged_can_be_left_behind(run):
 def test_a_second_process_is_kept_out_of_a_run(run):
     with (
         locked(run, "trained"),
-        pytest.raises(ConfigError, match="is being trained by another process"),
+        pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} \("),
     ):
         train(None, run, resume=True, max_steps=6)
     assert Run.open(run).changes == ()
 
 
 def test_data_that_moved_are_named_by_flag(prepared, run, tmp_path):
-    description = json.loads((run / "config.json").read_text())
+    description = read_json(run / "config.json")
     description["data"]["path"] = str(tmp_path / "gone")
-    (run / "config.json").write_text(json.dumps(description))
+    write_sealed(run / "config.json", description)
     with pytest.raises(DataError, match="with --data"):
         train(None, run, resume=True)
     assert train(prepared, run, resume=True)["steps"] == 4

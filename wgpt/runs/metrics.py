@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
-from wgpt.files import replacing
+from wgpt.files import write_atomically
 
 METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm", "fine_nll_nats")
 
@@ -14,13 +15,10 @@ METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm", 
 class Metrics:
     """metrics.csv, appended row by row; no timings, so that a resumed run repeats its bytes."""
 
-    def __init__(self, path: Path, after_step: int) -> None:
-        """Opens the file, dropping rows of steps later than `after_step` (they are done again)."""
-        kept = [row for row in read_metrics(path) if int(row["step"]) <= after_step]
-        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
+    def __init__(self, path: Path, kept: bytes) -> None:
+        """Makes `kept`, what was committed, the file's content, and opens it."""
+        if not path.is_file() or path.read_bytes() != kept:
+            write_atomically(path, kept)
         self._file = open(path, "a", newline="")
         self._writer = csv.DictWriter(self._file, METRICS, lineterminator="\n")
 
@@ -35,6 +33,15 @@ class Metrics:
     def close(self) -> None:
         """Flushes and closes."""
         self._file.close()
+
+
+def rows_until(path: Path, step: int) -> bytes:
+    """A metrics.csv with the header and the rows of `path` up to a step alone."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for row in read_metrics(path) if int(row["step"]) <= step)
+    return text.getvalue().encode()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ import torch
 
 from wgpt.audio.mel import hz_to_mel
 from wgpt.config import STEP_RATE_HZ, MelConfig
+from wgpt.files import replacing
 from wgpt.runs.metrics import read_metrics
 
 DPI = 110
@@ -45,7 +46,8 @@ def save(figure: Any, out: str | Path) -> Path:
     """Writes a figure as PNG, with the folders above it."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with replacing(out, durable=False) as temporary:
+        figure.savefig(temporary, format="png")
     return out
 
 

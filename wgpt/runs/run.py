@@ -1,17 +1,19 @@
 """A run folder: what a training run was asked to do, where its files lie, and how to open it again.
 
 RUN/config.json        preset, model, training settings and what changed them on the way, data
-                       folder and codec identity
+                       folder and its identity; sealed
+    checkpoints/       committed steps, the best by validation and the newest: RUN@step-N
     metrics.csv        one row per training step and per validation
-    plots/loss.png     loss curves by step and by epoch
-    samples/           audio sampled while training
-    checkpoints/       the best by validation and the newest: for --resume, and RUN@step-N
+    samples/, plots/   audio sampled while training, loss curves
     model/             config.json, model.safetensors and a card of the best: for from_pretrained
+
+A step is what checkpoint.commit put there by one rename. The rest is derived: at every open for
+training it is made what the newest committed step says.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from wgpt import codec as codecs
 from wgpt.config import ModelConfig, TrainConfig, from_json, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError
-from wgpt.files import write_atomically
+from wgpt.files import read_json, sha256_of, write_sealed
+from wgpt.runs import checkpoint
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "wgpt-run-1"
 
@@ -38,23 +43,35 @@ class Run:
     changes: tuple[dict[str, Any], ...] = ()
 
     def create(self) -> None:
-        """Starts the run's folder. Raises ConfigError when it already holds a run."""
+        """Starts the run's folder. Raises ConfigError when it already holds a step of a run."""
         self.refuse_existing(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "config.json").exists():
+            log.info("%s: holds a run without a committed step; it starts afresh", self.folder)
         self.write()
 
     @staticmethod
     def refuse_existing(folder: Path) -> None:
-        """Raises ConfigError when a folder already holds a run."""
-        if (folder / "config.json").exists():
+        """Raises ConfigError when a folder already holds a step of a run."""
+        if checkpoint.list_steps(folder / "checkpoints"):
             raise ConfigError(
-                f"{folder / 'config.json'}: this folder already holds a run; add --resume to "
-                "continue it, or choose another --out"
+                f"{folder}: this folder already holds a run; add --resume to continue it, or "
+                "choose another --out"
             )
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a folder holds a run, were it one without a committed step."""
+        return (folder / "config.json").exists() or bool(
+            checkpoint.list_steps(folder / "checkpoints")
+        )
+
     def write(self) -> None:
-        """Writes config.json: the settings as they are now, and `changes`."""
-        description = {
+        """Writes config.json."""
+        write_sealed(self.folder / "config.json", self.description())
+
+    def description(self) -> dict[str, Any]:
+        """Content of config.json: the settings as they are now, and `changes`."""
+        return {
             "format": _FORMAT,
             "preset": self.preset,
             "model": to_json(self.model),
@@ -62,19 +79,28 @@ class Run:
             "data": self.data,
             **({"changes": list(self.changes)} if self.changes else {}),
         }
-        write_atomically(self.folder / "config.json", json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """Reads a run folder. Raises ConfigError naming the file that is missing or wrong."""
+        """Reads a run folder; without config.json, what its newest committed step says.
+
+        Raises ConfigError naming the file that is missing or wrong.
+        """
         path = Path(folder) / "config.json"
+        committed = checkpoint.list_steps(path.parent / "checkpoints")
         try:
-            description = json.loads(path.read_text())
+            description = read_json(path)
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; RUN is the --out of `wgpt train`") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not JSON: {error}") from None
-        if not isinstance(description, dict) or description.get("format") != _FORMAT:
+            state = checkpoint.state_of(committed[-1]) if committed else {}
+            if "run" not in state:
+                raise ConfigError(
+                    f"{path}: no such file; RUN is the --out of `wgpt train`"
+                ) from None
+            description = state["run"]
+        except ConfigError as error:
+            way_out = "; delete it, and the last committed step restores it" if committed else ""
+            raise ConfigError(f"{error}{way_out}") from None
+        if description.get("format") != _FORMAT:
             raise ConfigError(f"{path}: expected the format {_FORMAT!r}; is this a run folder?")
         try:
             return cls(
@@ -85,8 +111,8 @@ class Run:
                 dict(description["data"]),
                 tuple(description.get("changes", ())),
             )
-        except KeyError as error:
-            raise ConfigError(f"{path}: has no {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: must follow the format, got a bad entry: {error}") from None
 
     @property
     def model_folder(self) -> Path:
@@ -127,11 +153,23 @@ class Run:
         source = self.data["codec"]["source"]
         return codecs.load(source, sha256=self.data["codec"]["identity"]["sha256"], device=device)
 
+    def check_same_data(self, data: Dataset) -> None:
+        """Raises DataError unless `data` are those that the run was trained on, file by file."""
+        expected, got = self.data.get("manifest_sha256"), facts_of(data)["manifest_sha256"]
+        if expected not in (None, got):  # version 0.1 did not write it down
+            raise DataError(
+                f"{data.path}: is not what {self.folder} was trained on: the manifest.json had "
+                f"sha256 {expected}, now {got}; other recordings were prepared there. Name the "
+                "data it had with --data, or begin a run from this one: wgpt train "
+                f"--data {data.path} --init {self.folder} --out NEW"
+            )
+
 
 def facts_of(data: Dataset) -> dict[str, Any]:
-    """What a run remembers of its data: where they are, and what their tokens and slices mean."""
+    """What a run remembers of its data: where and which, and what tokens and slices mean."""
     return {
         "path": str(data.path.resolve()),
+        "manifest_sha256": sha256_of(data.path / "manifest.json"),
         "codec": data.manifest["codec"],
         "mel": to_json(data.mel_config),
     }

@@ -8,10 +8,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from wgpt import codec
 from wgpt.config import ModelConfig, TrainConfig, to_json
 from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError, DataError
+from wgpt.errors import ConfigError, DataError, TrainError
 from wgpt.files import locked
 from wgpt.model.presets import preset as preset_shape
 from wgpt.runs import checkpoint
@@ -21,7 +23,7 @@ from wgpt.runs.run import Run, facts_of
 from wgpt.training import plan as plans
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.initial_weights import CHANGEABLE_FIELDS, InitialWeights
-from wgpt.training.resume import with_changes
+from wgpt.training.resume import resume_command, with_changes
 from wgpt.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Job:
     processes: ProcessGroup
     facts: plans.Facts
     why: str  # of the plan: where it begins
+    committed: Path | None = None  # the checkpoint to resume from
     step_s: float | None = None  # what a step takes here, where that was measured
     is_changed: bool = False  # by --resume: config.json must be written
 
@@ -109,15 +112,19 @@ def train(
 
     Args:
         data: prepared data folder; on resume None for the one the run was started on.
-        out: run folder; must not hold a run yet unless `resume`.
+        out: run folder; must not hold a committed step yet unless `resume`.
+        resume: goes on from the newest committed step and makes whatever is missing; a run
+            without one starts afresh.
         preset: a name of model.presets.
         dry_run: only say what would be done: {plan, run, preset, model, train, step_s}.
         model: ModelConfig fields to change from the preset, or from the shape of `init`.
         settings: TrainConfig fields. On resume those of the run's config.json hold but for what
             is given here, from the next step on; it is recorded there (Run.changes).
 
-    Raises ConfigError, DataError, CheckpointError, TrainError, Interrupted.
+    Raises ConfigError, DataError, CheckpointError, Interrupted, and TrainError, also where the
+    disk is full or fails.
     """
+    resume = resume and (data is None or Run.exists(Path(out)))
     if resume:
         job = _resumed(data, Path(out), preset, model or {}, settings)
     else:
@@ -136,10 +143,12 @@ def train(
                 "train": to_json(run.config),
                 "step_s": job.step_s,
             }
-        if is_first and not resume:
-            run.create()
+        if is_first:
+            run.folder.mkdir(parents=True, exist_ok=True)
         with locked(run.folder, "trained") if is_first else contextlib.nullcontext():
             if is_first:
+                if not resume:
+                    run.create()
                 job.data.verify()
                 if job.is_changed:
                     run.write()
@@ -147,7 +156,9 @@ def train(
                     log.info(line)
                 for doubt in plans.doubts(run.config, job.facts):
                     log.warning(doubt)
-            return _trainer(job).fit(resume)
+            return _trainer(job).fit(job.committed)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainError(_unwritten(run, error)) from error
     finally:
         processes.leave()
 
@@ -231,16 +242,29 @@ def _resumed(
     """A run that exists, with the settings given changed."""
     run = Run.open(out)
     dataset = run.dataset(data)
+    run.check_same_data(dataset)
     kept = checkpoint.list_steps(run.checkpoints)
-    step = int(kept[-1].name.removeprefix("step-")) if kept else 0
+    committed = checkpoint.newest_whole(run.checkpoints) if kept else None
+    step = checkpoint.state_of(committed)["step"] if committed else 0
     changed = with_changes(run, step, preset, model, given)
     check_fit(changed.model, changed.config, dataset)
-    warm = InitialWeights(run.config.init) if run.config.init and not kept else None
+    warm = InitialWeights(run.config.init) if run.config.init and not committed else None
     processes = ProcessGroup.join(changed.config.device)
     check_ranks(changed.config, processes)
     why = f"from step {step} of {out}"
     facts = facts_about(dataset)
-    return Job(changed, dataset, warm, processes, facts, why, None, changed is not run)
+    return Job(
+        changed, dataset, warm, processes, facts, why,
+        committed=committed, is_changed=changed is not run or not (out / "config.json").exists(),
+    )  # fmt: skip
+
+
+def _unwritten(run: Run, error: Exception) -> str:
+    """The message about a disk that failed: what is safe, and how to go on."""
+    kept = checkpoint.list_steps(run.checkpoints)
+    safe = f"all up to {kept[-1]} is safe" if kept else "no step was committed yet"
+    where = "" if getattr(error, "filename", None) else f"{run.folder}: "
+    return f"{where}{error}; {safe}. When the disk is well again: {resume_command(run)}"
 
 
 def _trainer(job: Job) -> Trainer:

@@ -6,14 +6,16 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from wgpt import audio, config
+from wgpt import audio, config, ops
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset, Split
+from wgpt.errors import TrainError
 from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.scores import codebook_scores
 from wgpt.files import remove_leftovers
@@ -22,7 +24,7 @@ from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.loggers import open_loggers
-from wgpt.runs.metrics import Metrics
+from wgpt.runs.metrics import Metrics, rows_until
 from wgpt.runs.run import Run
 from wgpt.training.progress import Progress
 
@@ -41,13 +43,14 @@ class RunRecord:
         model: HybridModel,
         optimizer: torch.optim.Optimizer,
         progress: Progress,
-        after_step: int,
+        committed: Path | None,
     ) -> None:
-        """after_step: rows of later steps are dropped from metrics.csv (they are done again)."""
+        """committed: the checkpoint that the run goes on from; what is derived becomes as it says,
+        and what was done after it is done again."""
         self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
         self.progress = progress
-        for folder in (run.folder, run.model_folder):
-            remove_leftovers(folder)
+        for folder in (".", "model", "samples", "plots"):
+            remove_leftovers(run.folder / folder)
         checkpoint.remove_leftovers(run.checkpoints)
         split = data.split("valid")
         self.clips = spread_clips(split, run.config.eval_audio_s)
@@ -55,10 +58,17 @@ class RunRecord:
         if split.n_clips:
             *_, bigram = baselines(data.split("train"), split, self.clips)
             self.bigram_nll_nats = bigram.row()["nll_nats"]
-        self.metrics = Metrics(run.folder / "metrics.csv", after_step)
+        after_step = checkpoint.state_of(committed)["step"] if committed else -1
+        rows = committed / "metrics.csv" if committed else None
+        if rows and rows.is_file():
+            kept = rows.read_bytes()
+        else:  # a new run, or a checkpoint of version 0.1
+            kept = rows_until(run.folder / "metrics.csv", after_step)
+        self.metrics = Metrics(run.folder / "metrics.csv", kept)
         shown = {**config.to_json(run.model), **config.to_json(run.config)}
         self.loggers = open_loggers(run.config.loggers, run.folder, shown, max(after_step, 0))
-        self._show_best()  # a kill may have come between a checkpoint and the model folder
+        if committed:
+            self._derive()
 
     @property
     def mel_source(self) -> str | None:
@@ -78,7 +88,10 @@ class RunRecord:
             logger.add(step, split, figures)
 
     def validate(self, step: int, epoch: float) -> bool:
-        """Scores the validation split, if there is one; True if the NLL is the lowest so far."""
+        """Scores the validation split, if there is one; True if the NLL is the lowest so far.
+
+        Raises TrainError for figures that are not finite.
+        """
         split, settings = self.data.split("valid"), self.run.config
         if split.n_clips == 0:
             return False
@@ -98,6 +111,12 @@ class RunRecord:
             figures["fine_nll_nats"] = sum(fine) / len(fine)
         self.add(step, epoch, "valid", {n: v for n, v in figures.items() if n != "perplexity"})
         self.metrics.flush()
+        # A perplexity overflows above 709 nats; it is left out then.
+        figures = {n: v for n, v in figures.items() if n != "perplexity" or v < math.inf}
+        if not all(map(math.isfinite, figures.values())):
+            raise TrainError(
+                f"step {step}: validation gives {figures}, not finite; the step is not committed"
+            )
         improved = self.progress.add_validation(step, figures)
         log.info(
             "step %d: validation NLL %.4f, accuracy %.4f%s",
@@ -123,19 +142,23 @@ class RunRecord:
             )  # fmt: skip
 
     def save(self, step: int) -> None:
-        """A checkpoint, and RUN/model if its weights are the best ones."""
+        """Commits the step, and makes RUN/model follow. Raises TrainError for weights that are not
+        finite, OSError."""
         progress = self.progress
         if self.data.split("valid").n_clips == 0:
             progress.best_step = step
         self.metrics.flush()
-        checkpoint.save(
+        checkpoint.commit(
             self.run.checkpoints,
             step,
             self.model,
             self.optimizer,
-            keep=self.run.config.keep_checkpoints,
-            best=progress.best_step,
-            progress=dataclasses.asdict(progress),
+            metrics=(self.run.folder / "metrics.csv").read_bytes(),
+            state={
+                "progress": dataclasses.asdict(progress),
+                "run": self.run.description(),
+                "environment": environment(),
+            },
             card=self._card(step),
             facts={
                 "preset": self.run.preset,
@@ -147,11 +170,15 @@ class RunRecord:
                 "treatment": self.data.treatment,
             },
         )
-        self._show_best()
+        self._derive()
 
     def sample(self, step: int) -> None:
         """A continuation of the first validation clip by the model as it is."""
         self._sample(self.model, step)
+
+    def has_sample(self, step: int) -> bool:
+        """Whether it was made."""
+        return sample_path(self.run, step).is_file()
 
     def sample_best(self) -> None:
         """The same by RUN/model."""
@@ -163,10 +190,13 @@ class RunRecord:
         if self.run.config.sample_s and self.data.split("valid").n_clips:
             sample_into(self.run, model, self.data, step)
 
-    def _show_best(self) -> None:
+    def _derive(self) -> None:
+        """Brings RUN/model and the checkpoints kept to what the newest one says."""
         best = checkpoint.path_of(self.run.checkpoints, self.progress.best_step)
         if (best / "config.json").is_file():  # not in checkpoints of version 0.1
             checkpoint.copy_model(best, self.run.model_folder)
+        keep = self.run.config.keep_checkpoints
+        checkpoint.prune(self.run.checkpoints, keep, self.progress.best_step)
 
     def _card(self, step: int) -> str:
         progress = self.progress
@@ -199,6 +229,20 @@ def spread_clips(split: Split, audio_s: float) -> list[int] | None:
     return [i * split.n_clips // n_clips for i in range(n_clips)]
 
 
+def environment() -> dict[str, Any]:
+    """What the bits of a step depend on besides data and settings."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_target": ops.info()["cpu_target"],
+        "torch": torch.__version__,
+    }
+
+
+def sample_path(run: Run, step: int) -> Path:
+    """RUN/samples/step-N.wav."""
+    return run.folder / "samples" / f"step-{step:08d}.wav"
+
+
 def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
     """Writes RUN/samples/step-N.wav: decoded validation prompt, then the model's continuation."""
     loaded = run.codec(str(next(model.parameters()).device))
@@ -210,7 +254,7 @@ def sample_into(run: Run, model: HybridModel, data: Dataset, step: int) -> Path:
     generator = AudioGenerator(model.eval(), loaded, MelFrontend(data.mel_config), source)
     new = generator.generate(prompt, run.config.sample_s, Sampling(top_k=100), seed=step)
     model.train(was_training)
-    path = run.folder / "samples" / f"step-{step:08d}.wav"
+    path = sample_path(run, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     audio.write(path, np.concatenate([prompt.cpu().numpy(), new]))
     return path

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,19 @@ from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.progress import Progress
-from wgpt.training.record import RunRecord
+from wgpt.training.record import RunRecord, environment
 from wgpt.training.report import Report
 from wgpt.training.resume import batches_begin, flags_of, resume_command
 from wgpt.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
+
+# What a user, a scheduler, a lost terminal and SLURM's --signal send.
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
 
 
 class Trainer:
@@ -90,21 +98,30 @@ class Trainer:
         slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=self.processes.device)
         return float(self.processes.sum(slowest)) / self.processes.size
 
-    def fit(self, resume: bool) -> dict[str, Any]:
+    def fit(self, committed: Path | None = None) -> dict[str, Any]:
         """Trains to max_steps or until validation stops improving.
 
+        committed: the checkpoint to go on from, of the run; None to begin.
+
         Returns the summary that `wgpt train --json` prints. Raises TrainError when the loss is not
-        finite or memory runs out, Interrupted after Ctrl-C or SIGTERM.
+        finite or memory runs out, Interrupted after a signal.
         """
-        start, is_new = 0, not (resume and checkpoint.list_steps(self.run.checkpoints))
-        if not is_new:
-            start, saved = checkpoint.load_newest(
-                self.run.checkpoints, self.model, self.step.optimizer
-            )
-            self.progress = Progress(**saved)
+        start = 0
+        if committed:
+            state = checkpoint.state_of(committed)
+            checkpoint.load(committed, self.model, self.step.optimizer)
+            start, self.progress = state["step"], Progress(**state.get("progress", {}))
             if any(change["from_step"] == start for change in self.run.changes):
                 self.progress.n_worse = 0  # other settings: a new hope
             log.info("resumed from step %d", start)
+            now = environment()
+            for name, then in state.get("environment", now).items():
+                if then != now[name] and self.processes.rank == 0:
+                    log.warning(
+                        "%s: was %s when step %d was committed, now %s: the bits of further steps "
+                        "may differ from those of an uninterrupted run",
+                        name, then, start, now[name],
+                    )  # fmt: skip
         if self.processes.rank == 0:
             self.record = RunRecord(
                 self.run,
@@ -112,15 +129,16 @@ class Trainer:
                 self.model,
                 self.step.optimizer,
                 self.progress,
-                after_step=-1 if is_new else start,
+                committed,
             )
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         began = time.monotonic()
         try:
             with self._signals():
-                if is_new and self.record:
-                    self.record.validate(0, 0.0)
-                    self.record.save(0)
+                if self.record and not committed:
+                    with self._way_on():
+                        self.record.validate(0, 0.0)
+                        self.record.save(0)
                 end = self._loop(start, report)
                 if self.record:
                     self.record.sample_best()
@@ -149,19 +167,39 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the loop after a save; only the main thread can be told."""
+        """Signals of STOPPING end the loop after a commit; only the main thread can be told.
+
+        One that was ignored stays so (nohup). A second Ctrl-C ends at once: what is committed is
+        whole at any moment.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+        old = {s: signal.signal(s, self._interrupt) for s in heard}
         try:
             yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, number: int, _: object) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.interrupted:
+            log.info("stops after this step, and saves; a second Ctrl-C stops at once")
         self.interrupted = True
+
+    @contextlib.contextmanager
+    def _way_on(self) -> Iterator[None]:
+        """Adds to a TrainError the command that goes on from before it."""
+        try:
+            yield
+        except TrainError as error:
+            command = self._command(lr=float(f"{self.settings.lr / 3:.1g}"))
+            raise TrainError(
+                f"{error}. Go on from the last checkpoint at a lower rate: {command}"
+            ) from None
 
     def _loop(self, start: int, report: Report) -> int:
         """Trains from step `start` on; returns the last step."""
@@ -170,6 +208,9 @@ class Trainer:
         if self._is_exhausted():
             log.info("ended at step %d for want of improvement; more patience: %s", start, more)
             return start
+        if record and start and start < settings.max_steps and self._sample_is_due(start):
+            if not record.has_sample(start):  # a kill came between the commit and the sample
+                record.sample(start)
         step = start
         for step, batch in enumerate(
             prefetch(self.batches.batch, start, settings.max_steps), start + 1
@@ -180,15 +221,17 @@ class Trainer:
             report.step(step, values["nll_nats"], n_tokens)
             last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
-                improved = record is not None and record.validate(step, epoch(step))
+                with self._way_on():
+                    improved = record is not None and record.validate(step, epoch(step))
                 last = last or self._is_exhausted()
             stop = self.processes.any(self.interrupted)
             due = settings.save_every and step % settings.save_every == 0
             if record and (last or stop or improved or due):
-                record.save(step)
+                with self._way_on():
+                    record.save(step)
             if last:
                 break
-            if record and settings.sample_every and step % settings.sample_every == 0:
+            if record and self._sample_is_due(step):
                 record.sample(step)
             if stop:
                 raise Interrupted(
@@ -205,15 +248,13 @@ class Trainer:
 
     def _step(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """TrainingStep, with a way on where it fails."""
-        settings = self.settings
         try:
-            return self.step(step, batch)
-        except TrainError as error:
-            command = self._command(lr=float(f"{settings.lr / 3:.1g}"))
-            raise TrainError(
-                f"{error}; the batch was (clip, first step) {_segments(batch)} of "
-                f"{self.data.path}. Go on from the last checkpoint at a lower rate: {command}"
-            ) from None
+            with self._way_on():
+                try:
+                    return self.step(step, batch)
+                except TrainError as error:
+                    where = f"(clip, first step) {_segments(batch)} of {self.data.path}"
+                    raise TrainError(f"{error}; the batch was {where}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -233,6 +274,9 @@ class Trainer:
         if (self.run.folder / "config.json").exists():
             return resume_command(self.run, **changes)
         return f"the same command with{flags_of(changes)}"  # only timed so far: there is no run
+
+    def _sample_is_due(self, step: int) -> bool:
+        return bool(self.settings.sample_every) and step % self.settings.sample_every == 0
 
     def _is_exhausted(self) -> bool:
         """Whether validation has not improved for too long, as the first process sees it."""
