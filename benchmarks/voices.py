@@ -12,7 +12,7 @@ Each case lays out a folder of recordings of a held-out set of recordings.py and
     one-file  the same, joined to a single WAV
     actor     15 minutes of one of the two actors
     music     held-out orchestral tracks
-    starter   no training: the packaged model on the prompts of `15min`
+    starter   no training: the packaged model, or --models, on 3 s of 16 clips of speech and music
 
 Judged are continuations of 4 s, by 16 clips of scenes (or tracks) that no case trains on, the whole
 clip and its first 2 s as the prompt, beside the true recordings and the codec's own round trip:
@@ -45,9 +45,11 @@ from spectrograms import draw_spectrograms
 import wgpt
 from wgpt import audio
 from wgpt.audio import Recording
+from wgpt.audio.mel import MelFrontend
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
 from wgpt.data.treatment import PIECE_SECONDS, Plan, Treatment, measure
 from wgpt.errors import AudioError
+from wgpt.evaluation.codec_ceiling import DB_PER_NEPER
 from wgpt.evaluation.frechet import frechet_db, periodicity, statistics
 from wgpt.files import write_atomically
 from wgpt.generation import AudioGenerator, Sampling
@@ -59,8 +61,10 @@ SPEECH = "fillets-ng-data-nl"
 HELD_OUT_GROUPS = {SPEECH: 12, "wesnoth-1.16-music": 2}
 N_CLIPS, N_REFERENCE = 16, 64
 CLIP_S = (2.5, 8.0)  # of the clips that prompt
-SHORT_PROMPT_S, CONTINUE_S = 2.0, 4.0
-ACTOR = re.compile(r"-m-[^/]*$")  # file names say who speaks: one of two
+CONTINUE_S = 4.0
+SHORT = 2 * SAMPLE_RATE_HZ  # samples of a short prompt
+COMPARED = {"speech": (SPEECH,), "music": ("wesnoth-1.16-music", "sonic-pi-samples")}
+SPOKEN, ACTOR = re.compile(r"-[mv]-[^/]*$"), re.compile(r"-m-[^/]*$")  # names say who speaks
 
 Wave = np.ndarray  # float32 (L,), 24 kHz
 
@@ -205,63 +209,118 @@ def run_case(folder: Path, prompt: Wave, threads: int) -> dict[str, Any]:
 # ------------------------------------------------------------------ judging
 
 
-def judge(
-    generator: AudioGenerator, clips: list[Wave], reference: list[Wave], sampling: Sampling
-) -> tuple[dict[str, dict[str, float]], list[tuple[str, Wave]]]:
-    """The table of measures by kind of sound, and some sounds to look at."""
-    listeners = Listeners()
-    n_short = round(SHORT_PROMPT_S * SAMPLE_RATE_HZ)
-    n_steps = round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES
-    frontend = generator.frontend
+class Judge:
+    """Measures what follows prompts of some clips, against other real sound of the same kind.
 
-    def mel(wave: Wave) -> np.ndarray:
-        return frontend(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
+    clips: what is judged stands for; reference: other real clips; frontend: of the log-mel slices.
+    """
 
-    # Slices of real sound, relative to the first 2 s of their clip as those that are judged.
-    real = statistics([mel(wave) for wave in reference], n_short // HOP_SAMPLES, skip_prompt=False)
+    def __init__(self, clips: list[Wave], reference: list[Wave], frontend: MelFrontend) -> None:
+        self.clips, self.frontend, self.listeners = clips, frontend, Listeners()
+        mels = [self.mel(wave) for wave in reference]
+        # Relative to the first 2 s of a clip, as those that are judged.
+        self.real = statistics(mels, SHORT // HOP_SAMPLES, skip_prompt=False)
 
-    def row(prompts: list[Wave], rests: list[Wave], alike: list[Wave] | None) -> dict[str, float]:
+    def mel(self, wave: Wave) -> np.ndarray:
+        """(T, M), natural logarithm."""
+        return self.frontend(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
+
+    def row(
+        self, prompts: list[Wave], rests: list[Wave], alike: list[Wave] | None = None
+    ) -> dict[str, float]:
         """alike: what is compared with the whole clips by speaker."""
         pairs = list(zip(prompts, rests, strict=True))
-        mels = [mel(np.concatenate([prompt[-n_short:], rest])) for prompt, rest in pairs]
+        mels = [self.mel(np.concatenate([prompt[-SHORT:], rest])) for prompt, rest in pairs]
         heard = [periodicity(np.concatenate(pair), len(pair[0])) for pair in pairs]
         found = {
             "silent": float(np.mean([silent_share(rest) for rest in rests])),
             "periodicity": float(np.mean(heard)),
-            "frechet_db": frechet_db(statistics(mels, n_short // HOP_SAMPLES, True), real),
+            "frechet_db": frechet_db(statistics(mels, SHORT // HOP_SAMPLES, True), self.real),
         }
-        return found | speaker(alike)
+        return found | self.speaker(alike)
 
-    def speaker(waves: list[Wave] | None) -> dict[str, float]:
-        if waves is None or "resemblyzer" in listeners.missing:
+    def speaker(self, waves: list[Wave] | None) -> dict[str, float]:
+        """Cosine of the speaker embeddings of waves and clips; none without resemblyzer."""
+        if waves is None or "resemblyzer" in self.listeners.missing:
             return {}
-        cosines = [listeners.speaker(*pair) for pair in zip(waves, clips, strict=True)]
-        return {"speaker": float(np.mean(cosines))}
+        pairs = zip(waves, self.clips, strict=True)
+        return {"speaker": float(np.mean([self.listeners.speaker(*pair) for pair in pairs]))}
 
-    def copy(wave: Wave) -> Wave:
-        wave = wave[: len(wave) // HOP_SAMPLES * HOP_SAMPLES]
-        heard = generator.codec.decode(generator.codec.encode(torch.from_numpy(wave.copy())))
-        return heard.cpu().numpy()
 
-    copies = [copy(clip) for clip in clips]
+def round_trip(generator: AudioGenerator, wave: Wave) -> Wave:
+    """The wave through the codec, all codebooks."""
+    wave = wave[: len(wave) // HOP_SAMPLES * HOP_SAMPLES]
+    codes = generator.codec.encode(torch.from_numpy(wave.copy()))
+    return generator.codec.decode(codes[: generator.n_codebooks]).cpu().numpy()
+
+
+def continued(generator: AudioGenerator, prompts: list[Wave], temperature: float) -> list[Wave]:
+    """4 s after each prompt, without the prompt; a clip does not end before."""
+    n_steps = round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES
+    sampling = Sampling(temperature=temperature, end_of_clip=False)
+    batches = list(generator.steps_batch(prompts, n_steps, sampling, range(len(prompts))))
+    return [np.concatenate([batch[i].wave for batch in batches]) for i in range(len(prompts))]
+
+
+def judge(
+    generator: AudioGenerator, clips: list[Wave], reference: list[Wave], temperature: float
+) -> tuple[dict[str, dict[str, float]], list[tuple[str, Wave]]]:
+    """The measures by kind of sound, and some sounds to look at."""
+    judges = Judge(clips, reference, generator.frontend)
+    copies = [round_trip(generator, clip) for clip in clips]
     table = {
-        "real recordings": row([c[:n_short] for c in clips], [c[n_short:] for c in clips], None),
-        "codec's round trip": row(
-            [c[:n_short] for c in copies], [c[n_short:] for c in copies], copies
+        "real recordings": judges.row([c[:SHORT] for c in clips], [c[SHORT:] for c in clips]),
+        "codec's round trip": judges.row(
+            [c[:SHORT] for c in copies], [c[SHORT:] for c in copies], copies
         ),
-        "other real clips": speaker(reference[: len(clips)]),
+        "other real clips": judges.speaker(reference[: len(clips)]),
     }
+    for name, waves in (("real recordings", clips), ("codec's round trip", copies)):
+        table[name]["silent"] = float(np.mean([silent_share(wave) for wave in waves]))  # whole
     shown: list[tuple[str, Wave]] = []
     for title, prompts in (
         ("after the whole clip", clips),
-        ("after 2 s", [clip[:n_short] for clip in clips]),
+        ("after 2 s", [clip[:SHORT] for clip in clips]),
     ):
-        batches = list(generator.steps_batch(prompts, n_steps, sampling, range(len(prompts))))
-        rests = [np.concatenate([batch[i].wave for batch in batches]) for i in range(len(prompts))]
-        table[title] = row(prompts, rests, rests)
+        rests = continued(generator, prompts, temperature)
+        table[title] = judges.row(prompts, rests, rests)
         shown += [(f"{title}, clip {i + 1}", np.concatenate([prompts[i], rests[i]]))
                   for i in range(2)]  # fmt: skip
     return table, shown
+
+
+def compare(models: list[str], table: Path, temperature: float) -> dict[str, dict[str, float]]:
+    """The measures of models that know neither set: 4 s after 3 s of 16 clips of each kind."""
+    n_prompt = round(3.0 * SAMPLE_RATE_HZ)
+    n_whole = n_prompt + round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES * HOP_SAMPLES
+    found = {}
+    for kind, packages in COMPARED.items():
+        clips: list[Wave] = []
+        reference: list[Wave] = []
+        for package in packages:
+            rows = [row for row in rows_of(table, package) if float(row["seconds"]) > 3
+                    and (package != SPEECH or SPOKEN.search(row["path"]))]  # fmt: skip
+            pieces = clips_of(table, rows, 400)
+            long = [c[:n_whole] for c in pieces if len(c) >= n_whole]
+            chosen = long[:: max(len(long) * len(packages) // N_CLIPS, 1)]
+            clips += chosen[: N_CLIPS // len(packages)]
+            reference += [c for c in pieces if not any(np.shares_memory(c, d) for d in clips)]
+        for name in models:
+            generator = wgpt.load(name)
+            judges = Judge(clips, reference, generator.frontend)
+            prompts = [clip[:n_prompt] for clip in clips]
+            copies = [round_trip(generator, clip) for clip in clips]
+            for title, waves_of in (
+                (f"{kind}, real recordings", [clip[n_prompt:] for clip in clips]),
+                (f"{kind}, codec of {name}", [copy[n_prompt:] for copy in copies]),
+                (f"{kind}, {name}", continued(generator, prompts, temperature)),
+            ):
+                alike = waves_of if kind == "speech" and "real" not in title else None
+                found[title] = judges.row(prompts, waves_of, alike)
+                spectra = [np.abs(judges.mel(a).mean(0) - judges.mel(b[n_prompt:]).mean(0)).mean()
+                           for a, b in zip(waves_of, clips, strict=True)]  # fmt: skip
+                found[title]["spectrum_db"] = float(DB_PER_NEPER * np.mean(spectra))
+    return found
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -280,15 +339,44 @@ def markdown(results: dict[str, Any]) -> str:
             f"{found['best_step']} | {nll['bigram']:.2f} | {model:.2f} | "
             f"{nll['bigram'] - model:.2f} |"
         )
-    lines += ["", "| case | sound | silent | periodicity | speaker | Frechet, dB |",
-              "|---|---|---:|---:|---:|---:|"]  # fmt: skip
+    lines += ["", "| case | sound | silent | periodicity | speaker | Frechet, dB | spectrum, dB |",
+              "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for case, found in results.items():
         for name, row in found["heard"].items():
             cells = (f"{row[key]:{form}}" if key in row else "" for key, form in (
                 ("silent", ".0%"), ("periodicity", ".2f"), ("speaker", ".3f"),
-                ("frechet_db", ".2f")))  # fmt: skip
+                ("frechet_db", ".2f"), ("spectrum_db", ".2f")))  # fmt: skip
             lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def own_recordings(
+    case: str, table: Path, folder: Path, threads: int, temperature: float
+) -> dict[str, Any]:
+    """Lays out a case's recordings, runs the commands, and judges what the run says."""
+    package = SETS.get(case, SPEECH)
+    rows = rows_of(table, package)
+    groups = held_out_groups(rows, HELD_OUT_GROUPS[package])
+    judged = [row for row in rows if row["group"] in groups]
+    if package == SPEECH:
+        speaks = ACTOR if case == "actor" else SPOKEN
+        judged = [row for row in judged if speaks.search(row["path"])]
+    waves = clips_of(table, judged, N_CLIPS + N_REFERENCE)
+    clips = waves[:: len(waves) // N_CLIPS][:N_CLIPS]
+    reference = [wave for wave in waves if not any(wave is clip for clip in clips)]
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in rows if row["group"] not in groups]
+    lay_out(case, table, kept, folder / "recordings")
+    found = run_case(folder, clips[0], threads)
+    found["heard"], shown = judge(wgpt.load(folder / "run"), clips, reference, temperature)
+    if case == "actor":
+        found["heard"] |= {f"starter, {name}": row for name, row in judge(
+            wgpt.load("starter"), clips, reference, temperature)[0].items()
+            if name.startswith("after")}  # fmt: skip
+    for i, (title, wave) in enumerate(shown):
+        audio.write(folder / f"{i} {title}.wav", wave)
+    draw_spectrograms(folder / "heard.png", shown, SAMPLE_RATE_HZ)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recordings", type=Path, required=True, help="folder of recordings.py")
     parser.add_argument("--work", type=Path, required=True, help="folder to work in")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--model", help="judge this model folder too, on every case's prompts")
+    parser.add_argument("--models", nargs="+", default=["starter"], help="of the case `starter`")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="file of results to write or to add to")
@@ -308,28 +396,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
     for case in args.cases:
-        package = SETS.get(case, SPEECH)
-        rows = rows_of(table, package)
-        groups = held_out_groups(rows, HELD_OUT_GROUPS[package])
-        judged = [row for row in rows if row["group"] in groups]
-        if case == "actor":
-            judged = [row for row in judged if ACTOR.search(row["path"])]
-        clips = clips_of(table, judged, N_CLIPS + N_REFERENCE)
-        clips, reference = clips[:: len(clips) // N_CLIPS][:N_CLIPS], clips
-        reference = [c for c in reference if not any(c is clip for clip in clips)]
-        folder = args.work / case
-        folder.mkdir(parents=True, exist_ok=True)
-        found: dict[str, Any] = {}
-        if case != "starter":
-            lay_out(case, table, [row for row in rows if row["group"] not in groups],
-                    folder / "recordings")  # fmt: skip
-            found = run_case(folder, clips[0], args.threads)
-        generator = wgpt.load(args.model or (folder / "run" if case != "starter" else "starter"))
-        sampling = Sampling(temperature=args.temperature, end_of_clip=False)
-        found["heard"], shown = judge(generator, clips, reference, sampling)
-        for i, (title, wave) in enumerate(shown):
-            audio.write(folder / f"{i} {title}.wav", wave)
-        draw_spectrograms(folder / "heard.png", shown, SAMPLE_RATE_HZ)
+        if case == "starter":
+            found = {"heard": compare(args.models, table, args.temperature)}
+        else:
+            found = own_recordings(case, table, args.work / case, args.threads, args.temperature)
         results[case] = found
         if args.out:
             write_atomically(args.out, json.dumps(results, indent=1) + "\n")

@@ -2,7 +2,8 @@
 
     python docs/sounds.py
 
-Neither prompt was trained on: the speech is a clip of the demo's, the music is rendered anew.
+The model was trained on neither prompt: the speech is a sentence of the demo's, by a reader of whom the
+model knows other sentences; the music is a guitar (sonic-pi's guit_e_slide, CC0) that nothing knows.
 """
 
 from pathlib import Path
@@ -11,7 +12,6 @@ import numpy as np
 
 import wgpt
 from wgpt import audio
-from wgpt.codec.training.synth import render_music
 
 HERE = Path(__file__).parent
 PROMPT_S, SECONDS = 3.0, 5.0
@@ -20,10 +20,10 @@ PROMPT_S, SECONDS = 3.0, 5.0
 def main() -> None:
     model = wgpt.load("starter")
     n_prompt = round(PROMPT_S * model.sample_rate_hz)
-    clips = sorted((HERE.parent / "wgpt" / "assets" / "speech").glob("*.ogg"))
+    assets = HERE.parent / "wgpt" / "assets"
     prompts = {
-        "speech": audio.read(clips[2])[:n_prompt],
-        "music": render_music(PROMPT_S, seed=9001),
+        "speech": audio.read(assets / "speech" / "ru-0012.ogg")[:n_prompt],
+        "music": audio.read(assets / "mini" / "sounds" / "guitar.ogg")[:n_prompt],
     }
     for name, prompt in prompts.items():
         wave = model.generate(prompt, SECONDS, seed=1)

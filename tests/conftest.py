@@ -91,10 +91,9 @@ def recordings(tmp_path_factory):
 def prepared(recordings, tmp_path_factory):
     """The recordings prepared with the codec of `starter`, with the mel of codebook 0 as well."""
     from wgpt.data.pipeline import prepare
-    from wgpt.runs.pretrained import codec_of_starter
 
     out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(recordings, out, codec=codec_of_starter(), mel_sources=("wave", "decoded-1"),
+    prepare(recordings, out, mel_sources=("wave", "decoded-1"),
             valid_fraction=0.3, progress=False)  # fmt: skip
     return out
 

@@ -18,20 +18,19 @@ from wgpt.generation import AudioGenerator, Sampling
 from wgpt.model import Cache, HybridModel, presets
 from wgpt.model.inference import InferenceModel
 from wgpt.runs.metrics import read_metrics
-from wgpt.runs.pretrained import codec_of_starter
 from wgpt.runs.run import Run
 from wgpt.training import train
 
 SHAPE = dataclasses.replace(
     presets.preset("hybrid-xs"), n_fine=3, fine_dim=64, fine_ffn_dim=64,
-    latent_steps=4, latent_dim=48, latent_hidden=64,
+    latent_steps=4, latent_dim=64, latent_hidden=64,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def mini() -> codec.Codec:
-    """The codec of `starter` and of the prepared data, whose latents have 48 channels."""
-    return codec.load(codec_of_starter())
+    """The codec of `starter` and of the prepared data, whose latents have 64 channels."""
+    return codec.load("mini")
 
 
 def build(mini, shape: ModelConfig = SHAPE) -> HybridModel:
@@ -56,8 +55,8 @@ def inputs(steps: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 def test_codebooks_add_up_to_the_latents_that_the_decoder_reads(mini):
     transformers = pytest.importorskip("transformers")
     entries = mini.codebooks()
-    assert entries.shape == (8, 1024, 48)
-    folder = Path(wgpt.__file__).parent / "assets" / codec_of_starter()
+    assert entries.shape == (8, 1024, 64)
+    folder = Path(wgpt.__file__).parent / "assets" / "mini"
     encodec = transformers.EncodecModel.from_pretrained(folder, dtype=torch.float32)
     codes = torch.randint(0, 1024, (8, 1, 20))
     summed = sum(entries[k][codes[k, 0]] for k in range(8))
@@ -70,7 +69,7 @@ def test_codebooks_add_up_to_the_latents_that_the_decoder_reads(mini):
 def test_history_holds_the_newest_steps_first_and_nothing_of_unknown_ones(mini):
     latent = build(mini).latent
     tokens, _ = inputs(6)
-    history = latent.history(tokens, None).unflatten(2, (4, 48))
+    history = latent.history(tokens, None).unflatten(2, (4, 64))
     entries = mini.codebooks()[:4]
     entries = entries - entries.mean(1, keepdim=True)
     entries = entries / entries.square().mean((1, 2)).sum().sqrt()
@@ -80,7 +79,7 @@ def test_history_holds_the_newest_steps_first_and_nothing_of_unknown_ones(mini):
     assert not history[:, 0].any()  # the begin-of-clip token, and zeros before it
     assert not history[:, 2, 2:].any()
     assert history[:, 1:].square().mean().item() > 0.3
-    with pytest.raises(ValueError, match=r"\(K, V, E\) = \(4, 1024, 48\), got \(8, 1024, 48\)"):
+    with pytest.raises(ValueError, match=r"\(K, V, E\) = \(4, 1024, 64\), got \(8, 1024, 64\)"):
         latent.set_codebooks(mini.codebooks())
 
 
@@ -139,7 +138,7 @@ def test_cached_and_packed_states_are_those_of_one_pass(mini):
         torch.testing.assert_close(got, whole[:, part], rtol=0, atol=2e-5)
         got = packed.hidden(tokens[:, part], frames[:, part], cache)
         torch.testing.assert_close(got, whole[:, start - 1], rtol=0, atol=2e-5)
-    assert start == 24 and cache.latents.shape == (2, 3, 48)
+    assert start == 24 and cache.latents.shape == (2, 3, 64)
 
 
 @torch.inference_mode()
@@ -227,7 +226,7 @@ def trained(prepared, tmp_path_factory):
 def test_training_takes_the_codebooks_from_the_codec_and_resumes(trained, tmp_path, mini):
     import shutil
 
-    assert Run.open(trained).model.latent_dim == 48
+    assert Run.open(trained).model.latent_dim == 64
     model = HybridModel.from_pretrained(trained / "model")
     fresh = HybridModel(model.config)
     fresh.set_codebooks(mini.codebooks())
@@ -273,8 +272,8 @@ def test_training_refuses_latents_that_do_not_fit(prepared, tmp_path):
         train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=0.5, **SETTINGS)
     with pytest.raises(ConfigError, match="latent_noise must be finite and at least 0, got -1"):
         train(prepared, tmp_path / "run", "hybrid-xs", latent_noise=-1.0, **SETTINGS)
-    with pytest.raises(ConfigError, match="--latent-dim must be that of the data's codec, 48, got"):
-        shape = {**TRUNK, **HEARD, "latent_dim": 64}
+    with pytest.raises(ConfigError, match="--latent-dim must be that of the data's codec, 64, got"):
+        shape = {**TRUNK, **HEARD, "latent_dim": 48}
         train(prepared, tmp_path / "run", "hybrid-xs", model=shape, **SETTINGS)
     assert not (tmp_path / "run").exists()
 

@@ -35,6 +35,7 @@ from wgpt.training import train
 log = logging.getLogger(__name__)
 
 GROUPS = ("speech", "music")
+CODEC = "mini"  # that of `starter`, from which the model of all codebooks is fine-tuned
 HELD_OUT = 6  # every sixth sentence, and piece of music, is for validation
 SAMPLING = Sampling(top_k=100, end_of_clip=False)  # as long as the true rest
 # Windows of 3.4 s and a high rate suit a million parameters and 25 minutes of sound.
@@ -107,13 +108,12 @@ def demo(
 
     recordings = gather_audio(out / "audio", sizes)
     done("gathering audio")
-    codec_name = pretrained.codec_of_starter()  # what follows is fine-tuned from it
-    n_codebooks = codec.load(codec_name).n_codebooks
+    n_codebooks = codec.load(CODEC).n_codebooks
     decoded_all = f"decoded-{n_codebooks}"  # the mel of what a model of all codebooks makes
     prepare(
         recordings,
         out / "data",
-        codec=codec_name,
+        codec=CODEC,
         mel_sources=("wave", "decoded-1", decoded_all),
         jobs=jobs or os.cpu_count() or 1,
     )
@@ -137,7 +137,7 @@ def demo(
     dataset = Dataset(out / "data")
     frontend = MelFrontend(dataset.mel_config)
     result["codec"] = codec_ceiling(
-        dataset.split("valid"), codec.load(pretrained.codec_of_starter()), frontend
+        dataset.split("valid"), codec.load(CODEC), frontend
     )
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     write_report(out, result, steps, sizes.prompt_s)

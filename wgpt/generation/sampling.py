@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wgpt.errors import ConfigError, GenerationError
 
-FINE_TEMPERATURE = 0.5  # of the residual codebooks; measured in docs/closed-loop.md
+FINE_TEMPERATURE = 0.8  # of the residual codebooks; measured in docs/log.md
 
 
 @dataclass(frozen=True)

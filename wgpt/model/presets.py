@@ -26,7 +26,7 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
     ),
     "voice": (
         ModelConfig(
-            window_steps=256, dropout=0.1, end_of_clip=True, n_fine=7, latent_steps=8, latent_dim=48
+            window_steps=256, dropout=0.1, end_of_clip=True, n_fine=7, latent_steps=8, latent_dim=64
         ),
         "all codebooks, attends to 3.4 s: for hours of one's own recordings",
     ),
@@ -43,7 +43,7 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
             n_fine=7,
             fine_dim=64,
             latent_steps=8,
-            latent_dim=48,
+            latent_dim=64,
         ),
         "the same, 2.3 M: for less",
     ),

@@ -17,11 +17,6 @@ FOLDER = Path(__file__).parents[1] / "assets" / NAME
 STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
 
 
-def codec_of_starter() -> str:
-    """The codec that data must be prepared with to train on from `starter`."""
-    return str(ModelRecord.read(FOLDER).codec["source"])
-
-
 def model_folder(run: str | Path) -> Path:
     """The model folder that RUN stands for.
 
