@@ -18,7 +18,6 @@ from wgpt.files import locked, read_json, write_sealed
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
-from wgpt.runs.pretrained import codec_of_starter
 from wgpt.runs.run import Run
 from wgpt.training import plan, train
 from wgpt.training.record import RunRecord
@@ -232,7 +231,7 @@ def test_other_data_are_refused_with_a_command_that_begins_on_them(
 ):
     more = shutil.copytree(recordings, tmp_path / "recordings")
     (more / "0.wav").rename(more / "again.wav")
-    prepare(more, tmp_path / "other", codec=codec_of_starter(), valid_fraction=0.3, progress=False,
+    prepare(more, tmp_path / "other", valid_fraction=0.3, progress=False,
             mel_sources=("wave", "decoded-1"))  # fmt: skip
     before = (run / "config.json").read_bytes()
     with pytest.raises(DataError, match=r"is not what .* was trained on") as refused:

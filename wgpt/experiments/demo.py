@@ -136,9 +136,7 @@ def demo(
     done("comparing with real sound")
     dataset = Dataset(out / "data")
     frontend = MelFrontend(dataset.mel_config)
-    result["codec"] = codec_ceiling(
-        dataset.split("valid"), codec.load(CODEC), frontend
-    )
+    result["codec"] = codec_ceiling(dataset.split("valid"), codec.load(CODEC), frontend)
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     write_report(out, result, steps, sizes.prompt_s)
     return result
