@@ -125,7 +125,9 @@ def lay_out(case: str, table: Path, rows: list[dict[str, str]], folder: Path) ->
     sources = [table.parent / row["path"] for row in chosen]
     if case == "one-file":
         folder.mkdir(parents=True)
-        waves = [audio.read(source, SAMPLE_RATE_HZ) for source in sources]
+        waves = [audio.read(source, SAMPLE_RATE_HZ)
+                 for row, source in zip(chosen, sources, strict=True)
+                 if float(row["seconds"]) > 0]  # fmt: skip
         soundfile.write(folder / "all.wav", np.concatenate(waves), SAMPLE_RATE_HZ)
         return
     for row, source in zip(chosen, sources, strict=True):
@@ -241,9 +243,9 @@ class Judge:
 
     def speaker(self, waves: list[Wave] | None) -> dict[str, float]:
         """Cosine of the speaker embeddings of waves and clips; none without resemblyzer."""
-        if waves is None or "resemblyzer" in self.listeners.missing:
+        if not waves or "resemblyzer" in self.listeners.missing:
             return {}
-        pairs = zip(waves, self.clips, strict=True)
+        pairs = zip(waves, self.clips[: len(waves)], strict=True)
         return {"speaker": float(np.mean([self.listeners.speaker(*pair) for pair in pairs]))}
 
 
@@ -263,17 +265,21 @@ def continued(generator: AudioGenerator, prompts: list[Wave], temperature: float
 
 
 def judge(
-    generator: AudioGenerator, clips: list[Wave], reference: list[Wave], temperature: float
+    generator: AudioGenerator,
+    clips: list[Wave],
+    reference: list[Wave],
+    temperature: float,
+    has_speaker: bool,
 ) -> tuple[dict[str, dict[str, float]], list[tuple[str, Wave]]]:
-    """The measures by kind of sound, and some sounds to look at."""
+    """The measures by kind of sound, and some sounds to look at; has_speaker: of one voice each."""
     judges = Judge(clips, reference, generator.frontend)
     copies = [round_trip(generator, clip) for clip in clips]
     table = {
         "real recordings": judges.row([c[:SHORT] for c in clips], [c[SHORT:] for c in clips]),
         "codec's round trip": judges.row(
-            [c[:SHORT] for c in copies], [c[SHORT:] for c in copies], copies
+            [c[:SHORT] for c in copies], [c[SHORT:] for c in copies], copies * has_speaker
         ),
-        "other real clips": judges.speaker(reference[: len(clips)]),
+        "other real clips": judges.speaker(reference[: len(clips)] * has_speaker),
     }
     for name, waves in (("real recordings", clips), ("codec's round trip", copies)):
         table[name]["silent"] = float(np.mean([silent_share(wave) for wave in waves]))  # whole
@@ -283,7 +289,7 @@ def judge(
         ("after 2 s", [clip[:SHORT] for clip in clips]),
     ):
         rests = continued(generator, prompts, temperature)
-        table[title] = judges.row(prompts, rests, rests)
+        table[title] = judges.row(prompts, rests, rests * has_speaker)
         shown += [(f"{title}, clip {i + 1}", np.concatenate([prompts[i], rests[i]]))
                   for i in range(2)]  # fmt: skip
     return table, shown
@@ -368,10 +374,12 @@ def own_recordings(
     kept = [row for row in rows if row["group"] not in groups]
     lay_out(case, table, kept, folder / "recordings")
     found = run_case(folder, clips[0], threads)
-    found["heard"], shown = judge(wgpt.load(folder / "run"), clips, reference, temperature)
+    found["heard"], shown = judge(
+        wgpt.load(folder / "run"), clips, reference, temperature, package == SPEECH
+    )
     if case == "actor":
         found["heard"] |= {f"starter, {name}": row for name, row in judge(
-            wgpt.load("starter"), clips, reference, temperature)[0].items()
+            wgpt.load("starter"), clips, reference, temperature, True)[0].items()
             if name.startswith("after")}  # fmt: skip
     for i, (title, wave) in enumerate(shown):
         audio.write(folder / f"{i} {title}.wav", wave)

@@ -7,6 +7,7 @@ The command line prints the message alone and exits with `exit_code`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -14,6 +15,17 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     """The end of a message about an unknown name: "; did you mean hybrid?", or nothing near."""
     near = difflib.get_close_matches(str(word), [str(name) for name in known], n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+# What torch says, as a RuntimeError, when memory runs out on the CPU and on a GPU.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, or torch's on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 class WgptError(Exception):

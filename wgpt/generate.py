@@ -160,7 +160,7 @@ def _stream(
         after_s = ENDLESS_STUCK_S if endless else 0.0
     stuck = StuckDetector(after_s) if after_s else None
     n_steps = None if endless else n_steps_of(args.seconds)
-    listener, out, waiting = Listener(prompt), sys.stdout.buffer, b""
+    listener, out, waiting = Listener(prompt, generator.prompt_gain(prompt)), sys.stdout.buffer, b""
     bar = tqdm(total=args.seconds, desc="generate", unit="s", unit_scale=True, disable=None)
     try:
         if args.with_prompt:
@@ -168,7 +168,7 @@ def _stream(
         for n_done, step in enumerate(generator.steps(prompt, n_steps, sampling, args.seed), 1):
             listener.hear(step)
             waiting += _pcm(step.wave, args.format)
-            reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
+            reason = stuck.reason(step.made, step.tokens[0]) if stuck else None
             if n_done % CHUNK_STEPS == 0 or reason:
                 out.write(waiting)
                 out.flush()
@@ -197,10 +197,10 @@ def _pcm(wave: np.ndarray, kind: str) -> bytes:
 class _Take:
     """One of --n continuations while it is made."""
 
-    def __init__(self, prompt: np.ndarray, end_when_stuck_s: float | None) -> None:
+    def __init__(self, listener: Listener, end_when_stuck_s: float | None) -> None:
         self.steps: list[Step] = []
         self.ended = ""  # why, before its time
-        self.listener = Listener(prompt)
+        self.listener = listener
         self._stuck = StuckDetector(end_when_stuck_s) if end_when_stuck_s else None
 
     def add(self, step: Step) -> None:
@@ -213,7 +213,7 @@ class _Take:
         self.steps.append(step)
         self.listener.hear(step)
         if self._stuck:
-            self.ended = self._stuck.reason(step.wave, step.tokens[0]) or ""
+            self.ended = self._stuck.reason(step.made, step.tokens[0]) or ""
 
 
 def _write(
@@ -224,7 +224,8 @@ def _write(
     seeds: Sequence[int],
 ) -> None:
     """--n continuations, each in a file of its own."""
-    takes = [_Take(prompt, args.end_when_stuck) for _ in seeds]
+    gain = generator.prompt_gain(prompt)
+    takes = [_Take(Listener(prompt, gain), args.end_when_stuck) for _ in seeds]
     n_steps = n_steps_of(args.seconds)
     batches = generator.steps_batch([prompt], n_steps, sampling, seeds)
     for batch in tqdm(batches, "generate", n_steps, unit="step", disable=None):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -217,3 +219,65 @@ def test_encoding_is_not_done_by_name(audio_dir: Path, tmp_path: Path) -> None:
     encoder = encode.Encoder(FakeCodec(), MelConfig(), ("wave",), Treatment(), 1e9)
     assert encoder.encode_file(job).reason == "must not change while it is read"
     assert not (tmp_path / "p").exists()
+
+
+def command_in(message: str) -> list[str]:
+    return shlex.split(message.partition("to add to it with its own: wgpt ")[2])
+
+
+def test_other_settings_name_a_command_that_adds(audio_dir: Path, tmp_path: Path, capsys) -> None:
+    """Every setting at once, with a path that must be quoted, and then each in turn."""
+    out, folder = tmp_path / "my data", tmp_path / "my audio"
+    audio_dir.rename(folder)
+    first = ["prepare", str(folder), "--out", str(out), "--mel-sources", "wave", "--quiet"]
+    flags = ["--split-by", "file", "--valid-fraction", "0.3", "--test-fraction", "0.2",
+             "--keep-silence", "--keep-loudness", "--max-seconds", "100", "--codec", "mini-v1",
+             "--mel-n-mels", "32", "--mel-floor", "1e-4"]  # fmt: skip
+    assert main([*first, *flags]) == 0
+    kept = Dataset(out).manifest
+    soundfile.write(folder / "new.wav", np.random.default_rng(5).standard_normal(9600) * 0.1,
+                    24_000)  # fmt: skip
+    capsys.readouterr()
+    assert main(first) == 1
+    message = capsys.readouterr().err
+    assert "other settings (codec, max_seconds, mel, split_by, test_fraction, treatment" in message
+    assert main(command_in(message)) == 0
+    now = Dataset(out).manifest
+    assert now["settings"] == kept["settings"]
+    assert len(now["sources"]) == len(kept["sources"]) + 1
+
+    for changed in (["--split-by", "time"], ["--codec", "mini"], ["--max-seconds", "9"]):
+        asked = [*first, *flags, *changed, "--mel-sources", "wave", "decoded-2"]
+        assert main(asked) == 1
+        command = command_in(capsys.readouterr().err)
+        assert command[-3:] == ["--mel-sources", "wave", "decoded-2"]
+    assert main(command) == 0
+    assert Dataset(out).mel_sources == ("wave", "decoded-2")
+
+
+def test_a_folder_that_no_flags_describe_is_not_added_to(audio_dir, tmp_path, capsys) -> None:
+    out = tmp_path / "data"
+    arguments = ["prepare", str(audio_dir), "--out", str(out), "--mel-sources", "wave", "--quiet"]
+    assert main(arguments) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["settings"]["treatment"]["target_lufs"] = -23.0
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(arguments) == 1
+    assert (
+        "(treatment); use another --out, or --overwrite to replace it; it cannot be added to"
+        in (capsys.readouterr().err)
+    )
+    del manifest["settings"]["treatment"]  # as version 0.1 wrote it
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(arguments) == 1
+    assert "it cannot be added to" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_adding_alone_says_to_name_the_others_too(audio_dir, tmp_path, capsys) -> None:
+    out, more = tmp_path / "data", make_audio(tmp_path / "more", 3, seconds=0.7)
+    arguments = ["--out", str(out), "--mel-sources", "wave", "--quiet"]
+    assert main(["prepare", str(audio_dir), *arguments]) == 0
+    assert main(["prepare", str(more), *arguments]) == 1
+    assert "to add recordings, name those as well" in capsys.readouterr().err
+    assert main(["prepare", str(audio_dir), str(more), *arguments]) == 0

@@ -10,11 +10,12 @@ import soundfile
 from fake_codec import FakeCodec
 
 from wgpt import audio
+from wgpt.audio.loudness import MAX_GAIN_DB
 from wgpt.audio.silence import keep_spans, sounding
 from wgpt.config import MelConfig
 from wgpt.data import Dataset, prepare
 from wgpt.data.encode import Encoder, Job, hash_file, read_partial
-from wgpt.data.treatment import MAX_GAIN_DB, TARGET_LUFS, Plan, Treatment, measure
+from wgpt.data.treatment import TARGET_LUFS, Plan, Treatment, measure
 from wgpt.errors import AudioError
 
 RATE = 24_000

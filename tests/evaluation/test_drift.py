@@ -25,7 +25,8 @@ class Player:
         self.codec, self.frontend = codec_of(dataset), MelFrontend(dataset.mel_config)
         self.continuations, self.gain = continuations, gain
 
-    def steps_batch(self, prompts, n_steps, sampling, seeds):
+    def steps_batch(self, prompts, n_steps, sampling, seeds, gains):
+        assert gains == [1.0] * len(prompts)
         assert len(prompts) == len(seeds) and all(len(p) == 225 * 320 for p in prompts)
         tokens = [self.continuations(i)[:n_steps] for i in range(len(prompts))]
         waves = [self.gain * self.codec.decode(t[None]).numpy().reshape(-1, 320) for t in tokens]

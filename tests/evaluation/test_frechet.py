@@ -97,7 +97,11 @@ class Echo:
         self.continuations = continuations
         self.n_codebooks = self.codec.n_codebooks
 
-    def steps_batch(self, prompts, n_steps, sampling, seeds):
+    def prompt_gain(self, wave):
+        return 1.0
+
+    def steps_batch(self, prompts, n_steps, sampling, seeds, gains):
+        assert gains == [1.0] * len(prompts)
         assert len(prompts) == len(seeds) == len(self.continuations)
         for step in range(n_steps):
             codes = [tuple(new[:, step].tolist()) for new in self.continuations]

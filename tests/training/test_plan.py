@@ -159,7 +159,7 @@ def test_a_run_trains_scores_and_is_evaluated_on_joined_clips(prepared, tmp_path
 
 def test_the_plan_is_measured_on_a_model_of_its_own(prepared, tmp_path, quick, monkeypatch):
     """The timed steps leave no trace: two runs of the same plan are the same."""
-    monkeypatch.setattr(launch, "_seconds_per_step", lambda job: 50.0)
+    monkeypatch.setattr(launch, "_time_steps", lambda job: (50.0, 1))
     settings = {"sample_s": 0.0, "device": "cpu", "eval_audio_s": 2.0}
     small = {"n_layers": 1, "n_mel_layers": 1}
     first = train(prepared, tmp_path / "a", model=small, **settings)

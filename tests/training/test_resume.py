@@ -8,6 +8,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from wgpt.cli import main
 from wgpt.data import prepare
@@ -17,9 +18,8 @@ from wgpt.files import locked, read_json, write_sealed
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
-from wgpt.runs.pretrained import codec_of_starter
 from wgpt.runs.run import Run
-from wgpt.training import train
+from wgpt.training import plan, train
 from wgpt.training.record import RunRecord
 from wgpt.training.step import TrainingStep
 from wgpt.training.trainer import Trainer
@@ -231,7 +231,7 @@ def test_other_data_are_refused_with_a_command_that_begins_on_them(
 ):
     more = shutil.copytree(recordings, tmp_path / "recordings")
     (more / "0.wav").rename(more / "again.wav")
-    prepare(more, tmp_path / "other", codec=codec_of_starter(), valid_fraction=0.3, progress=False,
+    prepare(more, tmp_path / "other", valid_fraction=0.3, progress=False,
             mel_sources=("wave", "decoded-1"))  # fmt: skip
     before = (run / "config.json").read_bytes()
     with pytest.raises(DataError, match=r"is not what .* was trained on") as refused:
@@ -378,3 +378,68 @@ def test_the_epoch_goes_on_through_changes_of_batch_and_window(run, prepared):
     expected = [passes(0.32, n) for n in (2, 4, 6, 8, 12, 16)]
     expected += [1 + passes(0.64, n) for n in (1, 2)]  # other windows begin with an epoch
     assert got == pytest.approx(expected) and 0 < expected[5] < 1
+
+
+def memory_for(monkeypatch, n_positions):
+    """More positions than these in a part of a batch, and the allocator fails."""
+    score = HybridModel.score
+
+    def failing(self, hidden, targets):
+        if torch.is_grad_enabled() and targets.numel() > n_positions:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+        return score(self, hidden, targets)
+
+    monkeypatch.setattr(HybridModel, "score", failing)
+
+
+def test_windows_that_do_not_fit_name_a_command_that_works(prepared, tmp_path, monkeypatch):
+    memory_for(monkeypatch, 13)  # not a window of 24 steps
+    with pytest.raises(TrainError, match=r"step 1: out of memory.*Shorter windows") as refusal:
+        start(prepared, tmp_path / "run")
+    assert main(command_in(refusal.value, tmp_path)) == 0
+    assert Run.open(tmp_path / "run").config.context_s == 0.16
+
+
+def test_a_later_step_that_does_not_fit_names_a_command_that_works(run, monkeypatch):
+    made = TrainingStep._backward
+
+    def failing(self, batch, *rest):
+        if self._fits and len(batch.tokens) > 1:
+            raise MemoryError
+        return made(self, batch, *rest)
+
+    monkeypatch.setattr(TrainingStep, "_backward", failing)
+    with pytest.raises(TrainError, match=r"step 6: out of memory .MemoryError.") as refusal:
+        train(None, run, resume=True, max_steps=8)
+    assert "--accumulate 2" in str(refusal.value)
+    assert main(command_in(refusal.value, run.parent)) == 0
+    assert Run.open(run).config.accumulate == 2
+
+
+@pytest.mark.parametrize("n_positions", [24, 13, 0])
+def test_a_plan_finds_the_batch_that_fits(prepared, tmp_path, monkeypatch, n_positions):
+    """In its timed steps; what does not fit at all leaves no run behind, and says what to add."""
+    monkeypatch.setattr(plan, "BATCH_SIZE", 4)
+    monkeypatch.setattr(plan, "CONTEXT_STEPS", 24)
+    memory_for(monkeypatch, n_positions)
+    command = ["train", f"--data={prepared}", f"--out={tmp_path / 'run'}", "--max-steps=1",
+               "--sample-s=0", "--eval-audio-s=2", "--device=cpu", "--n-layers=1"]  # fmt: skip
+    if n_positions < 24:
+        with pytest.raises(TrainError, match="Shorter windows: the same command with") as refusal:
+            train(prepared, tmp_path / "run", max_steps=1, model={"n_layers": 1})
+        assert not (tmp_path / "run").exists()
+        flags = str(refusal.value).partition("the same command with ")[2]
+        assert flags == "--context-s 0.16"
+        if n_positions:
+            assert main([*command, *flags.split()]) == 0
+        return
+    assert main(command) == 0
+    assert Run.open(tmp_path / "run").config.accumulate == 4
+
+
+def test_a_rate_that_fails_while_it_is_timed_names_no_run(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "BATCH_SIZE", 2)
+    monkeypatch.setattr(plan, "CONTEXT_STEPS", 24)
+    with pytest.raises(TrainError, match=r"not finite.*lower rate: the same command with --lr"):
+        train(prepared, tmp_path / "run", lr=1e30, warmup_steps=0, model={"n_layers": 1})
+    assert not (tmp_path / "run").exists()

@@ -163,3 +163,64 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
     with pytest.raises(TrainError, match="step 1: loss nan"):
         step(1, batch)
     assert all(torch.equal(value, before[n]) for n, value in parameters(step).items())
+
+
+def forbid(monkeypatch, step, error, n_rows):
+    """Any part of more than n_rows does not fit: the allocator fails in the middle of the graph."""
+    score, sizes = step.model.score, []
+
+    def failing(hidden, targets):
+        sizes.append(len(hidden))
+        if len(hidden) > n_rows:
+            raise error
+        return score(hidden, targets)
+
+    monkeypatch.setattr(step.model, "score", failing)
+    return sizes
+
+
+CPU_ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+ERRORS = [CPU_ERROR, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cpu", "python", "cuda"])
+@pytest.mark.parametrize(("n_rows", "n_parts"), [(3, 2), (2, 4), (1, 6)])
+def test_a_batch_that_does_not_fit_is_computed_in_parts(
+    monkeypatch, caplog, error, n_rows, n_parts
+):
+    """The first step finds how many; the others keep to it; the result is that of --accumulate."""
+    step, known = step_with(), step_with(accumulate=n_parts)
+    sizes = forbid(monkeypatch, step, error, n_rows)
+    rows = run(step, 3)
+    assert step.n_parts == n_parts and step.settings.accumulate == 1
+    assert sum(size > n_rows for size in sizes) == {2: 1, 4: 2, 6: 3}[n_parts]
+    assert sizes.count(6) == 1
+    lines = [r.message for r in caplog.records if "out of memory" in r.message]
+    assert lines[-1].endswith(f"computed in {n_parts} parts (--accumulate {n_parts})")
+    assert rows == run(known, 3)
+    for name, value in parameters(known).items():
+        assert torch.equal(parameters(step)[name], value), name
+
+
+def test_parts_found_in_the_first_step_repeat_dropout(monkeypatch):
+    shape = dataclasses.replace(SHAPE, dropout=0.3)
+    step, known = step_with(shape), step_with(shape, accumulate=2)
+    forbid(monkeypatch, step, CPU_ERROR, 3)
+    assert run(step, 2) == run(known, 2)
+
+
+def test_what_is_no_lack_of_memory_or_cannot_be_split_is_raised(monkeypatch):
+    step = step_with()
+    forbid(monkeypatch, step, RuntimeError("an illegal memory access was encountered"), 3)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(step)
+    step = step_with()
+    sizes = forbid(monkeypatch, step, CPU_ERROR, 0)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        run(step)
+    assert sizes == [6, 3, 2, 1]
+    step = step_with()  # a later step is not the batch's size: windows are equally long
+    run(step)
+    forbid(monkeypatch, step, CPU_ERROR, 3)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        run(step)

@@ -1,4 +1,6 @@
-"""Loudness after ITU-R BS.1770-4 (LUFS), of one channel, in one pass over blocks of any size."""
+"""Loudness after ITU-R BS.1770-4 (LUFS), of one channel, in one pass over blocks of any size,
+and the gain that brings a recording to a target: of training data and of prompts alike.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ STEP_S = 0.1  # blocks of 400 ms overlap by 300 ms
 STEPS_PER_BLOCK = 4
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
+MAX_GAIN_DB = 20.0
+PEAK_LIMIT_DBFS = -1.0  # a gain never lifts the peak above it
 _OFFSET = -0.691
 _TAPS_S = 0.35  # the high-pass of 38 Hz has decayed to 1e-7 by then
 
@@ -115,3 +119,17 @@ class LoudnessMeter:
             return -math.inf
         blocks = blocks[blocks > blocks.mean() * 10 ** (RELATIVE_GATE_LU / 10)]
         return _OFFSET + 10 * math.log10(float(blocks.mean()))
+
+
+def gain_db(loudness_lufs: float, peak: float, target_lufs: float | None) -> float:
+    """Gain that brings a sound to a loudness: within +-MAX_GAIN_DB, its peak below the limit.
+
+    Args:
+        loudness_lufs: of the sound, -inf for silence.
+        peak: of the sound, full scale is 1.
+        target_lufs: None leaves the level alone.
+    """
+    if target_lufs is None or not math.isfinite(loudness_lufs) or peak == 0:
+        return 0.0
+    headroom = PEAK_LIMIT_DBFS - 20 * math.log10(peak)
+    return max(min(target_lufs - loudness_lufs, MAX_GAIN_DB, headroom), -MAX_GAIN_DB)

@@ -156,6 +156,11 @@ class Dataset:
             for name, total in totals.items()
         }
 
+    @property
+    def treatment(self) -> dict[str, Any]:
+        """What was done to the recordings (treatment.Treatment); empty in data of version 0.1."""
+        return dict(self.manifest.get("settings", {}).get("treatment", {}))
+
     def split(self, name: str) -> Split:
         """`train`, `valid` or `test`; each may be empty (n_steps 0)."""
         if name not in self._splits:

@@ -24,11 +24,8 @@ from wgpt import audio
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
 from wgpt.data.treatment import Plan, Treatment, measure
-from wgpt.errors import AudioError, ConfigError, DataError
+from wgpt.errors import AudioError, ConfigError, DataError, is_out_of_memory
 from wgpt.files import is_bad_day, sha256_of, write_atomically
-
-# What torch says when memory runs out on the CPU and on a GPU.
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory")
 
 
 class CodecProtocol(Protocol):
@@ -128,7 +125,7 @@ class Encoder:
         try:
             arrays, facts = self._encode(job)
         except (ValueError, RuntimeError, MemoryError, ArithmeticError, OSError) as error:
-            if is_bad_day(error) or _OUT_OF_MEMORY.search(str(error)):
+            if is_bad_day(error) or is_out_of_memory(error):
                 raise DataError(
                     f"{job.path}: could not be encoded for want of memory or by an I/O error "
                     f"({error or type(error).__name__}); free the cause, or use fewer --jobs, and "

@@ -47,8 +47,16 @@ def read_before(out: Path) -> dict[str, Any] | None:
     return read_manifest(out) if (out / "manifest.json").exists() else None
 
 
-def is_done(out: Path, before: dict[str, Any], settings: dict[str, Any], found: Found) -> bool:
+def is_done(
+    out: Path,
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    found: Found,
+    command: str | None,
+) -> bool:
     """Whether a finished folder is the answer already; False if there is something to add.
+
+    command: `wgpt prepare` with the settings that the folder has; None where no flags say them.
 
     Raises:
         DataError: other settings, or recordings that are gone: that is not adding.
@@ -58,15 +66,17 @@ def is_done(out: Path, before: dict[str, Any], settings: dict[str, Any], found: 
         name for name in settings if name != "mel_sources" and old.get(name) != settings[name]
     )
     if changed:
+        way = f"to add to it with its own: {command}" if command else "it cannot be added to"
         raise DataError(
-            f"{out}: was prepared with other settings ({', '.join(changed)}); "
-            "use another --out, or --overwrite to replace it"
+            f"{out}: was prepared with other settings ({', '.join(changed)}); use another --out, "
+            f"or --overwrite to replace it; {way}"
         )
     gone = sorted(e["path"] for e in before["sources"] if e["sha256"] not in found.known())
     if gone:
         raise DataError(
             f"{out}: was prepared from other files ({len(set(gone))} are gone or changed, first "
-            f"{gone[0]}); use another --out, or --overwrite to replace it"
+            f"{gone[0]}); to add recordings, name those as well; use another --out, or "
+            "--overwrite to replace it"
         )
     listed = {e["path"]: e.get("sha256") for e in before["sources"] + before["skipped"]}
     died = any(e["reason"] == DIED for e in before["skipped"])

@@ -23,6 +23,7 @@ from wgpt.config import CODEBOOK_SIZE, MelConfig
 from wgpt.data.account import account
 from wgpt.data.assemble import assemble, bytes_needed
 from wgpt.data.ceiling import codec_ceiling, listen
+from wgpt.data.command import prepare_command
 from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
 from wgpt.data.folder import (
     PARTIAL,
@@ -132,8 +133,12 @@ def prepare(
     }
     try:
         found = hash_all(inputs.entries, inputs.unreadable, out / PARTIAL, progress)
-        if before is not None and not overwrite and is_done(out, before, settings, found):
-            return before
+        if before is not None and not overwrite:
+            old = before.get("settings", {})
+            paths = _paths(recordings), _paths(valid), _paths(test)
+            command = prepare_command(*paths, out, old, settings)
+            if is_done(out, before, settings, found, command):
+                return before
         with locked(out):
             open_partial(out / PARTIAL, settings)
             kept = keep_splits(out / PARTIAL, before, overwrite)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wgpt.audio.loudness import LoudnessMeter
+from wgpt.audio.loudness import LoudnessMeter, gain_db
 from wgpt.audio.recording import Recording
 from wgpt.audio.silence import FADE_S, EnergyMeter, keep_spans, sounding
 from wgpt.errors import AudioError
@@ -24,8 +24,6 @@ from wgpt.errors import AudioError
 PIECE_SECONDS = 60
 CUT_WITHIN = 0.25  # the cut is the quietest frame of the last quarter of a piece
 TARGET_LUFS = -18.0
-MAX_GAIN_DB = 20.0
-PEAK_LIMIT_DBFS = -1.0  # a gain never lifts the peak above it
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,8 @@ class Plan:
             raise AudioError(
                 f"must last at least one step of {hop_samples} samples, got {self.n_samples}"
             )
-        self.gain_db = self._gain_db(treatment.target_lufs)
+        self.gain_db = gain_db(measured.loudness_lufs, measured.peak, treatment.target_lufs)
         self.piece_steps = self._cut(piece_samples)
-
-    def _gain_db(self, target_lufs: float | None) -> float:
-        lufs, peak = self.measured.loudness_lufs, self.measured.peak
-        if target_lufs is None or not math.isfinite(lufs) or peak == 0:
-            return 0.0
-        headroom = PEAK_LIMIT_DBFS - 20 * math.log10(peak)
-        return max(min(target_lufs - lufs, MAX_GAIN_DB, headroom), -MAX_GAIN_DB)
 
     def _kept_levels(self) -> np.ndarray:
         """Levels of the frames that are kept, end to end."""

@@ -164,7 +164,8 @@ def _roll_out(
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
         sampling = Sampling(fine_temperature=1.0, end_of_clip=False)
-        batches = generator.steps_batch(waves_in, n_steps, sampling, seeds)
+        gains = [1.0] * len(prompts)  # prepared data have the level of training
+        batches = generator.steps_batch(waves_in, n_steps, sampling, seeds, gains)
         bar = tqdm(batches, "rollouts", n_steps, unit="step", disable=None, leave=False)
         steps = list(bar)
     tokens = np.array([[step.tokens[0] for step in batch] for batch in steps]).T

@@ -113,7 +113,8 @@ def distances(
 
     Args:
         waves: float32 (L,) at 24 kHz of one length, whole steps: a prompt of prompt_s and its true
-            rest, which gives the length of the continuations.
+            rest, which gives the length of the continuations. They are brought to the loudness
+            of the models' training data, which `reference` has.
         generators: models by name, of one codec and mel setting with one slice a step.
         reference: log-mel slices (T, M) of other real sound of the same kind, a clip each.
 
@@ -129,6 +130,7 @@ def distances(
     n_steps = len(waves[0]) // codec.hop_samples - n_prompt
     real = statistics(reference, n_prompt, skip_prompt=False)
 
+    waves = [wave * np.float32(first.prompt_gain(wave)) for wave in waves]
     whole = [torch.from_numpy(wave) for wave in waves]
     own = _spectra([frontend(wave).numpy() for wave in whole], n_prompt)
 
@@ -148,7 +150,8 @@ def distances(
         found[f"codec, {k} codebook(s)"] = distance([codec.decode(one[:k]) for one in codes])
     prompts = [wave[: len(wave) - n_steps * codec.hop_samples] for wave in waves]
     for name, generator in generators.items():
-        batches = generator.steps_batch(prompts, n_steps, sampling, range(len(prompts)))
+        gains = [1.0] * len(prompts)
+        batches = generator.steps_batch(prompts, n_steps, sampling, range(len(prompts)), gains)
         drawn = np.array([[step.tokens for step in batch] for batch in batches])  # (T, n, K)
         said = torch.from_numpy(drawn).permute(1, 2, 0)
         for k in sorted({1, generator.n_codebooks}, reverse=True):

@@ -136,9 +136,7 @@ def demo(
     done("comparing with real sound")
     dataset = Dataset(out / "data")
     frontend = MelFrontend(dataset.mel_config)
-    result["codec"] = codec_ceiling(
-        dataset.split("valid"), codec.load(CODEC), frontend
-    )
+    result["codec"] = codec_ceiling(dataset.split("valid"), codec.load(CODEC), frontend)
     result["seconds"] = {stage: round(value, 1) for stage, value in seconds.items()}
     write_report(out, result, steps, sizes.prompt_s)
     return result
@@ -209,7 +207,8 @@ def sounds(out: Path, group: str, sizes: Sizes) -> list[dict[str, Any]]:
             ("hybrid", hybrid, "codec_codebook_0"),
         ):
             n_steps = (len(wave) - len(prompt)) // HOP_SAMPLES
-            listener, made = Listener(prompt), [waves[heard][: len(prompt)]]
+            listener = Listener(prompt, model.prompt_gain(prompt))
+            made = [waves[heard][: len(prompt)]]
             for step in model.steps(prompt, n_steps, SAMPLING, seed=0):
                 listener.hear(step)
                 made.append(step.wave)

@@ -6,6 +6,9 @@
 The mel slices of the prompt come from the prompt's own audio; those of the continuation can only
 come from decoded tokens. All work is done in fixed pieces (8 steps of the prompt, single steps
 after it), so the samples do not depend on how the prompt was cut or how the sound is collected.
+
+A prompt is brought to the loudness that the training data had, so that a quiet one is heard as
+training heard its like; what the model makes goes out at the prompt's own level again.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from wgpt import codec
+from wgpt.audio.loudness import LoudnessMeter, gain_db
 from wgpt.audio.mel import MelFrontend
 from wgpt.audio.mel_stream import MelStream
 from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ
@@ -49,13 +54,20 @@ class Step:
 
     wave: float32 (320,) at 24 kHz; tokens: from coarse to fine; entropy_nats: entropy of the
     distribution the coarse token was drawn from, after temperature, top-k and top-p; ended: the
-    model ended the clip before this step, which is what a batch gives until all items have ended.
+    model ended the clip before this step, which is what a batch gives until all items have ended;
+    gain: the prompt's, which was undone in `wave`.
     """
 
     wave: np.ndarray
     tokens: tuple[int, ...]
     entropy_nats: float
     ended: bool = False
+    gain: float = 1.0
+
+    @property
+    def made(self) -> np.ndarray:
+        """The wave at the level of the training data, as the model made it."""
+        return self.wave * np.float32(self.gain)
 
 
 @dataclass
@@ -63,12 +75,14 @@ class AudioGenerator:
     """A trained model with all it needs to make sound: codec and mel front end.
 
     mel_source: what the model was trained on; `decoded-k` reads k codebooks, of the prompt too.
+    target_lufs: loudness of the training data, which prompts are brought to; None: as they are.
     """
 
     model: HybridModel
     codec: codec.Codec
     frontend: MelFrontend
     mel_source: str | None
+    target_lufs: float | None = None
 
     def __post_init__(self) -> None:
         n_codes = self.model.config.codebook_size
@@ -96,7 +110,8 @@ class AudioGenerator:
         if not model.config.window_steps and record.context_steps:
             model.set_window(record.context_steps)
         loaded = record.load_codec(device)
-        return cls(model, loaded, MelFrontend(record.mel), record.mel_source)
+        target_lufs = record.treatment.get("target_lufs")
+        return cls(model, loaded, MelFrontend(record.mel), record.mel_source, target_lufs)
 
     @functools.cached_property
     def inference_model(self) -> InferenceModel:
@@ -120,6 +135,21 @@ class AudioGenerator:
             return 0
         return int(self.mel_source.removeprefix("decoded-"))
 
+    def prompt_gain(self, wave: Wave) -> float:
+        """Factor that brings a prompt, float (L,) at 24 kHz, to the training data's loudness.
+
+        Within +-20 dB and without clipping, as `wgpt prepare` does it; 1 for silence, and for a
+        model of data whose level was left alone.
+        """
+        wave = checked_wave(wave)
+        wave = wave[len(wave) % HOP_SAMPLES :]
+        if self.target_lufs is None or not len(wave):
+            return 1.0
+        meter = LoudnessMeter(self.sample_rate_hz)
+        meter.push(wave.numpy())
+        gain = gain_db(meter.integrated_lufs(), float(wave.abs().max()), self.target_lufs)
+        return float(np.float32(10 ** (gain / 20)))
+
     def generate(
         self,
         prompt: Prompt = None,
@@ -137,7 +167,8 @@ class AudioGenerator:
             seed: the same arguments give the same samples on one machine.
 
         Returns:
-            float32 (round(seconds * 75) * 320,) at `sample_rate_hz`, without the prompt.
+            float32 (round(seconds * 75) * 320,) at `sample_rate_hz` and at the prompt's level,
+            without the prompt.
 
         Raises:
             ConfigError: a prompt that is not finite or not (L,), or a length below one step.
@@ -199,6 +230,7 @@ class AudioGenerator:
         n_steps: int | None,
         sampling: Sampling | None = None,
         seeds: Sequence[int] = (0,),
+        gains: Sequence[float] | None = None,
     ) -> Iterator[list[Step]]:
         """Yields a list of one step for each item, item i continuing prompts[i] with seeds[i].
 
@@ -206,6 +238,8 @@ class AudioGenerator:
         length. Items that ended their clip are marked; when all have, nothing more comes. Raises
         ConfigError, at the call, as `generate`, and when there are not as many
         seeds as prompts.
+
+        gains: of the prompts, by default `prompt_gain` of each; 1 for what the level was set of.
         """
         if (len(prompts) != len(seeds) and len(prompts) != 1) or not seeds:
             raise ConfigError(
@@ -213,6 +247,7 @@ class AudioGenerator:
                 f"{len(seeds)} seeds"
             )
         waves = [wave_of(prompt) for prompt in prompts]
+        levels = [self.prompt_gain(wave) for wave in waves] if gains is None else gains
         self._note_length(max(map(len, waves)))
         n_each = len(seeds) // len(prompts)  # items of a prompt
         places: dict[int, list[int]] = {}  # prompts of equal length advance in one batch
@@ -223,7 +258,7 @@ class AudioGenerator:
         ]
 
         def batches() -> Iterator[list[Step]]:
-            states = [self.new_state() for _ in waves]
+            states = [self.new_state(gain) for gain in levels]
             for state, wave in zip(states, waves, strict=True):
                 state.feed(wave[len(wave) % HOP_SAMPLES :])
             groups = [
@@ -251,9 +286,14 @@ class AudioGenerator:
                 window_steps / STEP_RATE_HZ,
             )
 
-    def new_state(self) -> GenerationState:
-        """The state of a generation that was fed nothing yet."""
-        return GenerationState(self)
+    def new_state(self, gain: float = 1.0) -> GenerationState:
+        """The state of a generation that was fed nothing yet.
+
+        gain: brings what will be fed to the training data's loudness, and is undone in what comes
+            out. A prompt that is still arriving has no loudness yet, so its level is left alone
+            unless the caller knows it, by `prompt_gain` of an earlier take for example.
+        """
+        return GenerationState(self, gain)
 
 
 def _chunks(
@@ -263,7 +303,7 @@ def _chunks(
     waves: list[np.ndarray] = []
     for n_done, step in enumerate(steps, 1):
         waves.append(step.wave)
-        reason = stuck.reason(step.wave, step.tokens[0]) if stuck else None
+        reason = stuck.reason(step.made, step.tokens[0]) if stuck else None
         if reason or len(waves) == n_chunk:
             yield np.concatenate(waves)
             waves = []
@@ -286,8 +326,11 @@ class GenerationState:
     (fewer than 320 samples) is ignored.
     """
 
-    def __init__(self, generator: AudioGenerator) -> None:
+    def __init__(self, generator: AudioGenerator, gain: float = 1.0) -> None:
+        if not (math.isfinite(gain) and gain > 0):
+            raise ConfigError(f"generate: a prompt's gain must be positive and finite, got {gain}")
         self.generator = generator
+        self._gains = torch.tensor([gain])  # of each of the B items
         self._encoder = generator.codec.stream_encoder()
         self._decoder = generator.codec.stream_decoder(generator.n_codebooks)
         # The mel branch reads this decoder's sound; None: the prompt's, then _decoder's.
@@ -306,7 +349,7 @@ class GenerationState:
 
     def feed(self, wave: Wave) -> None:
         """The next samples of the prompt, float (L,) at 24 kHz, any L."""
-        self._waiting = torch.cat((self._waiting, checked_wave(wave)))
+        self._waiting = torch.cat((self._waiting, checked_wave(wave) * self._gains))
         n_block = PREFILL_STEPS * HOP_SAMPLES
         n_whole = len(self._waiting) // n_block * n_block
         for block in self._waiting[:n_whole].split(n_block):
@@ -352,6 +395,7 @@ class GenerationState:
         joined.generator, joined._waiting = first.generator, first._waiting
         joined._cache = Cache.join([part._cache for part in parts])
         joined._state = torch.cat([part._state for part in parts])
+        joined._gains = torch.cat([part._gains for part in parts])
         joined._mel, joined._encoder, joined._decoder = first._mel, first._encoder, first._decoder
         joined._mel_decoder = first._mel_decoder
         if first._cache.position > 1:
@@ -397,13 +441,15 @@ class GenerationState:
         """`steps` with a Sampler for its B items; does not end with their clips."""
         self._finish()
         model, codec_device = self.generator.inference_model, self.generator.codec.device
+        gains = self._gains.tolist()
         for n_done in itertools.count(1):
             coarse = sampler(model.logits(self._state), self.generator.end_token)
             entropies, ended = sampler.entropy_nats.tolist(), sampler.ended.tolist()
             fine = model.sample_fine(self._state, coarse, sampler.fine)
             codes = torch.cat((coarse[:, None], fine), 1)[:, :, None].to(codec_device)
             wave = self._decoder.push(codes)
-            rows = zip(wave.cpu().numpy(), codes[:, :, 0].tolist(), entropies, ended, strict=True)
+            out = (wave.cpu() / self._gains[:, None]).numpy()
+            rows = zip(out, codes[:, :, 0].tolist(), entropies, ended, gains, strict=True)
             yield [Step(samples, tuple(chosen), *facts) for samples, chosen, *facts in rows]
             if n_done == n_steps:
                 return

@@ -55,9 +55,9 @@ def silent_share(wave: np.ndarray) -> float:
 class Listener:
     """Hears a continuation step by step; `warnings` says what is wrong with it."""
 
-    def __init__(self, prompt: np.ndarray) -> None:
-        """prompt: float (L,) at 24 kHz; L is 0 without one."""
-        self._prompt_share = silent_share(prompt)
+    def __init__(self, prompt: np.ndarray, gain: float = 1.0) -> None:
+        """prompt: float (L,) at 24 kHz, L is 0 without one; gain: with which the model hears it."""
+        self._prompt_share = silent_share(prompt * gain)
         self._meter = SilenceMeter()
         self._token = -1
         self._n_steps = self._n_same = 0
@@ -65,7 +65,7 @@ class Listener:
 
     def hear(self, step: Step) -> None:
         """The next step."""
-        self._meter.push(step.wave)
+        self._meter.push(step.made)
         self._n_steps += 1
         self._n_same = self._n_same + 1 if step.tokens[0] == self._token else 1
         self._token = step.tokens[0]

@@ -21,7 +21,8 @@ class ModelRecord:
 
     folder: where it is; preset: name of the shape; mel, mel_source: of its slices; codec: {source,
     identity, ...} of its tokens; context_steps: length T of its training windows, None where
-    nobody wrote it down; run: the run whose folder it lies in, None elsewhere.
+    nobody wrote it down; treatment: of the recordings it was trained on (data.treatment.Treatment),
+    empty where nobody wrote it down; run: the run whose folder it lies in, None elsewhere.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class ModelRecord:
     mel_source: str | None
     codec: dict[str, Any]
     context_steps: int | None
+    treatment: dict[str, Any]
     run: Run | None
 
     @classmethod
@@ -57,7 +59,10 @@ class ModelRecord:
                 raise ConfigError(f"{path}: context_steps must lie in [1, {LIMIT}]")
             if run is not None:  # version 0.1 wrote it there alone
                 context_steps = context_steps or run.config.context_steps
-            return cls(folder, facts["preset"], mel, mel_source, codec, context_steps, run)
+            treatment = dict(facts.get("treatment") or {})
+            return cls(
+                folder, facts["preset"], mel, mel_source, codec, context_steps, treatment, run
+            )
         except FileNotFoundError:
             raise ConfigError(
                 f"{path}: no such file; a model folder holds config.json and model.safetensors"

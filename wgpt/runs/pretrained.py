@@ -79,7 +79,8 @@ def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
     model = HybridModel.from_pretrained(folder)
     facts = read_json(folder / "config.json")
     kept = {name: facts[name] for name in ("preset", "step", "mel", "mel_source", "codec")}
-    kept["context_steps"] = ModelRecord.read(folder).context_steps
+    record = ModelRecord.read(folder)
+    kept |= {"context_steps": record.context_steps, "treatment": record.treatment}
     card = card or (folder / "README.md").read_text()
     model.save_pretrained(out, card, kept, STORED)
     return Path(out) / "model.safetensors"

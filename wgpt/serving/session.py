@@ -149,8 +149,9 @@ class GenerationSession:
         prompt = whole_steps(prompt)
         if not len(prompt):
             raise ConfigError("the prompt must last at least one step (1/75 s)")
-        tokens = model.codec.encode(torch.tensor(prompt))[: model.n_codebooks]
-        ceiling = model.codec.decode(tokens).cpu().numpy()
+        gain = np.float32(model.prompt_gain(prompt))
+        tokens = model.codec.encode(torch.tensor(prompt * gain))[: model.n_codebooks]
+        ceiling = model.codec.decode(tokens).cpu().numpy() / gain
         return {
             "seconds": len(prompt) / SAMPLE_RATE_HZ,
             "recording": _sound(prompt, MelPicture(model).push(prompt)),
@@ -176,7 +177,7 @@ class GenerationSession:
                 first = time.monotonic()
                 picture.push(prompt)
             steps.append(step)
-            warning = warning or stuck.reason(step.wave, step.tokens[0])
+            warning = warning or stuck.reason(step.made, step.tokens[0])
             if n_done not in (n_due, request.n_steps):
                 continue
             wave = np.concatenate([one.wave for one in steps])
@@ -209,7 +210,7 @@ def load_models(runs: Sequence[str], device: str) -> dict[str, AudioGenerator]:
 
 
 class MelPicture:
-    """Log-mel of a wave that arrives in whole steps, as the model hears it, one column a step."""
+    """Log-mel of a wave that arrives in whole steps, by a model's front end, one column a step."""
 
     def __init__(self, model: AudioGenerator) -> None:
         self._stream = MelStream(model.frontend)

@@ -134,7 +134,7 @@ def train(
     try:
         if dry_run:
             if job.step_s is None:
-                job = dataclasses.replace(job, step_s=_seconds_per_step(job))
+                job = dataclasses.replace(job, step_s=_time_steps(job)[0])
             return {
                 "plan": job.describe(),
                 "run": str(run.folder),
@@ -183,7 +183,8 @@ def _begun(
     model = {**plan.model, **model}
     settings = TrainConfig(**plans.steps_for(plan, facts, given, None))
     job = _resolved(dataset, out, plan.preset, model, settings, plan.why)
-    step_s = _seconds_per_step(job)
+    step_s, n_parts = _time_steps(job)
+    given = {**given, "accumulate": n_parts}
     settings = TrainConfig(**plans.steps_for(plan, facts, given, step_s))
     return dataclasses.replace(
         job, run=dataclasses.replace(job.run, config=settings), step_s=step_s
@@ -273,9 +274,10 @@ def _trainer(job: Job) -> Trainer:
     return trainer
 
 
-def _seconds_per_step(job: Job) -> float:
-    """Times a few steps of a trainer of its own."""
-    return _trainer(job).seconds_per_step()
+def _time_steps(job: Job) -> tuple[float, int]:
+    """Seconds of a step by a trainer of its own, and in how many parts a batch fits in memory."""
+    trainer = _trainer(job)
+    return trainer.seconds_per_step(), trainer.step.n_parts
 
 
 def facts_about(data: Dataset) -> plans.Facts:

@@ -167,6 +167,7 @@ class RunRecord:
                 "mel_source": self.mel_source,
                 "context_steps": self.run.config.context_steps,
                 "codec": self.run.data["codec"],
+                "treatment": self.data.treatment,
             },
         )
         self._derive()

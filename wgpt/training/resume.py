@@ -19,7 +19,7 @@ _FIELDS = {f.name: f for kind in (TrainConfig, ModelConfig) for f in dataclasses
 
 def resume_command(run: Run, **settings: Any) -> str:
     """The command line that resumes a run, with other settings if given."""
-    return f"wgpt train --out {shlex.quote(str(run.folder))} --resume{_flags(settings)}"
+    return f"wgpt train --out {shlex.quote(str(run.folder))} --resume{flags_of(settings)}"
 
 
 def with_changes(
@@ -98,11 +98,11 @@ def _refusal(run: Run, name: str, old: Any, new: Any) -> str:
     flag = flag_of(_FIELDS[name])
     start = f"wgpt train --data {_data(run)}"
     if name == "init":
-        begin = f"{start} --out NEW{_flags({name: new})}"
+        begin = f"{start} --out NEW{flags_of({name: new})}"
     elif name in _FIXED or name in CHANGEABLE_FIELDS:
-        begin = f"{start} --init {shlex.quote(str(run.folder))} --out NEW{_flags({name: new})}"
+        begin = f"{start} --init {shlex.quote(str(run.folder))} --out NEW{flags_of({name: new})}"
     else:
-        begin = f"{start} --preset {run.preset} --out NEW{_flags({name: new})}"
+        begin = f"{start} --preset {run.preset} --out NEW{flags_of({name: new})}"
     return (
         f"--resume cannot change {flag} from {old} to {new}: it would be another model. "
         f"Begin one: {begin}"
@@ -113,7 +113,8 @@ def _data(run: Run) -> str:
     return shlex.quote(str(run.data["path"]))
 
 
-def _flags(settings: dict[str, Any]) -> str:
+def flags_of(settings: dict[str, Any]) -> str:
+    """Settings as flags of `wgpt train`, each with a blank in front."""
     parts = []
     for name, value in settings.items():
         flag = flag_of(_FIELDS[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator
 
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 from wgpt.config import TrainConfig
 from wgpt.data.augment import scored_steps
 from wgpt.data.batches import Batch
-from wgpt.errors import TrainError
+from wgpt.errors import TrainError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
 
+log = logging.getLogger(__name__)
+
 
 class TrainingStep:
-    """Moves a model by one batch after another, in concert with the other processes."""
+    """Moves a model by one batch after another, in concert with the other processes.
+
+    n_parts: a batch is computed in so many, TrainConfig.accumulate; in the first step they are
+    doubled until the batch fits in memory.
+    """
 
     def __init__(
         self, model: HybridModel, settings: TrainConfig, processes: ProcessGroup, rows: range
@@ -31,6 +38,7 @@ class TrainingStep:
             assert model.fine is not None
             model.fine.requires_grad_(True)
         self.optimizer = make_optimizer(model, settings)
+        self.n_parts, self._fits = settings.accumulate, False
 
     def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """Figures of the batch before the step (a row of metrics.csv), and the tokens it scored.
@@ -39,8 +47,6 @@ class TrainingStep:
         are then as they were.
         """
         settings, processes, model = self.settings, self.processes, self.model
-        if model.config.dropout or settings.latent_noise:  # by the step: a resumed run repeats it
-            torch.manual_seed((settings.seed << 32) + step * processes.size + processes.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, settings)
         if settings.freeze_trunk:  # no dropout but in the head
@@ -49,12 +55,7 @@ class TrainingStep:
         batch = batch.to(processes.device)
         n_scored = processes.sum((batch.targets >= 0).sum())
         chosen, n_fine = self._chosen_steps(step, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(
-            3, device=processes.device
-        )  # NLL, share correct, NLL of residual codebooks
-        for part, of_part in _parts(batch, chosen, settings.accumulate):
-            sums += self._backward(part, of_part, n_scored, n_fine)
+        sums = self._gradients(step, batch, chosen, n_scored, n_fine)
         parameters = [p for p in model.parameters() if p.grad is not None]
         processes.sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
@@ -79,6 +80,36 @@ class TrainingStep:
         chosen = chosen.to(batch.codes.device)
         known = self.model.fine.known_targets(_codes_at(batch.codes, chosen))
         return chosen, self.processes.sum(known.sum()).clamp(min=1)
+
+    def _gradients(
+        self, step: int, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
+    ) -> Tensor:
+        """Gradients of all parts; returns NLL, share correct and NLL of residual codebooks."""
+        processes, n_rows = self.processes, len(batch.tokens)
+        while True:
+            if self.model.config.dropout or self.settings.latent_noise:
+                # By the step: a resumed run repeats it.
+                seed = (self.settings.seed << 32) + step * processes.size + processes.rank
+                torch.manual_seed(seed)
+            self.optimizer.zero_grad(set_to_none=True)
+            sums, failed = torch.zeros(3, device=processes.device), False
+            try:
+                for part, of_part in _parts(batch, chosen, self.n_parts):
+                    sums += self._backward(part, of_part, n_scored, n_fine)
+            except (MemoryError, RuntimeError) as error:
+                if self._fits or self.n_parts >= n_rows or not is_out_of_memory(error):
+                    raise
+                failed = True  # and the error, whose frames hold the graph, is dropped
+            if self._fits or not processes.any(failed):
+                self._fits = True
+                return sums
+            self.n_parts = min(2 * self.n_parts, n_rows)
+            if processes.rank == 0:
+                log.warning(
+                    "step %d: out of memory; the same batch is computed in %d parts "
+                    "(--accumulate %d)",
+                    step, self.n_parts, self.n_parts,
+                )  # fmt: skip
 
     def _backward(
         self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor

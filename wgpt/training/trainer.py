@@ -16,7 +16,7 @@ import torch
 from wgpt.data.augment import MelAugment
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
 from wgpt.data.dataset import Dataset
-from wgpt.errors import Interrupted, TrainError
+from wgpt.errors import Interrupted, TrainError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
@@ -24,7 +24,7 @@ from wgpt.training.distributed import ProcessGroup
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord, environment
 from wgpt.training.report import Report
-from wgpt.training.resume import batches_begin, resume_command
+from wgpt.training.resume import batches_begin, flags_of, resume_command
 from wgpt.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Trainer:
 
     def seconds_per_step(self, n_steps: int = 3) -> float:
         """What a step takes here, the fastest but for the first. It moves the weights: a trainer
-        that was timed is of no other use."""
+        that was timed is of no other use but to say in how many parts a batch fits in memory."""
         times = []
         for step in range(1, n_steps + 1):
             batch = self.batches.batch(self.batches.first_step)
@@ -196,7 +196,7 @@ class Trainer:
         try:
             yield
         except TrainError as error:
-            command = resume_command(self.run, lr=float(f"{self.settings.lr / 3:.1g}"))
+            command = self._command(lr=float(f"{self.settings.lr / 3:.1g}"))
             raise TrainError(
                 f"{error}. Go on from the last checkpoint at a lower rate: {command}"
             ) from None
@@ -248,7 +248,6 @@ class Trainer:
 
     def _step(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """TrainingStep, with a way on where it fails."""
-        settings = self.settings
         try:
             with self._way_on():
                 try:
@@ -257,13 +256,24 @@ class Trainer:
                     where = f"(clip, first step) {_segments(batch)} of {self.data.path}"
                     raise TrainError(f"{error}; the batch was {where}") from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
-            command = resume_command(self.run, accumulate=2 * settings.accumulate)
-            raise TrainError(
-                f"step {step}: out of memory ({str(error).splitlines()[0][:100]}). The same batch "
-                f"in smaller parts: {command}"
-            ) from error
+            reason = str(error).partition("\n")[0][:100] or type(error).__name__
+            raise TrainError(f"step {step}: out of memory ({reason}). {self._smaller()}") from error
+
+    def _smaller(self) -> str:
+        """What to do about a batch that does not fit in memory."""
+        n_parts = self.step.n_parts
+        if n_parts < len(self.batches.rows):
+            return f"The same batch in smaller parts: {self._command(accumulate=2 * n_parts)}"
+        seconds = round(self.settings.context_s / 2, 2)
+        return f"Shorter windows: {self._command(context_s=seconds)}"
+
+    def _command(self, **changes: Any) -> str:
+        """What the user types to go on with other settings."""
+        if (self.run.folder / "config.json").exists():
+            return resume_command(self.run, **changes)
+        return f"the same command with{flags_of(changes)}"  # only timed so far: there is no run
 
     def _sample_is_due(self, step: int) -> bool:
         return bool(self.settings.sample_every) and step % self.settings.sample_every == 0
