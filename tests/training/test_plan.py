@@ -93,6 +93,8 @@ def test_settings_that_cannot_work_are_doubted():
     assert doubts(TrainConfig(max_steps=400, warmup_steps=20), facts()) == []
     (warm,) = doubts(TrainConfig(max_steps=12), facts())
     assert "--warmup-steps 100 is no shorter than the run of 12 steps" in warm
+    (short,) = doubts(TrainConfig(max_steps=1, warmup_steps=1), facts())
+    assert short.endswith("--warmup-steps 0 would")  # not what was just refused
     (often,) = doubts(TrainConfig(max_steps=2000), facts(15))
     assert "178 times" in often
     (blind,) = doubts(TrainConfig(max_steps=400), facts(valid_steps=0))
