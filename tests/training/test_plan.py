@@ -81,7 +81,7 @@ def test_what_is_given_goes_before_the_plan():
 
 def test_the_plan_in_words():
     words = describe(facts(), "from starter", preset("voice-xs"), TrainConfig(max_steps=390), 1.0)
-    for part in ("15 min to train on, 60 s to validate", "from starter", "2.32 M parameters",
+    for part in ("15 min to train on, 60 s to validate", "from starter", "2.39 M parameters",
                  "8 codebooks", "3.4 s", "dropout 0.1", "390 steps", "6.5 minutes",
                  "5 validations"):  # fmt: skip
         assert part in words, part
