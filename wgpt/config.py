@@ -311,7 +311,15 @@ class TrainConfig:
             check(name, "at least 0", getattr(self, name) >= 0)
         for name in ("sample_every", "sample_s", "seed", "eval_audio_s", "patience"):
             check(name, "at least 0", getattr(self, name) >= 0)
-        check("context_s", "at least one step (1/75 s)", self.context_steps >= 1)
+        check(
+            "context_s",
+            "at least one step (1/75 s) and at most 3600",
+            0 < self.context_s <= 3600 and self.context_steps >= 1,
+        )
+        check("sample_s", "in [0, 3600]", 0 <= self.sample_s <= 3600)
+        check("batch_size", "at most 65536", self.batch_size <= 1 << 16)
+        for name in ("weight_decay", "grad_clip"):
+            check(name, "finite", math.isfinite(getattr(self, name)))
         check("join_s", "in [0, 3600]", 0 <= self.join_s <= 3600)
         check("lr", "finite and positive", 0 < self.lr < math.inf)
         check("min_lr_ratio", "in [0, 1]", 0 <= self.min_lr_ratio <= 1)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from wgpt.audio.loudness import LoudnessMeter, _biquads
+from wgpt.audio.loudness import MAX_GAIN_DB, LoudnessMeter, _biquads, gain_db
 
 
 def lufs(wave: np.ndarray, rate_hz: int, block: int = 5000) -> float:
@@ -72,3 +72,12 @@ def test_silence_and_short_waves() -> None:
     assert lufs(np.zeros(0), 24_000) == -math.inf
     short = lufs(sine(24_000, 997, -20, 0.05), 24_000)
     assert short == pytest.approx(-23.0, abs=0.5)
+
+
+def test_gains_by_hand() -> None:
+    assert gain_db(-23.0, 0.1, -18.0) == 5.0
+    assert gain_db(-10.0, 0.5, -18.0) == -8.0
+    assert gain_db(-60.0, 1e-3, -18.0) == MAX_GAIN_DB
+    assert gain_db(5.0, 1.0, -18.0) == -MAX_GAIN_DB  # however loud
+    assert gain_db(-40.0, 0.5, -18.0) == pytest.approx(-1 - 20 * math.log10(0.5))  # the peak's
+    assert gain_db(-math.inf, 0.0, -18.0) == gain_db(-40.0, 0.5, None) == 0.0

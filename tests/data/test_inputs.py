@@ -186,6 +186,8 @@ def test_an_unreadable_folder_and_missing_list_entries_are_in_the_account(tmp_pa
     assert entry == {
         "path": "closed", "reason": "a folder that cannot be opened: Permission denied",
     }  # fmt: skip
+    counts = manifest["account"]
+    assert (counts["found"], counts["used"], counts["skipped"]) == (3, 2, 1)
     (tmp_path / "l.txt").write_text("audio/music/00.wav\naudio/speech/01.flac\nnone.wav\n")
     manifest = prepare(tmp_path / "l.txt", tmp_path / "data2", codec=FakeCodec())
     assert manifest["skipped"] == [

@@ -108,13 +108,14 @@ def test_a_gain_never_clips(tmp_path: Path) -> None:
     assert np.abs(piece).max() == pytest.approx(10 ** (-1 / 20), abs=1e-3)
 
 
-def test_long_recordings_are_cut_at_quiet_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece_s", [6, 5.5])  # its end lies in a pause, and in a word
+def test_long_recordings_are_cut_at_quiet_places(tmp_path: Path, piece_s: float) -> None:
     words = [noise(0.8, seed=i) if i % 2 else np.zeros(RATE // 5) for i in range(40)]
     wave = np.concatenate(words)  # 20 s: a word of 0.8 s, a pause of 0.2 s
     soundfile.write(tmp_path / "a.wav", wave, RATE, subtype="FLOAT")
-    plan, pieces, _ = treated(tmp_path / "a.wav", piece_s=6)
+    plan, pieces, _ = treated(tmp_path / "a.wav", piece_s=piece_s)
     assert [len(piece) // HOP for piece in pieces] == plan.piece_steps
-    assert all(4.5 * 75 <= steps <= 6 * 75 for steps in plan.piece_steps[:-1])
+    assert all(0.75 * piece_s * 75 - 1 <= steps <= piece_s * 75 for steps in plan.piece_steps[:-1])
     assert sum(plan.piece_steps) == plan.n_samples // HOP
     for piece in pieces[:-1]:
         assert np.abs(piece[-HOP // 2 :]).max() < 1e-4, "a cut inside a word"
