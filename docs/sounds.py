@@ -1,11 +1,13 @@
-"""Makes the two sounds of the README: 3 s of a prompt and 5 s of the packaged model's continuation.
+"""Makes the two sounds of the README: 3 s of a prompt and 5 s of what a model makes of it.
 
-    python docs/sounds.py
+    make demo
+    python docs/sounds.py demo
 
-The model was trained on neither prompt: the speech is a sentence of the demo's, by a reader of whom the
-model knows other sentences; the music is a guitar (sonic-pi's guit_e_slide, CC0) that nothing knows.
+Speech: a sentence of the package, continued by `starter`, which knows others of its reader. Music:
+a piece that is new to the demo's own model, `starter` fine-tuned on rendered music.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +19,14 @@ HERE = Path(__file__).parent
 PROMPT_S, SECONDS = 3.0, 5.0
 
 
-def main() -> None:
+def main(demo: str) -> None:
     model = wgpt.load("starter")
-    n_prompt = round(PROMPT_S * model.sample_rate_hz)
-    assets = HERE.parent / "wgpt" / "assets"
-    prompts = {
-        "speech": audio.read(assets / "speech" / "ru-0012.ogg")[:n_prompt],
-        "music": audio.read(assets / "mini" / "sounds" / "guitar.ogg")[:n_prompt],
-    }
-    for name, prompt in prompts.items():
-        wave = model.generate(prompt, SECONDS, seed=1)
-        audio.write(HERE / f"{name}.ogg", np.concatenate([prompt, wave]))
+    sentence = HERE.parent / "wgpt" / "assets" / "speech" / "ru-0012.ogg"
+    prompt = audio.read(sentence)[: round(PROMPT_S * model.sample_rate_hz)]
+    spoken = model.generate(prompt, SECONDS, seed=1)
+    audio.write(HERE / "speech.ogg", np.concatenate([prompt, spoken]))
+    audio.write(HERE / "music.ogg", audio.read(Path(demo) / "sounds" / "music_1_full.wav"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

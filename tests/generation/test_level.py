@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -14,6 +13,7 @@ from wgpt.cli import main
 from wgpt.data.pipeline import prepare
 from wgpt.data.treatment import TARGET_LUFS, Plan, Treatment, measure
 from wgpt.errors import ConfigError
+from wgpt.files import read_json, write_sealed
 from wgpt.generation import AudioGenerator
 from wgpt.runs import pretrained
 from wgpt.runs.model_record import ModelRecord
@@ -169,9 +169,9 @@ def test_models_of_untouched_levels_behave_as_before(recordings, tiny_run, quiet
 
     old = tmp_path / "old"
     shutil.copytree(tiny_run / "model", old)
-    facts = json.loads((old / "config.json").read_text())
+    facts = read_json(old / "config.json")
     assert facts.pop("treatment")["target_lufs"] == TARGET_LUFS
-    (old / "config.json").write_text(json.dumps(facts))
+    write_sealed(old / "config.json", facts)
     assert AudioGenerator.load(old).target_lufs is None
     pretrained.pack(tiny_run, tmp_path / "packed")
     assert AudioGenerator.load(tmp_path / "packed").target_lufs == TARGET_LUFS

@@ -120,7 +120,7 @@ def test_model_folder_of_a_name_a_run_and_a_model(tiny_run, tmp_path):
 def test_model_record_says_what_the_starter_was_trained_on(tmp_path):
     record = ModelRecord.read(pretrained.FOLDER)
     assert (record.preset, record.mel_source, record.context_steps) == (
-        "hybrid-xs", "decoded-8", 512,
+        "voice-xs", "decoded-8", 512,
     )  # fmt: skip
     HybridModel(presets.preset("gpt-xs")).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.json: was not written by .* no 'mel'"):

@@ -81,7 +81,7 @@ def test_what_is_given_goes_before_the_plan():
 
 def test_the_plan_in_words():
     words = describe(facts(), "from starter", preset("voice-xs"), TrainConfig(max_steps=390), 1.0)
-    for part in ("15 min to train on, 60 s to validate", "from starter", "2.32 M parameters",
+    for part in ("15 min to train on, 60 s to validate", "from starter", "2.39 M parameters",
                  "8 codebooks", "3.4 s", "dropout 0.1", "390 steps", "6.5 minutes",
                  "5 validations"):  # fmt: skip
         assert part in words, part
@@ -93,6 +93,8 @@ def test_settings_that_cannot_work_are_doubted():
     assert doubts(TrainConfig(max_steps=400, warmup_steps=20), facts()) == []
     (warm,) = doubts(TrainConfig(max_steps=12), facts())
     assert "--warmup-steps 100 is no shorter than the run of 12 steps" in warm
+    (short,) = doubts(TrainConfig(max_steps=1, warmup_steps=1), facts())
+    assert short.endswith("--warmup-steps 0 would")  # not what was just refused
     (often,) = doubts(TrainConfig(max_steps=2000), facts(15))
     assert "178 times" in often
     (blind,) = doubts(TrainConfig(max_steps=400), facts(valid_steps=0))

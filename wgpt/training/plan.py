@@ -177,7 +177,7 @@ def doubts(settings: TrainConfig, facts: Facts) -> list[str]:
         found.append(
             f"--warmup-steps {settings.warmup_steps} is no shorter than the run of "
             f"{settings.max_steps} steps, so the rate never reaches --lr {settings.lr:g}; "
-            f"--warmup-steps {max(settings.max_steps // 10, 1)} would"
+            f"--warmup-steps {min(max(settings.max_steps // 10, 1), settings.max_steps - 1)} would"
         )
     if not facts.valid_steps:
         found.append(
