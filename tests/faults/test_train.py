@@ -33,7 +33,7 @@ SETTINGS = {
     "device": "cpu",
 }
 TINY = {"n_layers": 1, "ffn_dim": 64, "dropout": 0.1}
-EVERY = int(os.environ.get("WGPT_FAULTS_EVERY", "41"))  # `make faults`: 1
+EVERY = int(os.environ.get("WGPT_FAULTS_EVERY", "61"))  # `make faults`: 1
 FAULTS = {
     "kill": None,
     "enospc": OSError(errno.ENOSPC, "No space left on device"),
