@@ -7,6 +7,7 @@
 #   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
+#   make faults  training hit at every file-system event, resumed, compared (most of an hour)
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
@@ -24,7 +25,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize emulated neon bench demo gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon faults bench demo gpu dev clean
 
 build: $(STAMP)
 
@@ -119,6 +120,9 @@ emulated:
 neon:
 	$(MAKE) sanitize CXX=aarch64-linux-gnu-g++ SANITIZERS= SANITIZE_TARGETS="generic neon" \
 	  SANITIZE_OUT=build/neon SANITIZE_RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+
+faults: build
+	WGPT_FAULTS_EVERY=1 $(VENV)/bin/pytest tests/faults $(ARGS)
 
 bench: build
 	for script in benchmarks/bench_*.py; do $(VENV_PYTHON) $$script $(ARGS) || exit 1; done
