@@ -105,6 +105,7 @@ def begin(prepared, out):
     train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
 
 
+@pytest.mark.slow  # 93 s, see `make faults`
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_at_any_event_is_resumed_to_the_same_folder(name, prepared, whole, tmp_path):
     expected, n_events = whole

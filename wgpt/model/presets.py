@@ -45,7 +45,7 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
             latent_steps=8,
             latent_dim=64,
         ),
-        "the same, 2.3 M: for less",
+        "the same, 2.4 M: for less",
     ),
 }
 

@@ -15,7 +15,7 @@ from wgpt.runs.model_record import ModelRecord
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
 SHA256 = {  # of a release; `sha256sum` of the files, after `pack`
-    "config.json": "0aa6c3af520f677881f33e3d896e374c3dca2301c70d248f4383af130bb64082",
+    "config.json": "f08783106c41862fad5b881e7e6f950d6948e2d41b51b8d298e792053f7fa333",
     "model.safetensors": "84c2fe17fb144de78c99485a0734564a1d6b7c91f9d2c14870ce35d8ceabe2d1",
 }
 STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
