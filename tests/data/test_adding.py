@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from fake_codec import FakeCodec, make_audio, tree
 from wgpt.cli import main
 from wgpt.data import Dataset, encode, prepare
 from wgpt.errors import DataError
+from wgpt.files import read_json, write_sealed
 
 
 class CountingCodec(FakeCodec):
@@ -259,16 +259,16 @@ def test_a_folder_that_no_flags_describe_is_not_added_to(audio_dir, tmp_path, ca
     out = tmp_path / "data"
     arguments = ["prepare", str(audio_dir), "--out", str(out), "--mel-sources", "wave", "--quiet"]
     assert main(arguments) == 0
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = read_json(out / "manifest.json")
     manifest["settings"]["treatment"]["target_lufs"] = -23.0
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(out / "manifest.json", manifest)
     assert main(arguments) == 1
     assert (
         "(treatment); use another --out, or --overwrite to replace it; it cannot be added to"
         in (capsys.readouterr().err)
     )
     del manifest["settings"]["treatment"]  # as version 0.1 wrote it
-    (out / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(out / "manifest.json", manifest)
     assert main(arguments) == 1
     assert "it cannot be added to" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0

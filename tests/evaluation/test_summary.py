@@ -39,10 +39,10 @@ def test_eval_scores_the_starter_on_any_data(prepared, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     rows = by_model(result)
     assert result["context_steps"] == 512 and result["mel_source"] == "decoded-8"
-    assert {"uniform", "bigram", "hybrid-xs (teacher-forced)"} <= set(rows)
-    starter = rows["hybrid-xs (teacher-forced)"]["nll_nats"]
+    assert {"uniform", "bigram", "voice-xs (teacher-forced)"} <= set(rows)
+    starter = rows["voice-xs (teacher-forced)"]["nll_nats"]
     assert starter < rows["bigram"]["nll_nats"]  # it knows rendered music
-    assert starter == pytest.approx(rows["hybrid-xs (closed loop, 8 codebooks)"]["nll_nats"])
+    assert starter == pytest.approx(rows["voice-xs (closed loop, 8 codebooks)"]["nll_nats"])
     assert main(["eval", "starter"]) == 2
     assert "is not in a run; name the data with --data" in capsys.readouterr().err
 

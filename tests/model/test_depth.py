@@ -1,7 +1,6 @@
 """The depth transformer: causal over codebooks, sampled as it was trained, silent when absent."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from waking import awake
 
 from wgpt.config import ModelConfig
 from wgpt.errors import ConfigError
+from wgpt.files import read_json, write_sealed
 from wgpt.model import HybridModel, presets
 
 SMALL = ModelConfig(
@@ -147,10 +147,10 @@ def test_fine_folders_load_and_older_ones_too(tmp_path):
     plain = build(dataclasses.replace(SMALL, n_fine=0))
     plain.save_pretrained(tmp_path / "old")
     path = tmp_path / "old" / "config.json"
-    description = json.loads(path.read_text())
+    description = read_json(path)
     for name in [name for name in description["model"] if "fine" in name]:
         del description["model"][name]
-    path.write_text(json.dumps(description))
+    write_sealed(path, description)
     old = HybridModel.from_pretrained(tmp_path / "old")
     assert old.fine is None and old.config.n_fine == 0
 
