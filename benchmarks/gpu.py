@@ -211,8 +211,13 @@ def main() -> int:
     for module in CARRIED.glob("_C.*.so"):
         if not args.dry:
             shutil.copy(module, ROOT / "wgpt")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    first = ROOT
+    if args.dry and not list((ROOT / "wgpt").glob("_C.*.so")):
+        # Nothing is compiled in the tree: the installed package runs. Without this, Python would
+        # put the tree first.
+        env["PYTHONSAFEPATH"], first = "1", ROOT / "benchmarks"
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(first), env.get("PYTHONPATH")]))
     if not args.dry:
         env["WGPT_REQUIRE_CUDA"] = "1"
     facts, arch = machine(args.dry)

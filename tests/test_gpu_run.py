@@ -83,7 +83,8 @@ def test_missing_tool_is_a_skip_with_its_reason(tmp_path):
 
 
 @pytest.mark.skipif(
-    not list((ROOT / "wgpt").glob("_C*.so")), reason="runs what is compiled in the tree: make dev"
+    sys.version_info < (3, 11) and not list((ROOT / "wgpt").glob("_C.*.so")),
+    reason="Python 3.10 cannot leave out a source tree without a compiled module",
 )
 def test_dry_run_needs_neither_gpu_nor_network_nor_audio_packages(tmp_path):
     for name in ("soundfile", "soxr", "pystoi", "gradio"):
