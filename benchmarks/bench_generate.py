@@ -31,8 +31,9 @@ from harness import Results, add_common_arguments, machine_facts, print_table, s
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
-from wgpt.generation.generator import PREFILL_STEPS, AudioGenerator, GenerationState
+from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
+from wgpt.generation.state import PREFILL_STEPS, GenerationState
 from wgpt.model import HybridModel
 from wgpt.model.presets import PRESETS
 

@@ -17,10 +17,11 @@ from wgpt import audio
 from wgpt.audio.writing import WRITERS
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import ConfigError
-from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator, Step
+from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator
 from wgpt.generation.listener import Listener
 from wgpt.generation.prompt import n_steps_of
 from wgpt.generation.sampling import FINE_TEMPERATURE, Sampler, Sampling
+from wgpt.generation.state import Step
 from wgpt.generation.stopping import StuckDetector
 from wgpt.ops.runtime import one_thread, resolve_device
 

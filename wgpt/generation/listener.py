@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
-from wgpt.generation.generator import Step
+from wgpt.generation.state import Step
 
 SILENT_DBFS = -50.0  # RMS of a frame below this is silence; full scale is 0 dBFS
 FRAME_SAMPLES = SAMPLE_RATE_HZ // 10  # 100 ms: longer than a stop consonant, shorter than a pause

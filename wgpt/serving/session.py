@@ -20,9 +20,10 @@ from wgpt.audio.mel import band_edges_hz
 from wgpt.audio.mel_stream import MelStream
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import AudioError, ConfigError
-from wgpt.generation.generator import AudioGenerator, Step
+from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.prompt import n_steps_of
 from wgpt.generation.sampling import Sampling
+from wgpt.generation.state import Step
 from wgpt.generation.stopping import StuckDetector
 
 FIRST_STEPS, NEXT_STEPS = 6, 15  # steps in a piece of sound: 80 ms, then 200 ms
