@@ -36,7 +36,11 @@ def tone(hz: float, n_samples: int) -> torch.Tensor:
 
 
 def test_old_data_are_whole(old):
-    Dataset(old / "data").verify()
+    dataset = Dataset(old / "data")
+    dataset.verify()
+    assert set(dataset.manifest["files"]) == {
+        str(path.relative_to(old / "data")) for path in (old / "data").rglob("*.npy")
+    }
 
 
 def test_old_run_evaluates_to_the_same_figures(old, expected):
