@@ -54,6 +54,7 @@ from wgpt.evaluation.frechet import frechet_db, periodicity, statistics
 from wgpt.files import write_atomically
 from wgpt.generation import AudioGenerator, Sampling
 from wgpt.generation.listener import silent_share
+from wgpt.generation.sampling import FINE_TEMPERATURE
 
 CASES = ("15min", "95min", "one-file", "actor", "music", "starter")
 SETS = {"music": "wesnoth-1.16-music"}
@@ -256,10 +257,9 @@ def round_trip(generator: AudioGenerator, wave: Wave) -> Wave:
     return generator.codec.decode(codes[: generator.n_codebooks]).cpu().numpy()
 
 
-def continued(generator: AudioGenerator, prompts: list[Wave], temperature: float) -> list[Wave]:
+def continued(generator: AudioGenerator, prompts: list[Wave], sampling: Sampling) -> list[Wave]:
     """4 s after each prompt, without the prompt; a clip does not end before."""
     n_steps = round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES
-    sampling = Sampling(temperature=temperature, end_of_clip=False)
     batches = list(generator.steps_batch(prompts, n_steps, sampling, range(len(prompts))))
     return [np.concatenate([batch[i].wave for batch in batches]) for i in range(len(prompts))]
 
@@ -268,7 +268,7 @@ def judge(
     generator: AudioGenerator,
     clips: list[Wave],
     reference: list[Wave],
-    temperature: float,
+    sampling: Sampling,
     has_speaker: bool,
 ) -> tuple[dict[str, dict[str, float]], list[tuple[str, Wave]]]:
     """The measures by kind of sound, and some sounds to look at; has_speaker: of one voice each."""
@@ -288,14 +288,14 @@ def judge(
         ("after the whole clip", clips),
         ("after 2 s", [clip[:SHORT] for clip in clips]),
     ):
-        rests = continued(generator, prompts, temperature)
+        rests = continued(generator, prompts, sampling)
         table[title] = judges.row(prompts, rests, rests * has_speaker)
         shown += [(f"{title}, clip {i + 1}", np.concatenate([prompts[i], rests[i]]))
                   for i in range(2)]  # fmt: skip
     return table, shown
 
 
-def compare(models: list[str], table: Path, temperature: float) -> dict[str, dict[str, float]]:
+def compare(models: list[str], table: Path, sampling: Sampling) -> dict[str, dict[str, float]]:
     """The measures of models that know neither set: 4 s after 3 s of 16 clips of each kind."""
     n_prompt = round(3.0 * SAMPLE_RATE_HZ)
     n_whole = n_prompt + round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES * HOP_SAMPLES
@@ -319,7 +319,7 @@ def compare(models: list[str], table: Path, temperature: float) -> dict[str, dic
             for title, waves_of in (
                 (f"{kind}, real recordings", [clip[n_prompt:] for clip in clips]),
                 (f"{kind}, codec of {name}", [copy[n_prompt:] for copy in copies]),
-                (f"{kind}, {name}", continued(generator, prompts, temperature)),
+                (f"{kind}, {name}", continued(generator, prompts, sampling)),
             ):
                 alike = waves_of if kind == "speech" and "real" not in title else None
                 found[title] = judges.row(prompts, waves_of, alike)
@@ -357,7 +357,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def own_recordings(
-    case: str, table: Path, folder: Path, threads: int, temperature: float
+    case: str, table: Path, folder: Path, threads: int, sampling: Sampling
 ) -> dict[str, Any]:
     """Lays out a case's recordings, runs the commands, and judges what the run says."""
     package = SETS.get(case, SPEECH)
@@ -375,11 +375,11 @@ def own_recordings(
     lay_out(case, table, kept, folder / "recordings")
     found = run_case(folder, clips[0], threads)
     found["heard"], shown = judge(
-        wgpt.load(folder / "run"), clips, reference, temperature, package == SPEECH
+        wgpt.load(folder / "run"), clips, reference, sampling, package == SPEECH
     )
     if case == "actor":
         found["heard"] |= {f"starter, {name}": row for name, row in judge(
-            wgpt.load("starter"), clips, reference, temperature, True)[0].items()
+            wgpt.load("starter"), clips, reference, sampling, True)[0].items()
             if name.startswith("after")}  # fmt: skip
     for i, (title, wave) in enumerate(shown):
         audio.write(folder / f"{i} {title}.wav", wave)
@@ -396,18 +396,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=["starter"], help="of the case `starter`")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--fine-temperature", type=float, default=FINE_TEMPERATURE)
     parser.add_argument("--out", type=Path, help="file of results to write or to add to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    sampling = Sampling(args.temperature, fine_temperature=args.fine_temperature, end_of_clip=False)
     table = args.recordings / "recordings.csv"
     results: dict[str, Any] = {}
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
     for case in args.cases:
         if case == "starter":
-            found = {"heard": compare(args.models, table, args.temperature)}
+            found = {"heard": compare(args.models, table, sampling)}
         else:
-            found = own_recordings(case, table, args.work / case, args.threads, args.temperature)
+            found = own_recordings(case, table, args.work / case, args.threads, sampling)
         results[case] = found
         if args.out:
             write_atomically(args.out, json.dumps(results, indent=1) + "\n")
