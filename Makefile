@@ -6,7 +6,7 @@
 #   make sanitize  every CPU target's kernels under AddressSanitizer and UBSan
 #   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
-#   make demo    the whole pipeline on synthetic audio: prepare, train, evaluate, generate
+#   make demo    the whole pipeline on the sound in the package: prepare, train, evaluate, generate
 #   make faults  training hit at every file-system event, resumed, compared (most of an hour)
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)

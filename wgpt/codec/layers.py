@@ -7,7 +7,7 @@ time-major, (B, n, C): a convolution is then one GEMM over a strided view of its
     outputs            [ one per hop ]      windows (B*n, k*C) @ weight (k*C, C_out) + bias
 
 and a transposed convolution with kernel 2r and stride r is the same with windows of two samples
-and r*C_out outputs, read as r samples. Weight normalisation is folded in at construction. Products
+and r*C_out outputs, read as r samples. Weight normalisation is folded in at construction. GEMMs
 are ops.PackedMatrix's, so an item of a batch gets the bits that it gets alone.
 States are replaced by every step and never written to, so copies of a stream can share them.
 """

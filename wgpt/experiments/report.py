@@ -46,12 +46,13 @@ def write_report(out: Path, result: dict[str, Any], steps: int, prompt_s: float)
     minutes = sum(total["steps"] for total in dataset.manifest["totals"].values()) / STEP_RATE_HZ
     frontend = MelFrontend(dataset.mel_config)
     parts = [
-        f"<p class=lead>{minutes / 60:.0f} minutes of synthesised speech and rendered music, "
+        f"<p class=lead>{minutes / 60:.0f} minutes of one reader's speech and of rendered music, "
         f"models of about a million parameters, {steps} training steps each. Everything below was "
         "made on this machine, and its numbers are of this run.</p>",
         "<h2>Listen</h2>",
-        "<p>This run trained on none of these recordings, and on no other of their speakers. Up "
-        f"to the dashed line, {prompt_s:g} s, is the prompt. Click into a picture to play from "
+        "<p>No model was trained on these recordings, but on other sentences of the reader; the "
+        f"codec was trained on all of them. Up to the dashed line, {prompt_s:g} s, is the prompt. "
+        "Click into a picture to play from "
         "there.</p>",
     ]
     for sound in result["sounds"]:
