@@ -62,7 +62,9 @@ def test_demo_holds_out_sentences_and_pieces(made):
         sides[source["group"]].append(source["split"])
     assert sides == {group: ["valid", "train", "train", "train"] for group in sides}
     page = (made[0] / "report.html").read_text()
-    assert "on other sentences of the reader; the codec was trained on all of them" in page
+    assert (
+        "know other sentences of the reader; the codec was trained on these sentences too" in page
+    )
 
 
 def test_demo_sounds_are_of_one_length_and_share_their_prompt(made):

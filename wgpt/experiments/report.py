@@ -50,10 +50,9 @@ def write_report(out: Path, result: dict[str, Any], steps: int, prompt_s: float)
         f"models of about a million parameters, {steps} training steps each. Everything below was "
         "made on this machine, and its numbers are of this run.</p>",
         "<h2>Listen</h2>",
-        "<p>No model was trained on these recordings, but on other sentences of the reader; the "
-        f"codec was trained on all of them. Up to the dashed line, {prompt_s:g} s, is the prompt. "
-        "Click into a picture to play from "
-        "there.</p>",
+        "<p>No model was trained on these recordings. They know other sentences of the reader; the "
+        f"codec was trained on these sentences too. Up to the dashed line, {prompt_s:g} s, is the "
+        "prompt. Click into a picture to play from there.</p>",
     ]
     for sound in result["sounds"]:
         parts.append(_example(out, sound, frontend, prompt_s))
