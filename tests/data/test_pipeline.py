@@ -209,3 +209,15 @@ def test_command_line(prepared, tmp_path: Path, capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", str(prepared[0])])
     assert capsys.readouterr().out == ""
+
+
+def test_clips_of_a_group_stand_together_whatever_their_paths(tmp_path) -> None:
+    """So that neighbours can be joined: names alone would mix the groups of a list."""
+    audio_dir = make_audio(tmp_path / "audio")
+    paths = sorted(path for path in audio_dir.rglob("*") if path.is_file())[:6]
+    rows = [f"{path},{'ab'[i % 2]},train" for i, path in enumerate(paths)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,group,split", *rows]) + "\n")
+    prepare(tmp_path / "list.csv", tmp_path / "data", codec=FakeCodec(), **AS_IS)
+    split = dataset_module.Dataset(tmp_path / "data").split("train")
+    assert split.groups == ["a"] * 3 + ["b"] * 3
+    assert split.joined(10**6).groups == ["a", "b"]
