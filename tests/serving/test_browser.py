@@ -61,12 +61,14 @@ import("/player.js").then(async ({ Player, Sound }) => {
   done(Array.from(rendered.getChannelData(0)));
 });
 """
-# Take A until a fifth of a second of it was heard, then B; gives which of them showed as pressed in
-# between.
+# Take A from its start until a fifth of a second of it was heard, then B; gives which of them showed
+# as pressed in between. Stopped before: the newest take may still be playing its last moment, and A
+# would take over from there.
 COMPARE = """
 const done = arguments[0];
 const [a, b] = document.querySelectorAll(".ab button");
 import("/view.js").then(({ player }) => {
+  player.stop();
   a.click();
   const begin = player.position;
   const timer = setInterval(() => {
