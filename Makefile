@@ -48,8 +48,9 @@ $(STAMP): $(VENV)/.torch $(SOURCES)
 	touch $@
 
 # Plain `pytest`, not `python -m pytest`: the latter puts the source wgpt/, which has no _C, first.
+# A file of tests stays in one process: its fixtures are made once.
 test: build
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-all: build
 	$(VENV)/bin/pytest -m "" $(ARGS)

@@ -55,7 +55,7 @@ def test_walk_reports_a_folder_without_permission(tmp_path: Path) -> None:
     try:
         if root:
             os.chown(tmp_path, 65534, -1)
-            for folder in tmp_path.parents[:2]:
+            for folder in tmp_path.parents[:3]:
                 folder.chmod(folder.stat().st_mode | 0o055)
             os.seteuid(65534)
         seen = audio.walk(tmp_path)

@@ -173,7 +173,7 @@ def test_an_unreadable_folder_and_missing_list_entries_are_in_the_account(tmp_pa
     root = os.geteuid() == 0
     try:
         if root:
-            for folder in tmp_path.parents[:2]:
+            for folder in tmp_path.parents[:3]:
                 folder.chmod(folder.stat().st_mode | 0o055)
             os.chown(tmp_path, 65534, -1)
             os.seteuid(65534)
