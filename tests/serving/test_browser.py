@@ -61,8 +61,8 @@ import("/player.js").then(async ({ Player, Sound }) => {
   done(Array.from(rendered.getChannelData(0)));
 });
 """
-# Take A from its start until a fifth of a second of it was heard, then B; gives which of them showed
-# as pressed in between. Stopped before: the newest take may still be playing its last moment, and A
+# Take A from its start until a fifth of a second of it was heard, then B; gives which of them
+# showed as pressed in between. Stopped before: the newest take may still play its last moment, and A
 # would take over from there.
 COMPARE = """
 const done = arguments[0];
