@@ -62,8 +62,8 @@ import("/player.js").then(async ({ Player, Sound }) => {
 });
 """
 # Take A from its start until a fifth of a second of it was heard, then B; gives which of them
-# showed as pressed in between. Stopped before: the newest take may still play its last moment, and A
-# would take over from there.
+# showed as pressed in between. Stopped before: the newest take may still play its last moment,
+# and A would take over from there.
 COMPARE = """
 const done = arguments[0];
 const [a, b] = document.querySelectorAll(".ab button");
