@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--out", type=Path, required=True, metavar="CODEC", help="codec folder to write"
     )
+    data.add_argument(
+        "--init", metavar="CODEC",
+        help="start from the weights of this codec (mini, or a folder of codec-train) instead of "
+        "random ones",
+    )  # fmt: skip
     data.add_argument("--resume", action="store_true", help="continue from the checkpoint in WORK")
     data.add_argument("--json", action="store_true", help="print the summary as JSON")
     model = parser.add_argument_group("model")
@@ -42,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--decay-steps", "decay_steps", int, "last steps, over which the step size falls"),
         ("--batch", "batch", int, "crops of half a second in a batch"),
         ("--lr", "lr", float, "peak step, relative to a tensor's own size"),
-        ("--warmup-steps", "warmup_steps", int, "steps before the quantiser starts"),
+        (
+            "--warmup-steps",
+            "warmup_steps",
+            int,
+            "steps before the quantiser starts; none with --init",
+        ),
         ("--seed", "seed", int, "seed of every draw"),
     ):
         value = getattr(default, name)
@@ -59,8 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`wgpt codec-train`."""
     names = CodecTrainConfig.__dataclass_fields__
-    config = CodecTrainConfig(**{name: getattr(args, name) for name in names})
-    summary = train_codec(args.data, args.work, args.out, config, resume=args.resume)
+    config = CodecTrainConfig(**{name: getattr(args, name) for name in names if name in args})
+    summary = train_codec(
+        args.data, args.work, args.out, config, init=args.init, resume=args.resume
+    )
     sys.stdout.write(json.dumps(summary) + "\n" if args.json else f"{args.out}\n")
     return 0
 

@@ -28,7 +28,7 @@ from wgpt.codec.training.loss import CodecLoss, third_octaves
 from wgpt.codec.training.quantizer import ResidualQuantizer
 from wgpt.codec.training.score import si_sdr_db
 from wgpt.codec.training.synth import render_music
-from wgpt.errors import CheckpointError, DataError
+from wgpt.errors import CheckpointError, CodecError, DataError
 from wgpt.files import sha256_of
 
 SHAPES = {
@@ -312,6 +312,32 @@ def test_another_setting_than_the_checkpoints_is_refused(
 ):
     assert main(_arguments(recordings, uninterrupted, *more)) == CheckpointError.exit_code
     assert says in capsys.readouterr().err
+
+
+def test_init_continues_from_trained_weights_and_codebooks(
+    recordings, uninterrupted, tmp_path, capsys
+):
+    """One step at a vanishing rate leaves the codec as it was, but for float16."""
+    trained = uninterrupted / "out"
+    more = ("--steps", "1", "--lr", "1e-9", "--warmup-steps", "9")
+    assert main(_arguments(recordings, tmp_path, *more, "--init", str(trained))) == 0
+    before = load_file(trained / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in before.items():
+        if not name.startswith("quantizer"):
+            torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    # Entries that nothing of so little sound chooses start anew, a few of them in a step.
+    kept = [(before[k] - after[k]).float().abs().amax(1) < 0.02 for k in before if "embed" in k]
+    assert torch.stack(kept).float().mean() > 0.9
+    assert main(_arguments(recordings, tmp_path, *more, "--resume")) == CheckpointError.exit_code
+    assert "was trained with init_sha256" in capsys.readouterr().err
+
+
+def test_init_of_another_architecture_names_the_flags(recordings, tmp_path, capsys):
+    assert main(_arguments(recordings, tmp_path, "--init", "mini")) == CodecError.exit_code
+    assert "--init mini must have the architecture" in (said := capsys.readouterr().err)
+    assert "2 filters and hidden size 4, got 16 and 64; pass --filters 16 --hidden 64" in said
+    assert not (tmp_path / "work").exists()
 
 
 def test_other_recordings_than_the_corpus_are_refused(recordings, uninterrupted, tmp_path, capsys):

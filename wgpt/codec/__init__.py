@@ -103,8 +103,7 @@ class Codec:
 
     def codebooks(self) -> Tensor:
         """The codebooks, float32 (K, V, E); a frame's latent is the sum of an entry of each."""
-        names = (f"quantizer.layers.{k}.codebook.embed" for k in range(self.n_codebooks))
-        return torch.stack([self._weights.tensors[name] for name in names]).to(self.device)
+        return self._weights.codebooks().to(self.device)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> Tensor:

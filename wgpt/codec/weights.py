@@ -64,6 +64,13 @@ class CodecWeights:
     tensors: dict[str, Tensor] = field(repr=False)
     sha256: str
 
+    def codebooks(self) -> Tensor:
+        """The codebooks, float32 (K, V, E)."""
+        names = (
+            f"quantizer.layers.{k}.codebook.embed" for k in range(self.architecture.n_codebooks)
+        )
+        return torch.stack([self.tensors[name] for name in names])
+
 
 def rename_original(key: str) -> str:
     """The transformers name of a key of an original EnCodec state dict."""

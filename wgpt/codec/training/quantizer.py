@@ -36,13 +36,24 @@ class ResidualQuantizer(nn.Module):
                 count = torch.bincount(nearest, minlength=self.n_entries).to(residual)
                 total = torch.zeros_like(centres).index_add_(0, nearest, residual)
                 centres = torch.where(count[:, None] > 0, total / count[:, None].clamp(1), centres)
-            nearest = self._nearest(residual, centres)
-            self.embed[k] = centres
-            self.count[k] = torch.bincount(nearest, minlength=self.n_entries).to(residual)
-            self.count[k] *= 600 / residual.shape[0]  # as if from one batch
-            self.count[k].clamp_(min=0.05)
-            self.total[k] = centres * self.count[k][:, None]
-            residual = residual - centres[nearest]
+            residual = self._adopt_one(k, centres, residual)
+
+    @torch.no_grad()
+    def adopt(self, entries: Tensor, latents: Tensor) -> None:
+        """Take trained entries (K, V, width), with the sums that latents (N, width) give them."""
+        residual = latents
+        for k in range(self.n_codebooks):
+            residual = self._adopt_one(k, entries[k], residual)
+
+    def _adopt_one(self, k: int, centres: Tensor, vectors: Tensor) -> Tensor:
+        """Set codebook k and its running sums; returns what it leaves of the vectors."""
+        nearest = self._nearest(vectors, centres)
+        self.embed[k] = centres
+        self.count[k] = torch.bincount(nearest, minlength=self.n_entries).to(vectors)
+        self.count[k] *= 600 / vectors.shape[0]  # as if from one batch
+        self.count[k].clamp_(min=0.05)
+        self.total[k] = centres * self.count[k][:, None]
+        return vectors - centres[nearest]
 
     @staticmethod
     def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:

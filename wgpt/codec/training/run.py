@@ -8,13 +8,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from safetensors.torch import save_file
 
+from wgpt.codec import weights as codec_weights
 from wgpt.codec.training.corpus import Corpus, collect, list_recordings
-from wgpt.codec.training.trainer import CodecTrainConfig, Trainer
+from wgpt.codec.training.trainer import CodecTrainConfig, Trainer, check_init
 from wgpt.errors import CheckpointError, Interrupted
 from wgpt.files import replacing, sha256_of, write_atomically, write_sealed
 
@@ -42,7 +44,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def train_codec(
-    data: Path, work: Path, out: Path, config: CodecTrainConfig, *, resume: bool = False
+    data: Path,
+    work: Path,
+    out: Path,
+    config: CodecTrainConfig,
+    *,
+    init: str | Path | None = None,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Train a codec and write its folder.
 
@@ -51,6 +59,8 @@ def train_codec(
         work: keeps the decoded corpus and the checkpoint.
         out: becomes config.json and model.safetensors (float16), which `codec.load` takes.
         config: the settings.
+        init: codec to start from, whatever `codec.load` takes, of the same architecture; the
+            quantiser then runs from the first step. Its sha256 goes into the checkpoint.
         resume: continue from the checkpoint in `work`.
 
     Returns:
@@ -58,10 +68,16 @@ def train_codec(
 
     Raises:
         DataError: no recordings, or a file that is not the listed one.
+        CodecError: `init` is missing, damaged or of another architecture.
         CheckpointError: the checkpoint is of other data or other settings, is damaged, or is
             there without `resume`, or missing with it.
         Interrupted: SIGINT or SIGTERM came; the checkpoint was saved.
     """
+    weights = None
+    if init is not None:
+        weights = codec_weights.read(init)
+        check_init(weights, config)
+        config = replace(config, init_sha256=weights.sha256)
     recordings = list_recordings(data)
     corpus_folder = work / "corpus"
     listed = json.dumps(sorted({r.sha256 for r in recordings}))
@@ -76,7 +92,7 @@ def train_codec(
         )
     corpus = Corpus(corpus_folder)
     logger.info("corpus, minutes: %s", {k: round(v, 1) for k, v in corpus.minutes.items()})
-    trainer = Trainer(corpus, config)
+    trainer = Trainer(corpus, config, weights)
     found = trainer.resume(work)
     if found != resume:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,9 @@ from wgpt.codec.training.initial import draw_parameters, scale_layers
 from wgpt.codec.training.loss import CodecLoss
 from wgpt.codec.training.optimizer import Optimizer
 from wgpt.codec.training.quantizer import ResidualQuantizer
+from wgpt.codec.weights import CodecWeights
 from wgpt.config import HOP_SAMPLES
-from wgpt.errors import CheckpointError
+from wgpt.errors import CheckpointError, CodecError
 from wgpt.files import replacing
 
 CROP_FRAMES = 38  # about half a second
@@ -52,6 +53,7 @@ class CodecTrainConfig:
     warmup_steps: int = 800  # before the quantiser starts
     dtype: str = "bfloat16"
     seed: int = 0
+    init_sha256: str | None = None  # of the weights it starts from
 
     def architecture(self) -> Architecture:
         """A causal 24 kHz EnCodec with 75 frames/s and 8 codebooks of 1024.
@@ -72,6 +74,26 @@ class CodecTrainConfig:
         )
 
 
+def check_init(init: CodecWeights, config: CodecTrainConfig) -> None:
+    """Refuse weights to start from that are not of the config's architecture.
+
+    Raises:
+        CodecError: says which flags fit them, if any do.
+    """
+    own = init.architecture
+    if own == config.architecture():
+        return
+    fitting = replace(config, filters=own.num_filters, hidden=own.hidden_size)
+    way = "pass mini, mini-v1 or a codec that codec-train wrote"
+    if own == fitting.architecture():
+        way = f"pass --filters {own.num_filters} --hidden {own.hidden_size}"
+    raise CodecError(
+        f"codec-train: --init {init.name} must have the architecture of this training, "
+        f"{config.filters} filters and hidden size {config.hidden}, got {own.num_filters} and "
+        f"{own.hidden_size}; {way}"
+    )
+
+
 class Trainer:
     """The network, its quantiser, the optimiser and a running mean of the weights.
 
@@ -80,11 +102,17 @@ class Trainer:
         log: running means of the parts of the loss.
     """
 
-    def __init__(self, corpus: Corpus, config: CodecTrainConfig) -> None:
-        self.corpus, self.config = corpus, config
+    def __init__(
+        self, corpus: Corpus, config: CodecTrainConfig, init: CodecWeights | None = None
+    ) -> None:
+        self.corpus, self.config, self._init = corpus, config, init
         a = self.architecture = config.architecture()
         self.parameters = draw_parameters(a, torch.Generator().manual_seed(config.seed))
-        scale_layers(a, self.parameters, self._crops(0, 16))
+        if init is None:
+            scale_layers(a, self.parameters, self._crops(0, 16))
+        else:
+            for k, p in self.parameters.items():
+                p.data = init.tensors[k].clone()
         dtype = DTYPES[config.dtype]
         self._encoder = Forward(encoder_layers(a), CROP_FRAMES * HOP_SAMPLES, dtype)
         self._decoder = Forward(decoder_layers(a), CROP_FRAMES, dtype)
@@ -125,8 +153,9 @@ class Trainer:
         n_used = torch.full((config.batch,), n_codebooks)
         commitment = z.new_zeros(())
         quantized = z
-        if self.step >= config.warmup_steps:
-            if self.step == config.warmup_steps:
+        first = config.warmup_steps if self._init is None else 0  # trained codebooks need no start
+        if self.step >= first:
+            if self.step == first:
                 self._start_codebooks()
             draw = torch.rand(config.batch, generator=generator)
             middle = torch.randint(2, n_codebooks, (config.batch,), generator=generator)
@@ -159,8 +188,11 @@ class Trainer:
             self._run(self._encoder, self._crops(10**9 + i, 32)).flatten(0, 1)
             for i in range(START_BATCHES)
         ]
-        generator = torch.Generator().manual_seed(self.config.seed)
-        self.quantizer.start(torch.cat(latents), generator)
+        if self._init is None:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            self.quantizer.start(torch.cat(latents), generator)
+        else:
+            self.quantizer.adopt(self._init.codebooks(), torch.cat(latents))
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint, replacing the last one atomically."""
