@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import wgpt
-from wgpt import codec
+from wgpt import codec, commits
 from wgpt.data import Dataset
 from wgpt.evaluation import evaluate
 from wgpt.files import read_json
 from wgpt.generation import Sampling
-from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
 from wgpt.training import train
 
@@ -72,7 +71,7 @@ def test_a_run_without_seals_and_committed_rows_resumes(tiny_run, prepared, tmp_
     facts = read_json(run / "config.json")
     del facts["data"]["manifest_sha256"]
     (run / "config.json").write_text(json.dumps(facts))
-    for path in checkpoint.list_steps(run / "checkpoints"):
+    for path in commits.list_steps(run / "checkpoints"):
         (path / "metrics.csv").unlink()
         state = read_json(path / "state.json")
         sums = {

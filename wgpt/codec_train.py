@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of recordings, or the table that benchmarks/recordings.py writes",
     )  # fmt: skip
     data.add_argument(
-        "--work", type=Path, required=True, help="folder of the decoded corpus and the checkpoint"
+        "--work", type=Path, required=True, help="folder of the decoded corpus and the checkpoints"
     )
     data.add_argument(
         "--out", type=Path, required=True, metavar="CODEC", help="codec folder to write"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start from the weights of this codec (mini, or a folder of codec-train) instead of "
         "random ones",
     )  # fmt: skip
-    data.add_argument("--resume", action="store_true", help="continue from the checkpoint in WORK")
+    data.add_argument("--resume", action="store_true", help="go on from the newest step in WORK")
     data.add_argument("--json", action="store_true", help="print the summary as JSON")
     model = parser.add_argument_group("model")
     model.add_argument(

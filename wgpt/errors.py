@@ -61,7 +61,7 @@ class TrainError(WgptError, RuntimeError):
 
 
 class Interrupted(WgptError):
-    """Ctrl-C or SIGTERM: a checkpoint was saved; the message says how to resume."""
+    """Ctrl-C or another signal: a step was committed; the message says how to resume."""
 
 
 class OpError(WgptError, ValueError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -103,9 +104,12 @@ def _holder(descriptor: int) -> str:
     return "another process"
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Deletes the temporary files of `replacing` that a killed process left in a folder."""
-    for path in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder: str | os.PathLike[str], name: str = "") -> None:
+    """Deletes the temporary files of `replacing` that a killed process left in a folder.
+
+    name: those of one file alone, in a folder that is not ours.
+    """
+    for path in Path(folder).glob(f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"):
         path.unlink(missing_ok=True)
 
 

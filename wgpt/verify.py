@@ -1,4 +1,4 @@
-"""`wgpt verify`: whether prepared data, a run, a model or a codec is whole, byte by byte."""
+"""`wgpt verify`: whether data, a run, a model, a codec or its training is whole, byte by byte."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wgpt import codec
+from wgpt import codec, commits
+from wgpt.codec.training.corpus import Corpus
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, WgptError
 from wgpt.model import HybridModel
-from wgpt.runs import checkpoint
 from wgpt.runs.model_record import ModelRecord
 from wgpt.runs.pretrained import NAME, model_folder
 from wgpt.runs.run import Run
@@ -21,7 +21,7 @@ from wgpt.runs.run import Run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt verify`."""
     names = ", ".join((NAME, *codec.PACKAGED))
-    parser.add_argument("folder", help=f"data, run, model or codec folder, or {names}")
+    parser.add_argument("folder", help=f"data, run, model, codec or WORK folder, or {names}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -37,12 +37,16 @@ def findings(folder: str) -> Iterator[tuple[str, str]]:
         yield f"model {folder}", _problem(lambda: _check_model(model_folder(folder)))
     elif (path / "manifest.json").exists():
         yield f"data {path}", _problem(lambda: Dataset(path).verify())
+    elif (path / "corpus" / "corpus.json").exists():  # --work of `wgpt codec-train`
+        yield f"corpus {path / 'corpus'}", _problem(lambda: Corpus(path / "corpus"))
+        for step in commits.list_steps(path / "checkpoints"):
+            yield f"step {step}", commits.damage(step)
     elif Run.exists(path) and not (path / "model.safetensors").exists():
         yield f"settings {path / 'config.json'}", _problem(lambda: Run.open(path))
-        steps = checkpoint.list_steps(path / "checkpoints")
+        steps = commits.list_steps(path / "checkpoints")
         for step in steps:
-            yield f"step {step}", checkpoint.damage(step)
-        if steps and not checkpoint.damage(steps[-1]):
+            yield f"step {step}", commits.damage(step)
+        if steps and not commits.damage(steps[-1]):
             yield f"rows {path / 'metrics.csv'}", _metrics_problem(path, steps[-1])
         if steps:
             yield f"model {path / 'model'}", _problem(lambda: _check_model(path / "model"))

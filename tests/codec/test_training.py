@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wgpt import audio, codec
+from wgpt import audio, codec, commits
 from wgpt.cli import main
 from wgpt.codec.network import Architecture, Lstm, decoder_layers, encoder_layers, parameter_shapes
-from wgpt.codec.training import trainer
+from wgpt.codec.training import run, trainer
 from wgpt.codec.training.corpus import Corpus, collect, list_recordings
 from wgpt.codec.training.forward import Forward
 from wgpt.codec.training.initial import draw_parameters, scale_layers
@@ -29,7 +29,8 @@ from wgpt.codec.training.quantizer import ResidualQuantizer
 from wgpt.codec.training.score import si_sdr_db
 from wgpt.codec.training.synth import render_music
 from wgpt.errors import CheckpointError, CodecError, DataError
-from wgpt.files import sha256_of
+from wgpt.files import locked, sha256_of
+from wgpt.ops.runtime import STOPPING
 
 SHAPES = {
     "mini": dict(
@@ -243,7 +244,7 @@ def _start(recordings: Path, folder: Path, *more: str) -> subprocess.Popen:
     code = (
         "import time, sys; from wgpt.codec.training import run; from wgpt.cli import main;"
         "from wgpt.codec.training import trainer; trainer.START_BATCHES = 2;"
-        "run.SAVE_EVERY_S = 0; step = run.Trainer.train_step;"
+        "run.SAVE_EVERY_STEPS = 1; step = run.Trainer.train_step;"
         "run.Trainer.train_step = lambda self: (time.sleep(0.1), step(self));"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -253,19 +254,13 @@ def _start(recordings: Path, folder: Path, *more: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def _step_of(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["state"])["step"]
-
-
-def _wait_for(path: Path, process: subprocess.Popen) -> None:
-    """Until the checkpoint is of a step at which the quantiser learns."""
-    deadline = time.monotonic() + 300
-    while _step_of(path) < 4 and process.poll() is None and time.monotonic() < deadline:
+def _wait_for(work: Path, process: subprocess.Popen) -> None:
+    """Until a step is committed at which the quantiser learns."""
+    deadline, newest = time.monotonic() + 300, 0
+    while newest < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None and _step_of(path) >= 4, process.communicate()[1]
+        newest = commits.newest_step(work / "checkpoints") or 0
+    assert process.poll() is None and newest >= 4, process.communicate()[1]
 
 
 @pytest.fixture(scope="module")
@@ -275,21 +270,124 @@ def uninterrupted(recordings, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_gives_the_same_bits(recordings, uninterrupted, tmp_path, number):
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_killed_and_resumed_gives_the_same_bits(recordings, uninterrupted, tmp_path):
     process = _start(recordings, tmp_path)
-    _wait_for(tmp_path / "work" / "checkpoint.safetensors", process)
-    process.send_signal(number)
-    _, log = process.communicate(timeout=300)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
-    assert ("interrupted after step" in log) == (number != signal.SIGKILL)
-    assert not (tmp_path / "out").exists()
+    _wait_for(tmp_path / "work", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert main(_arguments(recordings, tmp_path, "--resume")) == 0
-    whole = load_file(uninterrupted / "out" / "model.safetensors")
-    resumed = load_file(tmp_path / "out" / "model.safetensors")
-    assert whole.keys() == resumed.keys() and len(whole) > 40
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
+    whole, resumed = (_tree(folder / "out") for folder in (uninterrupted, tmp_path))
+    assert whole == resumed and len(whole) == 2
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_commits_the_step_and_says_how_to_go_on(
+    recordings, uninterrupted, tmp_path, number, monkeypatch, capsys
+):
+    step = trainer.Trainer.train_step
+
+    def struck(self):
+        step(self)
+        if self.step == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", struck)
+    assert main(_arguments(recordings, tmp_path)) == 1
+    assert "stopped at step 5 of 12, everything is saved; go on with" in capsys.readouterr().err
+    assert commits.newest_step(tmp_path / "work" / "checkpoints") == 5
+    assert main(_arguments(recordings, tmp_path, "--resume")) == 0
+    assert _tree(tmp_path / "out") == _tree(uninterrupted / "out")
+
+
+def test_resume_begins_where_nothing_is_committed_and_makes_what_is_missing(
+    recordings, uninterrupted, tmp_path
+):
+    assert main(_arguments(recordings, tmp_path, "--resume")) == 0
+    assert _tree(tmp_path) == _tree(uninterrupted)
+    (tmp_path / "out" / "config.json").unlink()
+    (tmp_path / "out" / ".model.safetensors.1.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "work" / "checkpoints" / ".step-00000011.1").mkdir()
+    assert main(_arguments(recordings, tmp_path, "--resume")) == 0
+    assert _tree(tmp_path) == _tree(uninterrupted)
+
+
+@pytest.fixture
+def done(uninterrupted, tmp_path) -> Path:
+    return shutil.copytree(uninterrupted, tmp_path / "done")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_a_damaged_checkpoint_is_one_sentence_with_a_way_out(recordings, done, how, name, capsys):
+    (step,) = commits.list_steps(done / "work" / "checkpoints")
+    content = bytearray((step / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (step / name).write_bytes(content[: -9 if how == "cut" else None])
+    capsys.readouterr()
+    assert main(_arguments(recordings, done, "--resume")) == CheckpointError.exit_code
+    message = capsys.readouterr().err
+    assert name in message and "Traceback" not in message
+    assert f"no whole one is left; delete {step.parent}, and --resume starts" in message
+
+
+@pytest.mark.parametrize("name", ["sound.i16", "corpus.json"])
+def test_a_damaged_corpus_is_found_and_made_again(recordings, uninterrupted, done, name, capsys):
+    path = done / "work" / "corpus" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(done / "work")]) == 1
+    assert main(_arguments(recordings, done, "--resume")) == 1
+    assert f"delete {path.parent}, and --resume makes it again" in capsys.readouterr().err
+    shutil.rmtree(path.parent)
+    assert main(_arguments(recordings, done, "--resume")) == 0
+    assert _tree(done) == _tree(uninterrupted)
+    assert main(["verify", str(done / "work")]) == 0
+
+
+def test_a_second_training_in_a_folder_is_told_who_holds_it(recordings, done, capsys):
+    with locked(done / "work", "trained"):
+        assert main(_arguments(recordings, done, "--resume")) == 2
+    assert f"is being trained by process {os.getpid()}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError()], ids=str)
+def test_a_bad_day_is_one_sentence_and_what_is_committed_is_safe(
+    recordings, uninterrupted, tmp_path, error, monkeypatch, capsys
+):
+    step = trainer.Trainer.train_step
+
+    def fails(self):
+        if self.step == 7:
+            raise error
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "SAVE_EVERY_STEPS", 5)
+        patch.setattr(trainer.Trainer, "train_step", fails)
+        assert main(_arguments(recordings, tmp_path)) == 1
+    message = capsys.readouterr().err
+    assert "step-00000005 is safe" in message or "out of memory (MemoryError)" in message
+    assert main(_arguments(recordings, tmp_path, "--resume")) == 0
+    assert _tree(tmp_path / "out") == _tree(uninterrupted / "out")
+
+
+def test_a_weight_that_is_not_finite_is_never_committed(recordings, tmp_path, monkeypatch, capsys):
+    step = trainer.Trainer.train_step
+
+    def poisons(self):
+        step(self)
+        next(iter(self.parameters.values())).data[0] = float("nan")
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", poisons)
+    assert main(_arguments(recordings, tmp_path)) == 1
+    assert "is not finite; the step is not committed" in capsys.readouterr().err
+    assert not commits.list_steps(tmp_path / "work" / "checkpoints")
 
 
 def test_the_written_folder_is_a_codec(uninterrupted, capsys):
@@ -302,9 +400,10 @@ def test_the_written_folder_is_a_codec(uninterrupted, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--resume", "--seed", "1"], "was trained with seed 0, got 1"),
-        (["--resume", "--batch", "3"], "was trained with batch 2, got 3"),
-        ([], "pass --resume to continue it"),
+        (["--resume", "--seed", "1"], "--seed must be that of"),
+        (["--resume", "--lr", "1"], "to train another codec, choose another --work"),
+        (["--resume", "--steps", "3"], "--steps must be at least 12"),
+        ([], "add --resume to continue it"),
     ],
 )
 def test_another_setting_than_the_checkpoints_is_refused(
@@ -330,7 +429,7 @@ def test_init_continues_from_trained_weights_and_codebooks(
     kept = [(before[k] - after[k]).float().abs().amax(1) < 0.02 for k in before if "embed" in k]
     assert torch.stack(kept).float().mean() > 0.9
     assert main(_arguments(recordings, tmp_path, *more, "--resume")) == CheckpointError.exit_code
-    assert "was trained with init_sha256" in capsys.readouterr().err
+    assert "--init must be that of" in capsys.readouterr().err
 
 
 def test_init_of_another_architecture_names_the_flags(recordings, tmp_path, capsys):
@@ -340,9 +439,37 @@ def test_init_of_another_architecture_names_the_flags(recordings, tmp_path, caps
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--data", "nowhere", "is neither a folder nor a table"),
+        ("--data", "bad.csv", "rate_hz must be a whole number of Hz, got 'fast' for x.wav"),
+        ("--data", "latin.csv", "must be a table in UTF-8"),
+        ("--data", "gone.csv", "gone.wav, of the table, is no file"),
+        ("--work", "file", "must be a folder or new"),
+        ("--out", "file", "must be a folder or new"),
+    ],
+)
+def test_a_path_that_cannot_be_is_one_sentence(recordings, tmp_path, flag, value, says, capsys):
+    head = b"path,sha256,kind,group,split,rate_hz\n"
+    (tmp_path / "bad.csv").write_bytes(head + b"x.wav,0,speech,g,train,fast\n")
+    (tmp_path / "latin.csv").write_bytes(head + b"\xe9.wav,0,speech,g,train,24000\n")
+    (tmp_path / "gone.csv").write_bytes(head + b"gone.wav,0,speech,g,train,24000\n")
+    (tmp_path / "file").write_bytes(b"")
+    arguments = _arguments(recordings, tmp_path)
+    arguments[arguments.index(flag) + 1] = str(tmp_path / value)
+    assert main(arguments) in (1, 2)
+    message = capsys.readouterr().err
+    assert says in message and "Traceback" not in message
+
+
 def test_other_recordings_than_the_corpus_are_refused(recordings, uninterrupted, tmp_path, capsys):
     audio.write(tmp_path / "other.wav", render_music(2.0, seed=5), 24_000)
     arguments = _arguments(recordings, uninterrupted, "--resume")
     arguments[arguments.index("--data") + 1] = str(tmp_path)
     assert main(arguments) == CheckpointError.exit_code
-    assert "was made of other recordings" in capsys.readouterr().err
+    assert "give it the same recordings, or choose another --work" in capsys.readouterr().err
+    # Without a committed step there is nothing to protect: the corpus is made again.
+    shutil.copytree(uninterrupted / "work" / "corpus", tmp_path / "work" / "corpus")
+    arguments[arguments.index("--work") + 1] = str(tmp_path / "work")
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from wgpt import commits
 from wgpt.errors import ConfigError
 from wgpt.evaluation.scores import to_score
 from wgpt.model import HybridModel
@@ -93,7 +94,7 @@ def test_training_ends_after_patience_and_the_best_speaks(whole):
     out, summary = whole
     assert (summary["steps"], summary["ended"], summary["best_step"]) == (14, "patience", 8)
     assert summary["best"]["nll_nats"] == 3.5 and summary["valid"]["nll_nats"] == 4.0
-    kept = [p.name for p in checkpoint.list_steps(out / "checkpoints")]
+    kept = [p.name for p in commits.list_steps(out / "checkpoints")]
     assert kept == ["step-00000008", "step-00000012", "step-00000014"]
     facts = json.loads((out / "model" / "config.json").read_text())
     assert facts["step"] == 8

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from wgpt import commits
 from wgpt.cli import main
 from wgpt.data import prepare
 from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainError
 from wgpt.files import locked, read_json, write_sealed
 from wgpt.model import HybridModel
-from wgpt.runs import checkpoint
 from wgpt.runs.metrics import read_metrics
 from wgpt.runs.run import Run
 from wgpt.training import plan, train
@@ -241,7 +241,7 @@ def test_other_data_are_refused_with_a_command_that_begins_on_them(
 
 
 def test_another_environment_is_told_once(run, caplog, restore_threads):
-    state = checkpoint.list_steps(run / "checkpoints")[-1] / "state.json"
+    state = commits.list_steps(run / "checkpoints")[-1] / "state.json"
     facts = read_json(state)
     facts["environment"]["torch"] = "1.0"
     write_sealed(state, facts)
@@ -263,19 +263,19 @@ def test_an_update_that_is_not_finite_is_never_committed(prepared, tmp_path, mon
         patch.setattr(TrainingStep, "__call__", poisoning)
         with pytest.raises(TrainError, match="not finite; the step is not committed") as failed:
             start(prepared, out)
-    assert checkpoint.newest_step(out / "checkpoints") == 2
+    assert commits.newest_step(out / "checkpoints") == 2
     assert main(command_in(failed.value, tmp_path)) == 0
-    assert checkpoint.newest_step(out / "checkpoints") == 4
+    assert commits.newest_step(out / "checkpoints") == 4
 
 
 def test_a_full_disk_is_said_with_what_is_safe(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        patch.setattr(commits.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         said = r"needs \d+ bytes, and the disk has 1000 left.*all up to .*step-00000004 is safe"
         with pytest.raises(TrainError, match=said) as full:
             train(None, run, resume=True, max_steps=6)
     assert main(command_in(full.value, tmp_path)) == 0
-    assert checkpoint.newest_step(run / "checkpoints") == 6
+    assert commits.newest_step(run / "checkpoints") == 6
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
@@ -289,7 +289,7 @@ def test_schedulers_signals_commit_the_step(prepared, tmp_path, monkeypatch, nam
     monkeypatch.setattr(Trainer, "_step", signalled)
     with pytest.raises(Interrupted, match="stopped at step 1 of 4"):
         start(prepared, tmp_path / "run")
-    assert checkpoint.newest_step(tmp_path / "run" / "checkpoints") == 1
+    assert commits.newest_step(tmp_path / "run" / "checkpoints") == 1
 
 
 def test_a_run_that_began_from_another_begins_from_it_again(prepared, done, tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_ctrl_c_and_patience_name_commands_that_go_on(prepared, tmp_path, monkey
     step = Trainer._step
 
     def interrupting(self, number, batch):
-        self.interrupted = number == 1
+        self.stop.came = number == 1
         return step(self, number, batch)
 
     with monkeypatch.context() as patch:
@@ -339,7 +339,7 @@ def test_ctrl_c_and_patience_name_commands_that_go_on(prepared, tmp_path, monkey
 
 
 def test_checkpoints_all_damaged_can_be_left_behind(run):
-    for path in checkpoint.list_steps(run / "checkpoints"):
+    for path in commits.list_steps(run / "checkpoints"):
         (path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"delete .*/checkpoints, and --resume starts") as e:
         train(None, run, resume=True)

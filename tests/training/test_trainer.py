@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from wgpt import commits
 from wgpt.config import TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, TrainError
 from wgpt.files import read_json
 from wgpt.model import HybridModel
-from wgpt.runs import checkpoint
 from wgpt.runs.metrics import METRICS, read_metrics
 from wgpt.runs.run import Run
 from wgpt.training import train
@@ -74,7 +74,7 @@ def test_train_leaves_a_whole_run_folder(whole):
     assert [int(r["step"]) for r in rows if r["split"] == "train"] == list(range(1, 13))
     assert [int(r["step"]) for r in rows if r["split"] == "valid"] == [0, 4, 8, 12]
     assert (whole / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert [p.name for p in checkpoint.list_steps(whole / "checkpoints")] == [
+    assert [p.name for p in commits.list_steps(whole / "checkpoints")] == [
         "step-00000008", "step-00000012",
     ]  # fmt: skip
     for path in whole.rglob("*"):

@@ -1,13 +1,27 @@
-"""Where torch computes: the device a name stands for, and how many threads."""
+"""What a long computation has of its process: device, threads, environment, signals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from wgpt.errors import ConfigError
+from wgpt.ops import info
+
+log = logging.getLogger(__name__)
+
+# What a user, a scheduler, a lost terminal and SLURM's --signal send.
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
+]
 
 
 def resolve_device(name: str) -> str:
@@ -32,3 +46,53 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a training step depend on besides data and settings."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_target": info()["cpu_target"],
+        "torch": torch.__version__,
+    }
+
+
+def warn_of_changes(then: Mapping[str, Any], step: int) -> None:
+    """Says what of the environment differs from that in which a step was committed."""
+    now = environment()
+    for name, value in then.items():
+        if value != now.get(name):
+            log.warning(
+                "%s: was %s when step %d was committed, now %s: the bits of further steps "
+                "may differ from those of an uninterrupted run",
+                name, value, step, now.get(name),
+            )  # fmt: skip
+
+
+class StopSignal:
+    """Signals of STOPPING, noted instead of obeyed inside `with`: a loop asks `came` and saves.
+
+    Only the main thread can be told. A signal that was ignored stays so (nohup). A second Ctrl-C
+    raises KeyboardInterrupt: what is committed is whole at any moment.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._note) for s in heard}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.came:
+            log.info("stops after this step, and saves; a second Ctrl-C stops at once")
+        self.came = True

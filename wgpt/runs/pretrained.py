@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from wgpt import commits
 from wgpt.errors import ConfigError, did_you_mean
 from wgpt.files import check_sha256, read_json
 from wgpt.model import HybridModel
-from wgpt.runs import checkpoint
 from wgpt.runs.model_record import ModelRecord
 
 NAME = "starter"
@@ -48,13 +48,13 @@ def model_folder(run: str | Path) -> Path:
 
 def _checkpoint(run: Path, which: str) -> Path:
     """The folder of a kept checkpoint: `newest` or `step-N`."""
-    kept = checkpoint.list_steps(run / "checkpoints")
+    kept = commits.list_steps(run / "checkpoints")
     number = which.removeprefix("step-")
     found = run / "checkpoints" / "none"
     if which == "newest" and kept:
         found = kept[-1]
     elif number.isdecimal():
-        found = checkpoint.path_of(run / "checkpoints", int(number))
+        found = commits.path_of(run / "checkpoints", int(number))
     if found not in kept:
         names = ", ".join(f"step-{int(p.name.removeprefix('step-'))}" for p in kept)
         raise ConfigError(

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from wgpt import codec as codecs
+from wgpt import commits
 from wgpt.config import ModelConfig, TrainConfig, from_json, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError
 from wgpt.files import read_json, sha256_of, write_sealed
-from wgpt.runs import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Run:
     @staticmethod
     def refuse_existing(folder: Path) -> None:
         """Raises ConfigError when a folder already holds a step of a run."""
-        if checkpoint.list_steps(folder / "checkpoints"):
+        if commits.list_steps(folder / "checkpoints"):
             raise ConfigError(
                 f"{folder}: this folder already holds a run; add --resume to continue it, or "
                 "choose another --out"
@@ -61,9 +61,7 @@ class Run:
     @staticmethod
     def exists(folder: Path) -> bool:
         """Whether a folder holds a run, were it one without a committed step."""
-        return (folder / "config.json").exists() or bool(
-            checkpoint.list_steps(folder / "checkpoints")
-        )
+        return (folder / "config.json").exists() or bool(commits.list_steps(folder / "checkpoints"))
 
     def write(self) -> None:
         """Writes config.json."""
@@ -87,11 +85,11 @@ class Run:
         Raises ConfigError naming the file that is missing or wrong.
         """
         path = Path(folder) / "config.json"
-        committed = checkpoint.list_steps(path.parent / "checkpoints")
+        committed = commits.list_steps(path.parent / "checkpoints")
         try:
             description = read_json(path)
         except FileNotFoundError:
-            state = checkpoint.state_of(committed[-1]) if committed else {}
+            state = commits.state_of(committed[-1]) if committed else {}
             if "run" not in state:
                 raise ConfigError(
                     f"{path}: no such file; RUN is the --out of `wgpt train`"

@@ -10,13 +10,12 @@ from typing import Any
 
 import safetensors
 
-from wgpt import codec
+from wgpt import codec, commits
 from wgpt.config import ModelConfig, TrainConfig, to_json
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, DataError, TrainError
 from wgpt.files import locked
 from wgpt.model.presets import preset as preset_shape
-from wgpt.runs import checkpoint
 from wgpt.runs.loggers import check_loggers
 from wgpt.runs.pretrained import NAME
 from wgpt.runs.run import Run, facts_of
@@ -158,7 +157,9 @@ def train(
                     log.warning(doubt)
             return _trainer(job).fit(job.committed)
     except (OSError, safetensors.SafetensorError) as error:
-        raise TrainError(_unwritten(run, error)) from error
+        command = resume_command(run)
+        problem = commits.unwritten(run.checkpoints, str(run.folder), error, command)
+        raise TrainError(problem) from error
     finally:
         processes.leave()
 
@@ -243,9 +244,9 @@ def _resumed(
     run = Run.open(out)
     dataset = run.dataset(data)
     run.check_same_data(dataset)
-    kept = checkpoint.list_steps(run.checkpoints)
-    committed = checkpoint.newest_whole(run.checkpoints) if kept else None
-    step = checkpoint.state_of(committed)["step"] if committed else 0
+    kept = commits.list_steps(run.checkpoints)
+    committed = commits.newest_whole(run.checkpoints) if kept else None
+    step = commits.state_of(committed)["step"] if committed else 0
     changed = with_changes(run, step, preset, model, given)
     check_fit(changed.model, changed.config, dataset)
     warm = InitialWeights(run.config.init) if run.config.init and not committed else None
@@ -257,14 +258,6 @@ def _resumed(
         changed, dataset, warm, processes, facts, why,
         committed=committed, is_changed=changed is not run or not (out / "config.json").exists(),
     )  # fmt: skip
-
-
-def _unwritten(run: Run, error: Exception) -> str:
-    """The message about a disk that failed: what is safe, and how to go on."""
-    kept = checkpoint.list_steps(run.checkpoints)
-    safe = f"all up to {kept[-1]} is safe" if kept else "no step was committed yet"
-    where = "" if getattr(error, "filename", None) else f"{run.folder}: "
-    return f"{where}{error}; {safe}. When the disk is well again: {resume_command(run)}"
 
 
 def _trainer(job: Job) -> Trainer:

@@ -6,12 +6,11 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from wgpt import audio, config, ops
+from wgpt import audio, commits, config
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset, Split
@@ -22,6 +21,7 @@ from wgpt.files import remove_leftovers
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
 from wgpt.model import HybridModel
+from wgpt.ops.runtime import environment
 from wgpt.runs import checkpoint
 from wgpt.runs.loggers import open_loggers
 from wgpt.runs.metrics import Metrics, rows_until
@@ -51,14 +51,14 @@ class RunRecord:
         self.progress = progress
         for folder in (".", "model", "samples", "plots"):
             remove_leftovers(run.folder / folder)
-        checkpoint.remove_leftovers(run.checkpoints)
+        commits.remove_leftovers(run.checkpoints)
         split = data.split("valid")
         self.clips = spread_clips(split, run.config.eval_audio_s)
         self.bigram_nll_nats: float | None = None  # of the clips that validations score
         if split.n_clips:
             *_, bigram = baselines(data.split("train"), split, self.clips)
             self.bigram_nll_nats = bigram.row()["nll_nats"]
-        after_step = checkpoint.state_of(committed)["step"] if committed else -1
+        after_step = commits.state_of(committed)["step"] if committed else -1
         rows = committed / "metrics.csv" if committed else None
         if rows and rows.is_file():
             kept = rows.read_bytes()
@@ -192,11 +192,11 @@ class RunRecord:
 
     def _derive(self) -> None:
         """Brings RUN/model and the checkpoints kept to what the newest one says."""
-        best = checkpoint.path_of(self.run.checkpoints, self.progress.best_step)
+        best = commits.path_of(self.run.checkpoints, self.progress.best_step)
         if (best / "config.json").is_file():  # not in checkpoints of version 0.1
             checkpoint.copy_model(best, self.run.model_folder)
         keep = self.run.config.keep_checkpoints
-        checkpoint.prune(self.run.checkpoints, keep, self.progress.best_step)
+        commits.prune(self.run.checkpoints, keep, self.progress.best_step)
 
     def _card(self, step: int) -> str:
         progress = self.progress
@@ -227,15 +227,6 @@ def spread_clips(split: Split, audio_s: float) -> list[int] | None:
         return None
     n_clips = max(1, round(split.n_clips * audio_s / total_s))
     return [i * split.n_clips // n_clips for i in range(n_clips)]
-
-
-def environment() -> dict[str, Any]:
-    """What the bits of a step depend on besides data and settings."""
-    return {
-        "threads": torch.get_num_threads(),
-        "cpu_target": ops.info()["cpu_target"],
-        "torch": torch.__version__,
-    }
 
 
 def sample_path(run: Run, step: int) -> Path:

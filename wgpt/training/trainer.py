@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,28 +11,23 @@ from typing import Any
 
 import torch
 
+from wgpt import commits
 from wgpt.data.augment import MelAugment
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
 from wgpt.data.dataset import Dataset
 from wgpt.errors import Interrupted, TrainError, is_out_of_memory
 from wgpt.model import HybridModel
+from wgpt.ops.runtime import StopSignal, warn_of_changes
 from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.progress import Progress
-from wgpt.training.record import RunRecord, environment
+from wgpt.training.record import RunRecord
 from wgpt.training.report import Report
 from wgpt.training.resume import batches_begin, flags_of, resume_command
 from wgpt.training.step import TrainingStep
 
 log = logging.getLogger(__name__)
-
-# What a user, a scheduler, a lost terminal and SLURM's --signal send.
-STOPPING = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)
-]
 
 
 class Trainer:
@@ -71,7 +64,7 @@ class Trainer:
             world_size=processes.size,
         )
         self.step = TrainingStep(self.model, settings, processes, self.batches.rows)
-        self.interrupted = False
+        self.stop = StopSignal()
         self.progress = Progress()
         self.record: RunRecord | None = None  # of the first process
 
@@ -108,20 +101,14 @@ class Trainer:
         """
         start = 0
         if committed:
-            state = checkpoint.state_of(committed)
+            state = commits.state_of(committed)
             checkpoint.load(committed, self.model, self.step.optimizer)
             start, self.progress = state["step"], Progress(**state.get("progress", {}))
             if any(change["from_step"] == start for change in self.run.changes):
                 self.progress.n_worse = 0  # other settings: a new hope
             log.info("resumed from step %d", start)
-            now = environment()
-            for name, then in state.get("environment", now).items():
-                if then != now[name] and self.processes.rank == 0:
-                    log.warning(
-                        "%s: was %s when step %d was committed, now %s: the bits of further steps "
-                        "may differ from those of an uninterrupted run",
-                        name, then, start, now[name],
-                    )  # fmt: skip
+            if self.processes.rank == 0:
+                warn_of_changes(state.get("environment", {}), start)
         if self.processes.rank == 0:
             self.record = RunRecord(
                 self.run,
@@ -134,7 +121,7 @@ class Trainer:
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         began = time.monotonic()
         try:
-            with self._signals():
+            with self.stop:
                 if self.record and not committed:
                     with self._way_on():
                         self.record.validate(0, 0.0)
@@ -164,31 +151,6 @@ class Trainer:
             "valid": self.progress.newest,
             "bigram_nll_nats": self.record.bigram_nll_nats if self.record else None,
         }
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Signals of STOPPING end the loop after a commit; only the main thread can be told.
-
-        One that was ignored stays so (nohup). A second Ctrl-C ends at once: what is committed is
-        whole at any moment.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        heard = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
-        old = {s: signal.signal(s, self._interrupt) for s in heard}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _interrupt(self, number: int, _: object) -> None:
-        if self.interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.interrupted:
-            log.info("stops after this step, and saves; a second Ctrl-C stops at once")
-        self.interrupted = True
 
     @contextlib.contextmanager
     def _way_on(self) -> Iterator[None]:
@@ -224,7 +186,7 @@ class Trainer:
                 with self._way_on():
                     improved = record is not None and record.validate(step, epoch(step))
                 last = last or self._is_exhausted()
-            stop = self.processes.any(self.interrupted)
+            stop = self.processes.any(self.stop.came)
             due = settings.save_every and step % settings.save_every == 0
             if record and (last or stop or improved or due):
                 with self._way_on():

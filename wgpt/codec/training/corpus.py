@@ -1,15 +1,15 @@
 """The sound a codec learns from: recordings decoded once, and random crops of them.
 
 A corpus folder holds ``sound.i16`` (mono, 24 kHz) and ``corpus.json``: one entry a clip with its
-bounds, its group (what belongs together: a speaker, a scene, a track) and its sha256.
+bounds, its group (what belongs together: a speaker, a scene, a track) and its sha256; the sha256 of
+what was listed and of the sound; sealed, and written last.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from wgpt import audio
 from wgpt.config import SAMPLE_RATE_HZ
 from wgpt.errors import AudioError, DataError
-from wgpt.files import replacing, sha256_of, write_atomically
+from wgpt.files import check_sha256, read_json, replacing, sha256_of, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,11 @@ def list_recordings(source: Path) -> list[Recording]:
         paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in audio.SUFFIXES)
         found = [Recording(p, sha256_of(p), "speech", p.parent.name) for p in paths]
     elif source.is_file():
-        with open(source, newline="") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with open(source, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"codec-train: {source} must be a table in UTF-8, {error}") from None
         needed = {"path", "sha256", "kind", "group", "split", "rate_hz"}
         missing = needed - set(rows[0] if rows else ())
         if missing:
@@ -68,7 +71,7 @@ def list_recordings(source: Path) -> list[Recording]:
         found = [
             Recording(source.parent / row["path"], row["sha256"], row["kind"], row["group"])
             for row in rows
-            if row["sha256"] not in held_out and int(row["rate_hz"]) >= LEAST_RATE_HZ
+            if row["sha256"] not in held_out and _rate_hz(source, row) >= LEAST_RATE_HZ
         ]
     else:
         raise DataError(f"codec-train: {source} is neither a folder nor a table of recordings")
@@ -77,7 +80,22 @@ def list_recordings(source: Path) -> list[Recording]:
     return found
 
 
-def collect(recordings: Iterable[Recording], folder: Path) -> None:
+def _rate_hz(source: Path, row: Mapping[str, Any]) -> int:
+    try:
+        return int(row["rate_hz"])
+    except (TypeError, ValueError):
+        raise DataError(
+            f"codec-train: {source}: rate_hz must be a whole number of Hz, got {row['rate_hz']!r} "
+            f"for {row['path']}"
+        ) from None
+
+
+def listed(recordings: Iterable[Recording]) -> list[str]:
+    """What a corpus is made of: the sha256 of its recordings, sorted."""
+    return sorted({recording.sha256 for recording in recordings})
+
+
+def collect(recordings: Sequence[Recording], folder: Path) -> None:
     """Decode recordings into a corpus folder.
 
     Files that cannot be decoded are left out with a warning.
@@ -86,10 +104,13 @@ def collect(recordings: Iterable[Recording], folder: Path) -> None:
         DataError: a file is not the one that was listed, or none could be decoded.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "corpus.json").unlink(missing_ok=True)
     clips: list[dict[str, Any]] = []
     start = 0
     with replacing(folder / "sound.i16") as temporary, open(temporary, "wb") as file:
         for recording in recordings:
+            if not recording.path.is_file():
+                raise DataError(f"codec-train: {recording.path}, of the table, is no file")
             if sha256_of(recording.path) != recording.sha256:
                 raise DataError(
                     f"codec-train: {recording.path} is not the file of the table (its sha256 "
@@ -111,9 +132,10 @@ def collect(recordings: Iterable[Recording], folder: Path) -> None:
                 }
             )
             start += wave.size
-    if not clips:
-        raise DataError("codec-train: none of the recordings could be decoded")
-    write_atomically(folder / "corpus.json", json.dumps(clips))
+        if not clips:
+            raise DataError("codec-train: none of the recordings could be decoded")
+    facts = {"listed": listed(recordings), "sound": sha256_of(folder / "sound.i16")}
+    write_sealed(folder / "corpus.json", {**facts, "clips": clips})
 
 
 class Corpus:
@@ -121,11 +143,20 @@ class Corpus:
 
     Attributes:
         minutes: minutes of audio by kind.
-        sha256: of corpus.json, which names every recording by its own.
+        listed: see `listed`.
+        sha256: of corpus.json, which names every recording and the sound by their own.
+
+    Raises DataError where a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        clips = json.loads((folder / "corpus.json").read_text())
+        way_out = f"delete {folder}, and --resume makes it again"
+        try:
+            facts = read_json(folder / "corpus.json", DataError)
+            clips, self.listed, sound = (facts[name] for name in ("clips", "listed", "sound"))
+        except (DataError, KeyError) as error:
+            raise DataError(f"{error}; {way_out}") from None
+        check_sha256(folder, {"sound.i16": sound}, DataError, way_out)
         self.sha256 = sha256_of(folder / "corpus.json")
         self._sound = np.memmap(folder / "sound.i16", "<i2", mode="r")
         self.minutes: dict[str, float] = {}

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from wgpt import commits
 from wgpt.codec import weights as codec_weights
-from wgpt.codec.training.corpus import Corpus, collect, list_recordings
+from wgpt.codec.training.corpus import Corpus, collect, list_recordings, listed
 from wgpt.codec.training.trainer import CodecTrainConfig, Trainer, check_init
-from wgpt.errors import CheckpointError, Interrupted
-from wgpt.files import replacing, sha256_of, write_atomically, write_sealed
+from wgpt.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    TrainError,
+    WgptError,
+    is_out_of_memory,
+)
+from wgpt.files import locked, remove_leftovers, replacing, sha256_of, write_sealed
+from wgpt.ops.runtime import StopSignal
 
 logger = logging.getLogger(__name__)
 
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_STEPS = 250
 LOG_EVERY_STEPS = 100
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield caught
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def train_codec(
@@ -56,73 +43,117 @@ def train_codec(
 
     Args:
         data: a folder of recordings, or a table of them as benchmarks/recordings.py writes.
-        work: keeps the decoded corpus and the checkpoint.
+        work: keeps the decoded corpus and the two newest committed steps.
         out: becomes config.json and model.safetensors (float16), which `codec.load` takes.
         config: the settings.
         init: codec to start from, whatever `codec.load` takes, of the same architecture; the
             quantiser then runs from the first step. Its sha256 goes into the checkpoint.
-        resume: continue from the checkpoint in `work`.
+        resume: go on from the newest committed step in `work` and make whatever is missing;
+            where there is none yet, begin.
 
     Returns:
         the number of steps done and the last running means of the loss.
 
     Raises:
-        DataError: no recordings, or a file that is not the listed one.
+        ConfigError: `out` is a file, or another process trains in `work`.
+        DataError: no recordings, a file that is not the listed one, or a damaged corpus.
         CodecError: `init` is missing, damaged or of another architecture.
         CheckpointError: the checkpoint is of other data or other settings, is damaged, or is
-            there without `resume`, or missing with it.
-        Interrupted: SIGINT or SIGTERM came; the checkpoint was saved.
+            there without `resume`.
+        TrainError: the disk or memory is full or fails, or a weight is not finite.
+        Interrupted: a signal of ops.runtime.STOPPING came; the step was committed.
     """
     weights = None
     if init is not None:
         weights = codec_weights.read(init)
         check_init(weights, config)
         config = replace(config, init_sha256=weights.sha256)
-    recordings = list_recordings(data)
-    corpus_folder = work / "corpus"
-    listed = json.dumps(sorted({r.sha256 for r in recordings}))
-    if not (corpus_folder / "corpus.json").exists():
-        logger.info("decoding %d recordings", len(recordings))
-        collect(recordings, corpus_folder)
-        write_atomically(corpus_folder / "listed.json", listed)
-    elif (corpus_folder / "listed.json").read_text() != listed:
+    steps = work / "checkpoints"
+    for flag, folder in (("--work", work), ("--out", out)):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"codec-train: {flag} must be a folder or new, got the file {folder}")
+    if commits.list_steps(steps) and not resume:
         raise CheckpointError(
-            f"codec-train: {corpus_folder} was made of other recordings than {data} holds now; "
-            "pass the same recordings, or another --work"
-        )
-    corpus = Corpus(corpus_folder)
-    logger.info("corpus, minutes: %s", {k: round(v, 1) for k, v in corpus.minutes.items()})
-    trainer = Trainer(corpus, config, weights)
-    found = trainer.resume(work)
-    if found != resume:
-        raise CheckpointError(
-            f"codec-train: {work} holds a checkpoint; pass --resume to continue it, or another "
+            f"codec-train: {work} holds a training; add --resume to continue it, or choose another "
             "--work"
-            if found
-            else f"codec-train: {work} holds no checkpoint to resume"
         )
-    with _signals() as caught:
-        saved_at = time.monotonic()
-        while trainer.step < config.n_steps and not caught:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with locked(work, "trained"):
+            return _train(data, work, out, config, weights)
+    except WgptError:
+        raise
+    except (OSError, SafetensorError) as error:
+        how = "the same command with --resume"
+        raise TrainError(commits.unwritten(steps, str(work), error, how)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0][:100] or "MemoryError"
+        raise TrainError(
+            f"codec-train: out of memory ({reason}); a smaller --batch, in another --work"
+        ) from error
+
+
+def _train(
+    data: Path,
+    work: Path,
+    out: Path,
+    config: CodecTrainConfig,
+    init: codec_weights.CodecWeights | None,
+) -> dict[str, float]:
+    """`train_codec` with `work` locked."""
+    steps = work / "checkpoints"
+    remove_leftovers(work / "corpus")
+    commits.remove_leftovers(steps)
+    committed = commits.newest_whole(steps) if commits.list_steps(steps) else None
+    trainer = Trainer(_corpus(data, work / "corpus", committed), config, init)
+    if committed:
+        trainer.resume(committed)
+        logger.info("resumed from step %d", trainer.step)
+    with StopSignal() as stop:
+        while trainer.step < config.n_steps:
             trainer.train_step()
             if trainer.step % LOG_EVERY_STEPS == 0:
                 shown = " ".join(f"{k} {v:.4g}" for k, v in trainer.log.items())
                 logger.info("step %d %s", trainer.step, shown)
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
-                trainer.save(work)
-                saved_at = time.monotonic()
-        trainer.save(work)
-    if caught:
-        raise Interrupted(
-            f"codec-train: interrupted after step {trainer.step}; continue with --resume"
-        )
+            last = trainer.step == config.n_steps
+            if last or stop.came or trainer.step % SAVE_EVERY_STEPS == 0:
+                trainer.commit(steps)
+            if stop.came and not last:
+                raise Interrupted(
+                    f"codec-train: stopped at step {trainer.step} of {config.n_steps}, everything "
+                    "is saved; go on with the same command and --resume"
+                )
     export(trainer, out)
     return {"steps": trainer.step, **trainer.log}
+
+
+def _corpus(data: Path, folder: Path, committed: Path | None) -> Corpus:
+    """The corpus of `data`, decoded where it is not yet."""
+    recordings = list_recordings(data)
+    if (folder / "corpus.json").exists():
+        corpus = Corpus(folder)
+        if corpus.listed == listed(recordings):
+            return corpus
+        if committed:
+            raise CheckpointError(
+                f"codec-train: {committed} was trained on other recordings than {data} holds now; "
+                "give it the same recordings, or choose another --work"
+            )
+        logger.info("%s: is of other recordings, and no step is committed: made again", folder)
+    logger.info("decoding %d recordings", len(recordings))
+    collect(recordings, folder)
+    corpus = Corpus(folder)
+    logger.info("corpus, minutes: %s", {k: round(v, 1) for k, v in corpus.minutes.items()})
+    return corpus
 
 
 def export(trainer: Trainer, folder: Path) -> None:
     """Write config.json and model.safetensors (float16) as transformers' EncodecModel does."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "config.json"):
+        remove_leftovers(folder, name)
     halves = {k: v.half().contiguous() for k, v in trainer.weights().items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(halves, temporary, metadata={"format": "pt"})

@@ -11,15 +11,15 @@ uninterrupted one sees.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wgpt.codec.network import Architecture, Lstm, decoder_layers, encoder_layers
@@ -30,13 +30,13 @@ from wgpt.codec.training.loss import CodecLoss
 from wgpt.codec.training.optimizer import Optimizer
 from wgpt.codec.training.quantizer import ResidualQuantizer
 from wgpt.codec.weights import CodecWeights
+from wgpt.commits import ALWAYS, committing, prune, state_of
 from wgpt.config import HOP_SAMPLES
-from wgpt.errors import CheckpointError, CodecError
-from wgpt.files import replacing
+from wgpt.errors import CheckpointError, CodecError, TrainError
+from wgpt.ops.runtime import environment, warn_of_changes
 
 CROP_FRAMES = 38  # about half a second
 START_BATCHES = 24  # of 32 crops, whose latents the codebooks start from
-CHECKPOINT = "checkpoint.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -179,6 +179,8 @@ class Trainer:
         parts |= {"commit": float(commitment.detach()), "level": float(level.detach())}
         parts |= {"norm": float(norm)}
         for key, value in parts.items():
+            if not math.isfinite(value):  # such a step teaches nothing, and is left out
+                continue
             self.log[key] = value + 0.98 * (self.log.get(key, value) - value)
         self.step += 1
 
@@ -194,61 +196,71 @@ class Trainer:
         else:
             self.quantizer.adopt(self._init.codebooks(), torch.cat(latents))
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint, replacing the last one atomically."""
-        tensors = {f"mean.{k}": v for k, v in self.mean.items()}
-        tensors |= {f"param.{k}": v.detach() for k, v in self.parameters.items()}
-        tensors |= {f"quantizer.{k}": v for k, v in self.quantizer.state_dict().items()}
-        tensors |= self.optimizer.state()
+    def commit(self, folder: Path) -> None:
+        """Commits the step to folder/step-N and deletes all but the two newest.
+
+        Raises TrainError where a number is not finite, OSError.
+        """
+        weights = {f"mean.{k}": v for k, v in self.mean.items()}
+        weights |= {f"param.{k}": v.detach() for k, v in self.parameters.items()}
+        weights |= {f"quantizer.{k}": v for k, v in self.quantizer.state_dict().items()}
+        optimizer = self.optimizer.state()
+        for name, value in {**weights, **optimizer}.items():
+            if not bool(torch.isfinite(value).all()):
+                raise TrainError(
+                    f"codec-train: step {self.step}: {name} is not finite; the step is not "
+                    "committed. Begin again at a lower --lr, in another --work"
+                )
         state = {
-            "step": self.step,
-            "corpus_sha256": self.corpus.sha256,
+            "data": self.corpus.sha256,
             "config": asdict(self.config),
+            "environment": environment(),
             "log": self.log,
         }
-        with replacing(folder / CHECKPOINT) as temporary:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()},
-                temporary,
-                metadata={"state": json.dumps(state)},
-            )
+        n_bytes = sum(value.nbytes for value in (*weights.values(), *optimizer.values()))
+        with committing(folder, self.step, state, n_bytes) as temporary:
+            for name, tensors in zip(ALWAYS, (weights, optimizer), strict=True):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
+        prune(folder, keep=2)
 
-    def resume(self, folder: Path) -> bool:
-        """Continue from the checkpoint in `folder`; False if there is none.
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from a whole checkpoint.
 
-        Raises:
-            CheckpointError: it is damaged, or of another corpus or other settings.
+        Raises CheckpointError where it is of another corpus or other settings.
         """
-        path = folder / CHECKPOINT
-        if not path.exists():
-            return False
-        try:
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except Exception as error:  # the reader raises its own and many others
-            raise CheckpointError(f"codec-train: {path} is damaged ({error})") from error
-        self._check_same(path, state)
+        state = state_of(checkpoint)
+        self._check_same(checkpoint, state)
+        weights, optimizer = (load_file(checkpoint / name) for name in ALWAYS)
         with torch.no_grad():
             for k, p in self.parameters.items():
-                p.copy_(tensors[f"param.{k}"])
-                self.mean[k].copy_(tensors[f"mean.{k}"])
-        self.optimizer.load_state(tensors)
+                p.copy_(weights[f"param.{k}"])
+                self.mean[k].copy_(weights[f"mean.{k}"])
+        self.optimizer.load_state(optimizer)
         self.quantizer.load_state_dict(
-            {k: tensors[f"quantizer.{k}"] for k in self.quantizer.state_dict()}
+            {k: weights[f"quantizer.{k}"] for k in self.quantizer.state_dict()}
         )
         self.step, self.log = state["step"], state["log"]
-        return True
+        warn_of_changes(state["environment"], self.step)
 
-    def _check_same(self, path: Path, state: Mapping) -> None:
-        now = asdict(self.config) | {"corpus_sha256": self.corpus.sha256}
-        then = state["config"] | {"corpus_sha256": state["corpus_sha256"]}
-        for name in now:
-            if name not in ("n_steps", "decay_steps") and now[name] != then.get(name):
+    def _check_same(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        if state.get("data") != self.corpus.sha256:
+            raise CheckpointError(
+                f"codec-train: {checkpoint} was trained on another corpus than that of --work now; "
+                "choose another --work"
+            )
+        then, now = state["config"], asdict(self.config)
+        for name in sorted(now.keys() - {"n_steps", "decay_steps"}):
+            if now[name] != then.get(name):
+                flag = "--" + name.removesuffix("_sha256").replace("_", "-")
                 raise CheckpointError(
-                    f"codec-train: {path} was trained with {name} {then.get(name)!r}, got "
-                    f"{now[name]!r}; pass the same, or another --work"
+                    f"codec-train: {flag} must be that of {checkpoint}, {then.get(name)}, got "
+                    f"{now[name]}; to train another codec, choose another --work"
                 )
+        if self.config.n_steps < state["step"]:
+            raise CheckpointError(
+                f"codec-train: --steps must be at least {state['step']}, the steps that "
+                f"{checkpoint.parents[1]} has done, got {self.config.n_steps}"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights and the codebooks under the names of transformers' EncodecModel."""
