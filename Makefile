@@ -7,6 +7,7 @@
 #   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on the sound in the package: prepare, train, evaluate, generate
+#   make study   what mel is worth on real recordings (needs apt; an hour, then tables and pages)
 #   make faults  training hit at every file-system event, resumed, compared (most of an hour)
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
@@ -25,7 +26,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize emulated neon faults bench demo gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon faults bench demo study gpu dev clean
 
 build: $(STAMP)
 
@@ -130,6 +131,10 @@ bench: build
 
 demo: build
 	$(VENV)/bin/wgpt demo $(ARGS)
+
+study: build
+	$(VENV_PYTHON) benchmarks/recordings.py --out build/recordings
+	$(VENV_PYTHON) benchmarks/study.py --recordings build/recordings --work build/study $(ARGS)
 
 gpu:
 	JOBS=$${JOBS:-$$(nproc)} $${PYTHON:-python3} benchmarks/gpu.py $(if $(DRY),--dry)

@@ -7,7 +7,7 @@ and periodicity. A model with all codebooks is also heard through its own codebo
 codec's round trip of the true rest is the ceiling.
 
     wgpt demo --out demo
-    python benchmarks/codebooks.py --runs demo/runs/hybrid demo/runs/full starter \
+    python benchmarks/codebooks.py --runs demo/study/runs/hybrid-0 demo/full starter \
         --out benchmarks/results/codebooks.json --doc docs/closed-loop.md --pictures PICTURES
 
 --sampling lists TEMPERATURE/FINE_TEMPERATURE; coarse-only runs take the first. A run and setting

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from wgpt.evaluation.tables import distance_table
-from wgpt.experiments import study
 from wgpt.experiments.demo import demo
+from wgpt.experiments.study_tables import as_markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
-        tables = f"{study.as_markdown(result)}\n\n{distance_table(result['likeness'])}"
+        tables = f"{as_markdown(result)}\n\n{distance_table(result['likeness'])}"
         sys.stdout.write(f"{tables}\n\n{Path(args.out) / 'report.html'}\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""`wgpt study`: train the hybrid, its token-only twin and the controls; one table."""
+"""`wgpt study`: train the hybrid, its token-only twins and the controls; one table."""
 
 from __future__ import annotations
 
@@ -6,56 +6,70 @@ import argparse
 import json
 import sys
 
-from wgpt.experiments.study import SIZES, as_markdown, study
+from wgpt.experiments.arms import PLANS
+from wgpt.experiments.study import study
+from wgpt.experiments.study_tables import as_markdown
+
+_SETTINGS = ("max_steps", "batch_size", "context_s", "lr", "patience", "eval_every", "dtype",
+             "device")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt study`."""
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("what")
     data.add_argument("data", metavar="DATA", help="folder written by `wgpt prepare`")
-    data.add_argument("--batch-size", type=int, default=8, help="windows per step (default 8)")
     data.add_argument(
-        "--context-s", type=float, default=10.0, help="length of a window, seconds (default 10)"
+        "--plan",
+        default="quick",
+        choices=tuple(PLANS),
+        help="quick: models of 1.1 M, one seed, within an hour on two cores (default); paper: "
+        "those of 4 and 40 M with three seeds, days on a CPU",
     )
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--size", default="xs", choices=tuple(SIZES), help="size of every arm (default xs)"
+    data.add_argument("--arms", nargs="+", metavar="ARM", help="some of the plan's; default: all")
+    data.add_argument(
+        "--only", nargs="+", metavar="ARM:SEED", help="train these here; others elsewhere, or later"
     )
-    models.add_argument(
-        "--arms", nargs="+", metavar="ARM",
-        help="tokens, hybrid, decoded-K, leaky-W; default: all that the data allow",
-    )  # fmt: skip
-    training = parser.add_argument_group("optimisation")
+    data.add_argument(
+        "--collect", action="store_true", help="train nothing; tables of what is in --out"
+    )
+    data.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, and for how long"
+    )
+    training = parser.add_argument_group("settings of every arm, instead of the plan's")
+    training.add_argument("--max-steps", type=int, help="optimizer steps at most")
+    training.add_argument("--batch-size", type=int, help="windows per step")
+    training.add_argument("--context-s", type=float, metavar="S", help="length of a window")
+    training.add_argument("--lr", type=float, help="peak learning rate")
+    training.add_argument("--dropout", type=float, help="on the residual branches")
+    training.add_argument("--eval-every", type=int, help="steps between validations")
     training.add_argument(
-        "--max-steps", type=int, default=2000, help="optimizer steps of each arm (default 2000)"
+        "--patience", type=int, help="validations without gain before an arm ends; 0: all steps"
     )
-    training.add_argument(
-        "--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)"
-    )
-    training.add_argument(
-        "--seed", type=int, default=0, help="seed of weights and data order (default 0)"
-    )
+    training.add_argument("--dtype", choices=("fp32", "bf16"), help="arithmetic")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, help="folder to write")
+    output.add_argument("--out", required=True, help="folder to write, or to resume")
     output.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt study`."""
+    settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     result = study(
         args.data,
         args.out,
-        size=args.size,
+        args.plan,
         arms=args.arms,
-        device=args.device,
-        max_steps=args.max_steps,
-        batch_size=args.batch_size,
-        context_s=args.context_s,
-        lr=args.lr,
-        seed=args.seed,
+        only=args.only,
+        collect=args.collect,
+        dry_run=args.dry_run,
+        model=None if args.dropout is None else {"dropout": args.dropout},
+        **settings,
     )
-    sys.stdout.write((json.dumps(result) if args.json else as_markdown(result)) + "\n")
+    if args.json or args.dry_run:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        sys.stdout.write(as_markdown(result) + "\n")
     return 0
 
 

@@ -88,12 +88,38 @@ def test_paired_difference_finds_a_shift_and_not_noise():
     n_tokens = np.full(40, 100)
     a = Score("a", rng.normal(400, 10, 40), n_tokens, n_tokens, ["g"] * 40)
     b = Score("b", a.nll + 20 + rng.normal(0, 5, 40), n_tokens, n_tokens, ["g"] * 40)
-    gap, low, high = paired_difference(a, b)
-    assert low < gap < high < 0
-    assert gap == pytest.approx(-0.2, abs=0.03)
+    found = paired_difference([a], [b])
+    assert found["low"] < found["nll_nats"] < found["high"] < 0
+    assert found["nll_nats"] == pytest.approx(-0.2, abs=0.03)
+    assert (found["drawn"], found["n_drawn"]) == ("clips", 40)
     c = Score("c", a.nll + rng.normal(0, 5, 40), n_tokens, n_tokens, ["g"] * 40)
-    _, low, high = paired_difference(a, c)
-    assert low < 0 < high
+    found = paired_difference([a], [c])
+    assert found["low"] < 0 < found["high"]
+
+
+def test_paired_difference_draws_whole_groups():
+    """Clips of a speaker are alike: 400 of them tell no more than their ten speakers."""
+    rng = np.random.default_rng(0)
+    groups = [f"{i // 40}" for i in range(400)]
+    n_tokens = np.full(400, 100)
+    shift = np.repeat(rng.normal(0, 10, 10), 40)
+    a = Score("a", np.full(400, 400.0), n_tokens, n_tokens, groups)
+    b = Score("b", a.nll + shift, n_tokens, n_tokens, groups)
+    by_group = paired_difference([a], [b])
+    assert (by_group["drawn"], by_group["n_drawn"]) == ("groups", 10)
+    alone = [Score(s.name, s.nll, n_tokens, n_tokens, ["g"] * 400) for s in (a, b)]
+    by_clip = paired_difference([alone[0]], [alone[1]])
+    widths = [found["high"] - found["low"] for found in (by_group, by_clip)]
+    assert widths[0] == pytest.approx(widths[1] * 40**0.5, rel=0.1)
+
+
+def test_paired_difference_knows_that_seeds_differ():
+    n_tokens, groups = np.full(40, 100), ["g"] * 40
+    twin = [Score("t", np.full(40, nll), n_tokens, n_tokens, groups) for nll in (390.0, 410.0)]
+    arm = Score("a", np.full(40, 395.0), n_tokens, n_tokens, groups)
+    found = paired_difference([arm], twin)
+    assert found["nll_nats"] == pytest.approx(-0.05)
+    assert (found["low"], found["high"]) == pytest.approx((-0.15, 0.05))
 
 
 def test_decoded_mel_on_the_fly_equals_the_prepared_one(prepared):

@@ -38,11 +38,11 @@ def test_demo_trains_scores_and_continues(made):
     out, result = made
     assert list(result["arms"]) == ["tokens", "hybrid", "decoded-1"]
     assert {gap["arm"] for gap in result["gaps"]} == {"hybrid", "decoded-1"}
-    for name in ("tokens", "hybrid", "decoded-1", "full"):
-        config = Run.open(out / "runs" / name).config
+    for name in ("study/runs/tokens-0", "study/runs/hybrid-0", "study/runs/decoded-1-0", "full"):
+        config = Run.open(out / name).config
         assert (config.batch_size, config.context_s) == (2, 0.5)
         assert config.max_steps == (1 if name == "full" else 2)
-    assert Run.open(out / "runs" / "full").model.n_fine == 7  # as the starter
+    assert Run.open(out / "full").model.n_fine == 7  # as the starter
     assert [sound["group"] for sound in result["sounds"]] == ["speech", "music"]
     for group in ("speech", "music"):
         rows = result["likeness"][group]

@@ -1,14 +1,21 @@
-"""The paper's comparison in small: every arm on the same data, signs of the gaps, the table."""
+"""The paper's comparison in small: every arm on the same data, resumed, collected, checked."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
-from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError
+from wgpt.data.dataset import SHUFFLED, Dataset, Split
+from wgpt.errors import ConfigError, DataError, Interrupted
 from wgpt.evaluation.scores import Score
-from wgpt.experiments import study
+from wgpt.experiments import collected
+from wgpt.experiments import study as studies
+from wgpt.experiments.arms import PLANS, Arm
+from wgpt.experiments.study import study
+from wgpt.experiments.study_tables import as_markdown
 from wgpt.runs.run import Run
 
 TINY = {
@@ -16,16 +23,24 @@ TINY = {
     "batch_size": 2,
     "context_s": 0.5,
     "warmup_steps": 0,
-    "sample_s": 0.0,
-    "seed": 3,
+    "eval_every": 1,
+    "device": "cpu",
 }
+ARMS = ["tokens", "hybrid", "decoded-1"]
+
+
+def seeds(plan, n):
+    """The plan with n seeds of each arm."""
+    return dataclasses.replace(
+        plan, arms=tuple(dataclasses.replace(arm, n_seeds=n) for arm in plan.arms)
+    )
 
 
 @pytest.fixture(scope="module")
 def studied(prepared, tmp_path_factory):
-    """(folder, result) of a study of two steps an arm."""
-    out = tmp_path_factory.mktemp("study")
-    return out, study.study(prepared, out, device="cpu", **TINY)
+    """(folder, result) of a study of two steps an arm, two seeds each."""
+    out = tmp_path_factory.mktemp("study") / "s"
+    return out, study(prepared, out, seeds(PLANS["quick"], 2), **TINY)
 
 
 def nll_of(result, model, group="all"):
@@ -33,21 +48,32 @@ def nll_of(result, model, group="all"):
     return row["nll_nats"]
 
 
-def test_study_trains_every_arm_alike(studied, prepared):
+def test_study_trains_every_arm_and_seed_alike(studied, prepared):
     out, result = studied
-    assert list(result["arms"]) == ["tokens", "hybrid", "decoded-1"]
-    runs = {arm: Run.open(out / arm) for arm in result["arms"]}
-    assert {arm: run.model.mel_dim > 0 for arm, run in runs.items()} == {
-        "tokens": False, "hybrid": True, "decoded-1": True,
-    }  # fmt: skip
-    assert runs["hybrid"].config.mel_source == "wave"
-    assert runs["decoded-1"].config.mel_source == "decoded-1"
-    for run in runs.values():
-        assert {name: getattr(run.config, name) for name in TINY} == TINY
+    assert list(result["arms"]) == ARMS  # the data have no decoded-8
+    assert result["missing"] == []
+    for arm in ARMS:
+        for seed in (0, 1):
+            run = Run.open(out / "runs" / f"{arm}-{seed}")
+            assert {name: getattr(run.config, name) for name in TINY} == TINY
+            assert (run.config.seed, run.model.dropout) == (seed, 0.1)
+            assert (run.model.mel_dim > 0) == (arm != "tokens")
+            assert run.config.mel_source == ("decoded-1" if arm == "decoded-1" else "wave")
     n_steps = Dataset(prepared).split("valid").n_steps
-    assert {row["n_tokens"] for row in result["rows"] if row["group"] == "all"} == {n_steps}
-    names = [row["model"] for row in result["rows"] if row["group"] == "all"]
-    assert names == ["uniform", "unigram", "bigram", "tokens", "hybrid", "decoded-1"]
+    assert {row["n_tokens"] for row in result["rows"]} == {n_steps}
+    assert [row["model"] for row in result["rows"]] == ["uniform", "unigram", "bigram", *ARMS]
+
+
+def test_study_scores_are_means_over_seeds(studied):
+    _, result = studied
+    for name, arm in result["arms"].items():
+        assert arm["seeds"] == [0, 1] and len(set(arm["nll_nats_by_seed"])) == 2
+        assert nll_of(result, name) == pytest.approx(np.mean(arm["nll_nats_by_seed"]))
+        assert (arm["closed_loop_nll_nats"] is None) == (name == "tokens")
+    # What it reads is what a closed loop gives it.
+    control = result["arms"]["decoded-1"]
+    assert control["closed_loop_nll_nats"] == pytest.approx(nll_of(result, "decoded-1"), abs=1e-9)
+    assert result["arms"]["hybrid"]["closed_loop_nll_nats"] != nll_of(result, "hybrid")
 
 
 def test_study_gaps_are_the_arm_minus_its_twin(studied):
@@ -58,65 +84,217 @@ def test_study_gaps_are_the_arm_minus_its_twin(studied):
         assert gap["nll_nats"] == pytest.approx(expected, abs=1e-9)
         assert abs(expected) > 1e-4, "too close to tell a swapped sign"
         assert gap["low"] <= gap["nll_nats"] <= gap["high"]
-
-
-def test_study_gaps_by_hand():
-    def score(name, nll):
-        n_tokens = np.array([10, 10])
-        return Score(name, np.array(nll), n_tokens, n_tokens, ["a", "b"])
-
-    scores = [score("bigram", [50.0, 50.0]), score("tokens", [10.0, 20.0]),
-              score("hybrid", [8.0, 25.0])]  # fmt: skip
-    found = study.gaps({one.name: one for one in scores})
-    assert [(gap["arm"], gap["group"]) for gap in found] == [
-        ("hybrid", "all"), ("hybrid", "a"), ("hybrid", "b"),
-    ]  # fmt: skip
-    assert [gap["nll_nats"] for gap in found] == pytest.approx([0.15, -0.2, 0.5])
-    assert (found[1]["low"], found[1]["high"]) == pytest.approx((-0.2, -0.2))  # one clip
-    assert study.gaps({"hybrid": scores[2]}) == []  # nothing to compare with
-
-
-def test_study_table_shows_better_as_minus():
-    row = {"model": "hybrid", "group": "all", "nll_nats": 3.25, "accuracy": 0.25,
-           "perplexity": 25.79, "bits_per_s": 351.6, "n_tokens": 4000}  # fmt: skip
-    gaps = [
-        {"arm": "hybrid", "group": "speech", "nll_nats": -0.25, "low": -0.3, "high": -0.2},
-        {"arm": "decoded-1", "group": "all", "nll_nats": 0.125, "low": 0.1, "high": 0.15},
-    ]
-    shown = study.as_markdown({"rows": [row], "gaps": gaps}).splitlines()
-    assert "| hybrid | all | 3.250 | 25.00 % | 25.79 | 352 | 4000 |" in shown
-    assert "| hybrid | speech | -0.250 | -0.300 to -0.200 |" in shown
-    assert "| decoded-1 | all | +0.125 | +0.100 to +0.150 |" in shown
-    assert "minus that of the token-only twin" in "\n".join(shown)
-    assert "twin" not in study.as_markdown({"rows": [row], "gaps": []})
+        assert gap["n_seeds"] == [2, 2]
 
 
 def test_study_writes_what_it_returns(studied):
     out, result = studied
     assert json.loads((out / "study.json").read_text()) == json.loads(json.dumps(result))
-    assert (out / "study.md").read_text() == study.as_markdown(result) + "\n"
-    assert (out / "loss.png").is_file()
+    said = as_markdown(result)
+    assert (out / "study.md").read_text() == said + "\n"
+    page = (out / "study.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "<!--" not in page
+    for gap in result["gaps"]:
+        shown = f"{gap['nll_nats']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
+        assert shown in page and shown in said
+    for sentence in result["conclusions"]:
+        assert sentence in said
+
+
+def test_study_that_is_done_trains_nothing(studied, prepared, monkeypatch):
+    out, result = studied
+    files = {path: path.read_bytes() for path in (out / "scores").iterdir()}
+    monkeypatch.setattr(studies, "train", None)
+    again = study(prepared, out, seeds(PLANS["quick"], 2), **TINY)
+    assert again == result
+    assert files == {path: path.read_bytes() for path in (out / "scores").iterdir()}
+    assert study(prepared, out, seeds(PLANS["quick"], 2), collect=True, **TINY) == result
+
+
+def test_study_goes_on_where_it_was_interrupted(studied, prepared, tmp_path, monkeypatch):
+    """Stopped inside the second run, then in parts, in another order: the same scores."""
+    plan = seeds(PLANS["quick"], 2)
+    whole, _ = studied
+    trained = []
+
+    def stopping(data, folder, *args, **options):
+        if not options.get("dry_run"):
+            trained.append(folder.name)
+            if len(trained) == 2:
+                train(data, folder, *args, **{**options, "max_steps": 1})  # a step is committed
+                raise Interrupted("stopped")
+        return train(data, folder, *args, **options)
+
+    train = studies.train
+    monkeypatch.setattr(studies, "train", stopping)
+    with pytest.raises(Interrupted):
+        study(prepared, tmp_path, plan, only=["hybrid:0", "tokens"], **TINY)
+    assert trained == ["tokens-0", "tokens-1"]
+    monkeypatch.setattr(studies, "train", train)
+    part = study(prepared, tmp_path, plan, only=["hybrid:0", "tokens"], **TINY)
+    assert part["missing"] == ["hybrid:1", "decoded-1:0", "decoded-1:1"]
+    assert "Not there: hybrid:1, decoded-1:0, decoded-1:1." in as_markdown(part)
+    result = study(prepared, tmp_path, plan, **TINY)
+    assert result["missing"] == []
+    for path in (whole / "scores").iterdir():
+        one, other = (json.loads((f / "scores" / path.name).read_text())["scores"]["forced"]
+                      for f in (whole, tmp_path))  # fmt: skip
+        assert one == other
+
+
+def test_study_dry_run_says_what_and_how_long(prepared, tmp_path, caplog):
+    with caplog.at_level("INFO", "wgpt"):
+        said = study(prepared, tmp_path / "s", dry_run=True, arms=["hybrid", "decoded-8"], **TINY)
+    assert said["runs"] == ["hybrid:0"] and said["step_s"]["hybrid"] > 0
+    assert "hybrid, seed 0: tokens and mel of the true audio; at most" in caplog.text
+    assert "decoded-8: left out; prepare the data with --mel-sources ... decoded-8" in caplog.text
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("late", [1, -1])
+def test_study_exposes_mel_beside_the_wrong_step(prepared, tmp_path, monkeypatch, late):
+    """Slices a step late in the dataset class tell the model its answer: nothing is trained."""
+    whole = Split.slice
+
+    def shifted(self, i, start, stop, mel_source=None):
+        tokens, _ = whole(self, i, start, stop)
+        if mel_source is None:
+            return tokens, None
+        at = (np.arange(start, stop) + late).clip(0, self.clip_steps(i) - 1) + self.offsets[i]
+        return tokens, torch.from_numpy(self.mel[mel_source][at].astype(np.float32))
+
+    monkeypatch.setattr(Split, "slice", shifted)
+    where = "1 step(s) after it" if late > 0 else "1 step(s) before it"
+    with pytest.raises(DataError, match=re.escape(where)) as caught:
+        study(prepared, tmp_path / "s", arms=["hybrid"], **TINY)
+    assert ("told what it is to predict" in str(caught.value)) == (late > 0)
+    assert not (tmp_path / "s" / "runs").exists()
+
+
+def test_shuffled_mel_is_that_of_other_sound(prepared):
+    data = Dataset(prepared)
+    split = data.split("train")
+    wave, shuffled = (split.clip(0, source)[1].numpy() for source in ("wave", SHUFFLED))
+    half = split.n_steps // 2
+    every = np.asarray(split.mel_array("wave"), dtype=np.float32)
+    np.testing.assert_array_equal(shuffled, every[half : half + len(wave)])
+    last = split.clip(split.n_clips - 1, SHUFFLED)[1].numpy()
+    np.testing.assert_array_equal(last[-1], every[(split.n_steps - 1 + half) % split.n_steps])
+    for one, other in zip(data.normalisation("wave"), data.normalisation(SHUFFLED), strict=True):
+        assert torch.equal(one, other)
+
+
+def scored(name, nll, groups):
+    n_tokens = np.full(len(nll), 10)
+    return Score(name, np.array(nll, float), n_tokens, n_tokens, groups)
+
+
+def test_study_gaps_by_hand():
+    twin = [scored("tokens", nll, ["a", "b"]) for nll in ([10, 20], [14, 20])]
+    hybrid = [scored("hybrid", [8, 25], ["a", "b"])]
+    found = collected.gaps({"tokens": twin, "hybrid": hybrid}, "tokens")
+    assert [(gap["arm"], gap["group"]) for gap in found] == [
+        ("hybrid", "all"), ("hybrid", "a"), ("hybrid", "b"),
+    ]  # fmt: skip
+    assert [gap["nll_nats"] for gap in found] == pytest.approx([0.05, -0.4, 0.5])
+    assert [gap["n_seeds"] for gap in found] == [[1, 2]] * 3
+    # One clip, but two seeds of the twin: 8 - 10, 8 - 12 or 8 - 14 of 10 tokens.
+    assert (found[1]["low"], found[1]["high"]) == pytest.approx((-0.6, -0.2))
+    assert (found[2]["low"], found[2]["high"]) == pytest.approx((0.5, 0.5))
+    assert collected.gaps({"hybrid": hybrid}, "tokens") == []  # nothing to compare with
+
+
+def test_conclusions_say_what_the_interval_allows():
+    def gap(arm, nats, low, high, group="all"):
+        return {"arm": arm, "group": group, "nll_nats": nats, "low": low, "high": high}
+
+    said = collected.conclusions(
+        [gap("hybrid", -0.1, -0.12, -0.08), gap("leaky", 0.2, 0.1, 0.3), gap("x", 0.1, -0.1, 0.3),
+         gap("hybrid", 0.3, 0.2, 0.4, "music")], "twin",
+    )  # fmt: skip
+    assert said == [
+        "hybrid is better than twin by 0.100 nats (-0.120 to -0.080).",
+        "leaky is worse than twin by 0.200 nats (+0.100 to +0.300).",
+        "Between x and twin no difference is shown: +0.100 nats (-0.100 to +0.300).",
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"size": "xxl"}, "size must be one of xs, s, got 'xxl'"),
-        ({"arms": ["tokens", "decoded-7"]}, "arms must be some of tokens, hybrid, decoded-1"),
+        ({"plan": "quik"}, "--plan must be one of quick, paper, got 'quik'; did you mean quick"),
+        ({"arms": ["tokens", "decoded-7"]}, "the plan quick has tokens, hybrid, decoded-1"),
+        ({"arms": ["decoded-8"]}, "no arm can be trained; prepare it with --mel-sources decoded-8"),
+        ({"only": ["hybrid:1"]}, "--only must be some of tokens:0, hybrid:0, decoded-1:0"),
+        ({"collect": True}, "holds no score yet"),
     ],
 )
 def test_study_refuses(prepared, tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        study.study(prepared, tmp_path / "out", **options)
+        study(prepared, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_study_refuses_other_settings_and_other_data(studied, prepared, tmp_path):
+    out, _ = studied
+    plan = seeds(PLANS["quick"], 2)
+    with pytest.raises(ConfigError, match=r"holds a study whose train is .* name another --out"):
+        study(prepared, out, plan, **{**TINY, "lr": 0.5})
+    (other := tmp_path / "other").mkdir()
+    for path in prepared.iterdir():
+        (other / path.name).symlink_to(path)
+    (other / "manifest.json").unlink()
+    (other / "manifest.json").write_bytes((prepared / "manifest.json").read_bytes() + b"\n")
+    with pytest.raises(ConfigError, match="holds a study whose manifest_sha256 is"):
+        study(other, out, plan, **TINY)
+    with pytest.raises(ConfigError, match="of other data"):
+        study(other, out, plan, collect=True, **TINY)
 
 
 def test_study_command_prints_the_table(prepared, tmp_path, capsys):
     from wgpt.cli import main
 
     command = ["study", str(prepared), "--out", str(tmp_path), "--arms", "tokens", "--device=cpu"]
-    command += ["--max-steps=1", "--batch-size=1", "--context-s=0.2"]
+    command += ["--max-steps=1", "--batch-size=1", "--context-s=0.2", "--dropout=0"]
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["gaps"] == [] and list(result["arms"]) == ["tokens"]
-    assert result["settings"]["max_steps"] == 1
+    assert result["train"]["max_steps"] == 1 and result["model"] == {"dropout": 0.0}
+    assert main([*command, "--collect"]) == 0
+    assert "| tokens | 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_whole_plan_of_the_paper_in_small(recordings, tmp_path):
+    """Every arm of --plan paper trains, scores and stands in the table; one layer, one step."""
+    from wgpt.data.pipeline import prepare
+
+    data = tmp_path / "data"
+    sources = ("wave", "decoded-1", "decoded-8", "leaky-1024", "leaky-2048")
+    prepare(recordings, data, mel_sources=sources, valid_fraction=0.3, progress=False)
+    result = study(
+        data, tmp_path / "s", "paper", model={"n_layers": 1, "n_mel_layers": 1},
+        **{**TINY, "max_steps": 1},
+    )  # fmt: skip
+    plan = PLANS["paper"]
+    assert result["missing"] == []
+    assert list(result["arms"]) == [arm.name for arm in plan.arms]
+    assert {n: len(arm["seeds"]) for n, arm in result["arms"].items()} == {
+        arm.name: arm.n_seeds for arm in plan.arms
+    }
+    has_loop = {name for name, arm in result["arms"].items() if arm["closed_loop_nll_nats"]}
+    assert has_loop == {"hybrid", "decoded-1", "decoded-8", "leaky-1024", "leaky-2048"}
+
+
+def test_plans_name_presets_and_a_twin_of_equal_size():
+    from wgpt.model.presets import preset
+    from wgpt.training.plan import n_parameters
+
+    for plan in PLANS.values():
+        assert plan.arm(plan.twin).mel_source is None
+        twin, hybrid = (
+            n_parameters(dataclasses.replace(preset(arm.preset), **arm.model))
+            for arm in (plan.arm(plan.twin), plan.arm("hybrid"))
+        )
+        assert twin == pytest.approx(hybrid, rel=0.002)
+        assert all(isinstance(arm, Arm) and arm.purpose for arm in plan.arms)

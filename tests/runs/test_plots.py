@@ -51,19 +51,26 @@ def test_loss_figure_shows_both_curves_and_where_they_end(tmp_path):
 
 def test_comparison_figure_shows_the_differences_to_the_twin(tmp_path):
     runs = {
-        "tokens": run_of(tmp_path / "a", [(0, 7.0), (50, 4.0), (100, 3.5)]),
-        "hybrid": run_of(tmp_path / "b", [(0, 7.1), (50, 3.75), (100, 3.0)]),
-    }
-    left, right = plots.comparison_figure(runs, "tokens").axes
-    assert curves(left)["hybrid"][2] == [100.0, 3.0] and curves(left)["tokens"][2] == [100.0, 3.5]
-    differences = curves(right)
-    assert np.allclose(differences["hybrid"], [[0, 0.1], [50, -0.25], [100, -0.5]])
+        "tokens": [run_of(tmp_path / "a", [(0, 7.0), (50, 4.0), (100, 3.5), (150, 3.4)])],
+        "hybrid": [run_of(tmp_path / "b", [(0, 7.2), (50, 3.5), (100, 2.9)]),
+                   run_of(tmp_path / "c", [(0, 7.0), (50, 4.0), (100, 3.1), (150, 3.3)])],
+    }  # fmt: skip
+    step_s = {"tokens": 1.2, "hybrid": 2.4}
+    left, middle, right = plots.comparison_figure(runs, "tokens", step_s).axes
+    assert curves(left)["tokens"][2] == [2.0, 3.5]  # by epoch, 50 steps each
+    # The mean of its seeds, as far as both went.
+    assert np.allclose(curves(left)["hybrid"], [[0, 7.1], [1, 3.75], [2, 3.0]])
+    assert np.allclose(curves(right)["hybrid"], [[0, 7.1], [2, 3.75], [4, 3.0]])  # by minute
+    assert curves(right)["tokens"][2] == [2.0, 3.5]
+    differences = curves(middle)
+    assert np.allclose(differences["hybrid"], [[0, 0.1], [1, -0.25], [2, -0.5]])
     assert "tokens" not in differences
     low, high = left.get_ylim()
     assert 2.9 < low < 3.0 and 4.0 < high < 4.1  # the fall from 7 is left out
-    low, high = right.get_ylim()
+    low, high = middle.get_ylim()
     assert low < -0.5 and 0.1 < high < 0.2
-    assert len(plots.comparison_figure({"hybrid": runs["hybrid"]}, "tokens").axes) == 1
+    alone = {"hybrid": runs["hybrid"]}
+    assert len(plots.comparison_figure(alone, "tokens", step_s).axes) == 2
 
 
 @pytest.mark.parametrize("hz", [250, 500, 1000, 2000, 4000, 8000])

@@ -29,6 +29,7 @@ from wgpt.files import check_sha256, read_json
 FORMAT = "wgpt-data"
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
+SHUFFLED = "shuffled"  # a mel source of any data that have `wave`: slices of other audio
 MANIFEST_LIMIT_BYTES = 1 << 30
 
 
@@ -102,14 +103,19 @@ class Split:
             groups=[self.groups[i] for i in starts],
         )
 
-    def mel_array(self, source: str) -> np.ndarray:
-        """The float16 (N * r, M) array of a source."""
-        if source not in self.mel:
+    def mel_array(self, source: str) -> np.ndarray | _Rolled:
+        """The float16 (N * r, M) array of a source. `shuffled` is that of `wave`, half the split
+        further on: real slices that tell nothing of their token."""
+        stored = "wave" if source == SHUFFLED else source
+        if stored not in self.mel:
             raise DataError(
                 f"{self.name}: mel source must be one of {', '.join(self.mel) or '(none)'}, "
-                f"got {source!r}; prepare the data with --mel-sources {source}"
+                f"got {source!r}; prepare the data with --mel-sources {stored}"
             )
-        return self.mel[source]
+        array = self.mel[stored]
+        if source == SHUFFLED:
+            return _Rolled(array, self.n_steps // 2 * self.frames_per_step)
+        return array
 
     def _check_clip(self, i: int) -> None:
         if not 0 <= i < self.n_clips:
@@ -179,6 +185,7 @@ class Dataset:
 
         Data without a training split have none: a model that is evaluated on them brings its own.
         """
+        source = "wave" if source == SHUFFLED else source
         if source in self.mel_sources and source not in self._normalisation:
             raise DataError(
                 f"{self.path}: has no training split, so no normalisation to train with; prepare "
@@ -238,6 +245,17 @@ class Dataset:
             codebook_size=self.codebook_size,
             silence=float(torch.tensor(config.floor).log()),
         )
+
+
+class _Rolled:
+    """Rows of a memory-mapped array, those of row `by` first; read by slices."""
+
+    def __init__(self, array: np.ndarray, by: int) -> None:
+        self.array, self.by, self.shape = array, by, array.shape
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        at = (np.arange(rows.start, rows.stop) + self.by) % len(self.array)
+        return self.array[at]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from wgpt.config import STEP_RATE_HZ
 from wgpt.data.batches import evaluation_batches
 from wgpt.data.dataset import Split
 from wgpt.model import HybridModel
+
+N_DRAWS = 2000
+LEAST_GROUPS = 8  # below, the bootstrap draws clips
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +136,46 @@ def to_score(name: str, sums: np.ndarray, split: Split, clips: list[int] | None 
 
 
 def paired_difference(
-    a: Score, b: Score, group: str | None = None, seed: int = 0
-) -> tuple[float, float, float]:
-    """NLL of a minus b in nats per token with a 95 % bootstrap interval over clips (2000 draws)."""
-    of = np.array([group is None or g == group for g in a.groups], dtype=bool)
-    gap, n_tokens = (a.nll - b.nll)[of], a.n_tokens[of]
-    draws = np.random.default_rng(seed).integers(0, len(gap), (2000, len(gap)))
-    means = gap[draws].sum(1) / n_tokens[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(gap.sum() / n_tokens.sum()), float(low), float(high)
+    a: Sequence[Score], b: Sequence[Score], group: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """NLL of a minus b in nats per token, and its 95 % bootstrap interval.
+
+    Drawn anew are the groups (speakers, scenes, tracks), whose clips are alike, or the clips where
+    there are fewer than LEAST_GROUPS groups; and the models of both, where there are several.
+
+    Args:
+        a, b: scores of the same clips by models that differ in their seed alone.
+        group: only these clips; None: all.
+        seed: of the draws.
+
+    Returns {nll_nats, low, high, drawn: "groups" or "clips", n_drawn, n_seeds: of a and b}.
+    """
+    groups = np.array(a[0].groups)
+    chosen = np.ones(len(groups), bool) if group is None else groups == group
+    names, unit = np.unique(groups[chosen], return_inverse=True)
+    drawn = "groups" if len(names) >= LEAST_GROUPS else "clips"
+    if drawn == "clips":
+        unit = np.arange(int(chosen.sum()))
+    n_units = int(unit.max()) + 1
+
+    def by_unit(values: np.ndarray) -> np.ndarray:
+        return np.bincount(unit, values[chosen], n_units)
+
+    nll_a, nll_b = (np.array([by_unit(one.nll) for one in scores]) for scores in (a, b))
+    n_tokens = by_unit(a[0].n_tokens)
+    rng = np.random.default_rng(seed)
+    draws = np.empty(N_DRAWS)
+    for i in range(N_DRAWS):
+        weights = np.bincount(rng.integers(0, n_units, n_units), minlength=n_units)
+        of_a, of_b = (values[rng.integers(0, len(values), len(values))].mean(0)
+                      for values in (nll_a, nll_b))  # fmt: skip
+        draws[i] = weights @ (of_a - of_b) / (weights @ n_tokens)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {
+        "nll_nats": float((nll_a.mean(0) - nll_b.mean(0)).sum() / n_tokens.sum()),
+        "low": float(low),
+        "high": float(high),
+        "drawn": drawn,
+        "n_drawn": n_units,
+        "n_seeds": [len(a), len(b)],
+    }

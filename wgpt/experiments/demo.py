@@ -23,8 +23,10 @@ from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
 from wgpt.evaluation.codec_ceiling import codec_ceiling
 from wgpt.evaluation.frechet import distances
-from wgpt.experiments import study
+from wgpt.experiments.arms import PLANS, Plan
+from wgpt.experiments.collected import run_folder
 from wgpt.experiments.report import write_report
+from wgpt.experiments.study import study
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.listener import Listener
 from wgpt.generation.sampling import Sampling
@@ -50,6 +52,13 @@ SETTINGS: dict[str, Any] = {
     "save_every": 0,
     "sample_s": 0.0,
 }
+PLAN = Plan(
+    "demo",
+    tuple(PLANS["quick"].arm(name) for name in ("tokens", "hybrid", "decoded-1")),
+    twin="tokens",
+    model={},
+    train=SETTINGS,
+)
 # The package's model saw hours of music: it is fine-tuned gently, or it would forget them.
 FINE_TUNING: dict[str, Any] = {"lr": 5e-4, "fine_weight": 1.0, "fine_share": 0.25}
 
@@ -119,15 +128,12 @@ def demo(
     )
     done("preparing")
     settings = {**SETTINGS, **settings}
-    result = study.study(
-        out / "data", out / "runs", size="xs", arms=["tokens", "hybrid", "decoded-1"],
-        max_steps=steps, device=device, **settings,
-    )  # fmt: skip
+    result = study(out / "data", out / "study", PLAN, max_steps=steps, device=device, **settings)
     done("training and scoring")
     # From the package's model, fine-tuned: all codebooks, and the mel that it will read.
     full = {**settings, **FINE_TUNING, "max_steps": max(steps // 2, 1), "eval_every": 0,
             "device": device, "mel_source": decoded_all}  # fmt: skip
-    train(out / "data", out / "runs" / "full", None, init=pretrained.NAME, **full)
+    train(out / "data", out / "full", None, init=pretrained.NAME, **full)
     done("training all codebooks")
     with one_thread():
         result["sounds"] = [sound for group in GROUPS for sound in sounds(out, group, sizes)]
@@ -168,6 +174,11 @@ def gather_audio(folder: Path, sizes: Sizes | None = None) -> Path:
     return listed
 
 
+def _runs(out: Path) -> tuple[Path, Path]:
+    """The runs that speak: hybrid, and full."""
+    return run_folder(out / "study", "hybrid", 0), out / "full"
+
+
 def unheard(out: Path, group: str, sizes: Sizes) -> list[tuple[str, np.ndarray]]:
     """Names and waves of up to n_prompts sounds, a prompt and its rest, that no model was
     trained on: music rendered anew, sentences held out."""
@@ -190,7 +201,7 @@ def sounds(out: Path, group: str, sizes: Sizes) -> list[dict[str, Any]]:
 
     Returns for each {group, source, waves: paths relative to `out`, warnings: of continuations}.
     """
-    hybrid, full = (AudioGenerator.load(out / "runs" / name) for name in ("hybrid", "full"))
+    hybrid, full = (AudioGenerator.load(run) for run in _runs(out))
     folder, found = out / "sounds", []
     folder.mkdir(exist_ok=True)
     for number, (source, wave) in enumerate(unheard(out, group, sizes)[: sizes.n_shown], 1):
@@ -227,7 +238,8 @@ def compare(out: Path, group: str, sizes: Sizes) -> dict[str, dict[str, float]]:
     clips = [clip for clip in range(split.n_clips) if split.groups[clip] == group]
     mel, offsets = split.mel_array("wave"), split.offsets
     reference = [np.asarray(mel[offsets[clip] : offsets[clip + 1]]) for clip in clips]
-    runs = {"codebook 0 (hybrid)": "hybrid", "all codebooks (full)": "full"}
-    generators = {title: AudioGenerator.load(out / "runs" / name) for title, name in runs.items()}
+    titles = "codebook 0 (hybrid)", "all codebooks (full)"
+    generators = {title: AudioGenerator.load(run)
+                  for title, run in zip(titles, _runs(out), strict=True)}  # fmt: skip
     waves = [wave for _, wave in unheard(out, group, sizes)]
     return distances(waves, sizes.prompt_s, generators, reference, SAMPLING)

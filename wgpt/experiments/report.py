@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import tempfile
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from wgpt import audio
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset
+from wgpt.experiments.html_parts import inline, page, table, text
 from wgpt.files import write_atomically
 from wgpt.runs import plots
 
@@ -37,7 +36,7 @@ def write_report(out: Path, result: dict[str, Any], steps: int, prompt_s: float)
     """Writes out/report.html from the result of a demo and the sounds in `out`.
 
     Args:
-        out: folder of the demo, with data, runs/loss.png and sounds.
+        out: folder of the demo, with data, study/loss.png and sounds.
         result: what `demo` returns.
         steps: training steps of each arm.
         prompt_s: length of the prompts, s.
@@ -64,7 +63,7 @@ def write_report(out: Path, result: dict[str, Any], steps: int, prompt_s: float)
         "not. The interval is a 95&nbsp;% bootstrap over clips.</p>",
         _scores(result["rows"], result["gaps"]),
         f'<img class=wide alt="validation NLL, and differences to tokens" '
-        f'src="{_inline((out / "runs" / "loss.png").read_bytes(), "image/png")}">',
+        f'src="{inline((out / "study" / "loss.png").read_bytes(), "image/png")}">',
         "<h2>How like real sound the continuations are</h2>",
         "<p><i>Frechet</i>: distance to the training audio as distributions of log-mel slices and "
         "their changes. <i>Spectrum</i>: distance of a continuation's average log-mel to that of "
@@ -80,11 +79,10 @@ def write_report(out: Path, result: dict[str, Any], steps: int, prompt_s: float)
         )
         + ".</p>",
         "<h2>Time</h2>",
-        _table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
+        table(["stage", "seconds"], [[k, f"{v:.0f}"] for k, v in result["seconds"].items()]),
     ]
-    page = (resources.files("wgpt.experiments") / "report_template.html").read_text()
     path = out / "report.html"
-    write_atomically(path, page.replace("<!-- body -->", "\n".join(parts)))
+    write_atomically(path, page("wgpt demo", parts))
     return path
 
 
@@ -109,11 +107,11 @@ def _example(out: Path, sound: dict[str, Any], frontend: MelFrontend, prompt_s: 
             for warning in sound["warnings"].get(name, ())
         )
         cards.append(
-            f"<figure><figcaption><b>{_text(title)}</b><br>{_text(what)}</figcaption>"
+            f"<figure><figcaption><b>{text(title)}</b><br>{text(what)}</figcaption>"
             f'<div class=picture data-left="{left:.2f}" data-width="{width:.2f}">'
             f'<img alt="log-mel spectrogram, Hz against seconds" '
-            f'src="{_inline(picture, "image/png")}"><i></i></div>'
-            f'<audio controls preload=metadata src="{_inline(voice, "audio/mpeg")}"></audio>'
+            f'src="{inline(picture, "image/png")}"><i></i></div>'
+            f'<audio controls preload=metadata src="{inline(voice, "audio/mpeg")}"></audio>'
             f"{warnings}</figure>"
         )
     heading = f"{sound['group']} <small>{html.escape(sound['source'])}</small>"
@@ -136,7 +134,7 @@ def _scores(rows: Sequence[dict[str, Any]], gaps: Sequence[dict[str, Any]]) -> s
             gap = by_arm.get((model, group))
             cells += [f"{nats[model, group]:.3f}", "" if gap is None else _gap(gap)]
         body.append(cells)
-    return _table(header, body)
+    return table(header, body)
 
 
 def _gap(gap: dict[str, Any]) -> str:
@@ -152,21 +150,4 @@ def _distances(likeness: dict[str, dict[str, dict[str, float]]]) -> str:
                  for key, _ in DISTANCES)]
         for name in next(iter(likeness.values()))
     ]  # fmt: skip
-    return _table(header, body)
-
-
-def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table, the first column of names."""
-    head = "".join(f"<th>{html.escape(cell)}" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-    return f"<div class=table><table><tr>{head}\n{body}</table></div>"
-
-
-def _text(text: str) -> str:
-    """Escaped, `x` as code."""
-    parts = html.escape(text).split("`")
-    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
-
-
-def _inline(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return table(header, body)

@@ -1,140 +1,270 @@
 """The paper's comparison with its controls: each arm trained on the same data in the same order.
 
-An arm is a model shape and the mel it reads. What each is for:
+    STUDY/plan.json               the settings and the data that hold for all of it; sealed
+    STUDY/runs/ARM-SEED/          a run of `wgpt train`, the best checkpoint by validation
+    STUDY/scores/ARM-SEED.json    what that model scored, clip by clip; sealed
+    STUDY/study.json, .md, .html  made anew from the scores that are there; loss.png
 
-    tokens         the token-only twin: what the mel slices are compared with
-    hybrid         tokens and mel of the true audio
-    decoded-1      control: mel of the audio decoded from codebook 0, which the tokens imply, so it
-                   holds no information that the twin lacks
-    decoded-K      mel of the audio decoded from K codebooks: as much as a codec-only system has
-    leaky-W        centred window of W samples: sees the future; shows what a leak is worth
+Every (arm, seed) is a run of its own: what was interrupted resumes from its last checkpoint, and
+several machines may each do some (`only`) of one folder, or of copies whose runs and scores are
+brought together afterwards (`collect`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError, did_you_mean
-from wgpt.evaluation.baselines import baselines
-from wgpt.evaluation.scores import Score, paired_difference, score
-from wgpt.evaluation.tables import score_table
+import numpy as np
+import torch
+
+from wgpt import codec as codecs
+from wgpt.audio.mel import MelFrontend
+from wgpt.config import STEP_RATE_HZ
+from wgpt.data.dataset import SHUFFLED, Dataset, Split
+from wgpt.errors import ConfigError
+from wgpt.evaluation.codec_ceiling import with_decoded_mel
+from wgpt.evaluation.scores import Score, score
+from wgpt.experiments import collected
+from wgpt.experiments.arms import Arm, Plan, plan_named
+from wgpt.experiments.leak_check import leak_check
+from wgpt.files import read_json, write_sealed
 from wgpt.model import HybridModel
-from wgpt.runs import plots
+from wgpt.ops.runtime import resolve_device
+from wgpt.runs.run import facts_of
 from wgpt.training import train
 
 log = logging.getLogger(__name__)
 
-# size: (token-only preset, hybrid preset)
-SIZES = {"xs": ("gpt-xs", "hybrid-xs"), "s": ("gpt-s-matched", "hybrid")}
-
-
-def arm_names(data: Dataset) -> list[str]:
-    """The arms this data was prepared for: the twin, the hybrid, a control per further source."""
-    named = {"wave": "hybrid"}
-    return ["tokens", *(named.get(source, source) for source in data.mel_sources)]
+_FORMAT = "wgpt-study-1"
 
 
 def study(
     data: str | Path,
     out: str | Path,
+    plan: str | Plan = "quick",
     *,
-    size: str = "xs",
     arms: list[str] | None = None,
-    device: str = "auto",
+    only: list[str] | None = None,
+    collect: bool = False,
+    dry_run: bool = False,
+    model: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Trains every arm into OUT/<arm>, scores it on the whole validation split, writes the table.
+    """Trains every (arm, seed) of a plan that is not done, scores it, and makes the tables.
+
+    Scored is the test split, where there is one, else validation.
 
     Args:
-        data: prepared folder; its mel sources decide which arms there are.
-        out: folder for the runs, study.json, study.md and loss.png.
-        size: a key of SIZES.
-        arms: some of arm_names(data); all by default.
-        settings: TrainConfig fields, the same for each arm.
+        data: prepared folder. Arms whose mel source it lacks are left out, and named.
+        out: folder of the study, new or begun.
+        plan: a name of arms.PLANS, or a plan.
+        arms: some of the plan's; all by default.
+        only: what is trained here, each `ARM` or `ARM:SEED`; all by default.
+        collect: train nothing; make the tables from the scores in the folder.
+        dry_run: only say what would be done, and how long it takes here.
+        model, settings: ModelConfig and TrainConfig fields, the same for each arm, instead of the
+            plan's.
 
-    Returns {rows, gaps, arms: summary of each training run}, as in study.json.
+    Returns what collected.collect does, as in study.json; for dry_run {plan, runs}.
+
+    Raises ConfigError, DataError (also where a mel source tells the future, leak_check),
+    Interrupted, TrainError.
     """
-    if size not in SIZES:
-        raise ConfigError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    dataset, out = Dataset(data), Path(out)
-    known = arm_names(dataset)
-    chosen = arms or known
-    for arm in chosen:
-        if arm not in known:
-            raise ConfigError(
-                f"arms must be some of {', '.join(known)}, got {arm!r}"
-                f"{did_you_mean(arm, known)}; another mel source is prepared with "
-                "`wgpt prepare --mel-sources`"
-            )
-    split = dataset.split("valid")
-    if split.n_clips == 0:
-        raise ConfigError(f"{dataset.path}: the validation split is empty, nothing to compare on")
-    scores = baselines(dataset.split("train"), split)
-    summaries, runs = {}, {}
-    for arm in chosen:
-        source = {"tokens": None, "hybrid": "wave"}.get(arm, arm)
-        options = {**settings, "device": device, **({"mel_source": source} if source else {})}
-        folder = out / arm
-        summaries[arm] = train(data, folder, SIZES[size][source is not None], **options)
-        model = HybridModel.from_pretrained(folder / "model", "cpu")
-        context = summaries[arm]["context_steps"]
-        scores.append(score(arm, model, split, context_steps=context, mel_source=source))
-        runs[arm] = folder
-    plots.save(plots.comparison_figure(runs, "tokens"), out / "loss.png")
-    by_name = {one.name: one for one in scores}
-    result = {
-        "data": str(dataset.path),
-        "size": size,
-        "settings": settings,
-        "arms": summaries,
-        "rows": [row for one in scores for row in one.rows()],
-        "gaps": gaps(by_name),
-    }
-    (out / "study.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "study.md").write_text(as_markdown(result) + "\n")
-    return result
+    job = _Study(Path(data), Path(out), plan, arms, model or {}, settings)
+    chosen = job.runs(only)
+    if not collect:
+        times = job.describe(chosen)
+        if dry_run:
+            return {"plan": job.plan.name, "runs": [f"{arm.name}:{seed}" for arm, seed in chosen],
+                    "step_s": times}  # fmt: skip
+        job.begin()
+        job.check_leaks(chosen)
+        for arm, seed in chosen:
+            job.run(arm, seed, times)
+    return collected.collect(job.out, job.plan, job.data, job.split)
 
 
-def gaps(scores: dict[str, Score]) -> list[dict[str, Any]]:
-    """Every arm minus the token-only twin, per group, with its bootstrap interval.
+class _Study:
+    """A study's folder, plan and data."""
 
-    scores: by name, baselines and arms; without `tokens` there is nothing to compare with.
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        plan: str | Plan,
+        arms: list[str] | None,
+        model: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        whole = plan_named(plan) if isinstance(plan, str) else plan
+        whole = whole.only(arms) if arms else whole
+        self.data, self.out = Dataset(data), out
+        for name in ("train", "valid"):
+            if self.data.split(name).n_clips == 0:
+                raise ConfigError(
+                    f"{data}: the {name} split is empty, and a study needs one to train on and "
+                    "one to stop by; prepare the recordings with --valid-fraction"
+                )
+        self.plan = dataclasses.replace(
+            whole.served(self.data),
+            model={**whole.model, **model},
+            train={**whole.train, **settings},
+        )
+        self.left_out = [arm for arm in whole.arms if arm not in self.plan.arms]
+        if not self.plan.arms:
+            needed = sorted({str(arm.mel_source) for arm in self.left_out})
+            raise ConfigError(f"{data}: no arm can be trained; prepare it with --mel-sources "
+                              f"{' '.join(needed)}")  # fmt: skip
+        self.split = self.data.split("test" if self.data.split("test").n_clips else "valid")
+        self._codec: Any = None
 
-    Returns rows {arm, group, nll_nats, low, high}: negative where the arm is better.
-    """
-    found: list[dict[str, Any]] = []
-    if "tokens" not in scores:
-        return found
-    twin = scores["tokens"]
-    groups = sorted(set(twin.groups))
-    for name, arm in scores.items():
-        if name in ("tokens", "uniform", "unigram", "bigram"):
-            continue
-        for group in [None, *groups] if len(groups) > 1 else [None]:
-            gap, low, high = paired_difference(arm, twin, group)
-            found.append(
-                {"arm": name, "group": group or "all", "nll_nats": gap, "low": low, "high": high}
-            )
-    return found
+    def runs(self, only: list[str] | None) -> list[tuple[Arm, int]]:
+        """(arm, seed) pairs in the plan's order; those of `only`."""
+        pairs = [(arm, seed) for arm in self.plan.arms for seed in range(arm.n_seeds)]
+        if not only:
+            return pairs
+        for name in only:
+            arm, _, seed = name.partition(":")
+            if not any(a.name == arm and seed in ("", str(s)) for a, s in pairs):
+                known = ", ".join(f"{a.name}:{s}" for a, s in pairs)
+                raise ConfigError(f"--only must be some of {known}, got {name!r}")
+        return [(a, s) for a, s in pairs if {a.name, f"{a.name}:{s}"} & set(only)]
+
+    def options(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Arguments of `train`."""
+        # Resumed or begun: whichever the folder asks for.
+        source = {"mel_source": arm.mel_source} if arm.mel_source else {}
+        return {
+            "preset": arm.preset,
+            "model": {**self.plan.model, **arm.model},
+            "resume": True,
+            **{**self.plan.train, **arm.train, **source, "seed": seed},
+        }
+
+    def describe(self, chosen: Sequence[tuple[Arm, int]]) -> dict[str, float]:
+        """Logs what is trained here, and for how long at most; returns seconds a step by arm."""
+        times: dict[str, float] = {}
+        total_s = 0.0
+        for arm, seed in chosen:
+            is_done = collected.score_path(self.out, arm.name, seed).exists()
+            if not is_done and arm.name not in times:
+                folder = self.out / "runs" / f".timed-{os.getpid()}"
+                said = train(self.data.path, folder, dry_run=True, **self.options(arm, 0))
+                times[arm.name] = said["step_s"]
+            seconds = 0.0 if is_done else self.plan.train["max_steps"] * times[arm.name]
+            total_s += seconds
+            log.info(
+                "%s, seed %d: %s; %s", arm.name, seed, arm.purpose,
+                "done" if is_done else f"at most {seconds / 60:.0f} min",
+            )  # fmt: skip
+        for arm in self.left_out:
+            log.info(
+                "%s: left out; prepare the data with --mel-sources ... %s to have it",
+                arm.name, arm.mel_source,
+            )  # fmt: skip
+        log.info(
+            "%d runs of at most %d steps, each until validation stops improving: at most %.1f h "
+            "on this machine",
+            len(chosen), self.plan.train["max_steps"], total_s / 3600,
+        )  # fmt: skip
+        return times
+
+    def begin(self) -> None:
+        """Writes plan.json, or compares with it. Raises ConfigError where they differ."""
+        path = self.out / "plan.json"
+        facts = {
+            "format": _FORMAT,
+            "plan": self.plan.name,
+            "model": dict(self.plan.model),
+            "train": {k: v for k, v in self.plan.train.items() if k != "device"},
+            "manifest_sha256": facts_of(self.data)["manifest_sha256"],
+        }
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_sealed(path, facts)
+            return
+        kept = {k: v for k, v in read_json(path).items() if k in facts}
+        for name, new in json.loads(json.dumps(facts)).items():
+            if kept.get(name) != new:
+                raise ConfigError(
+                    f"{self.out}: holds a study whose {name} is {kept.get(name)}, this one's is "
+                    f"{new}; give the same, or name another --out"
+                )
+
+    def check_leaks(self, chosen: Sequence[tuple[Arm, int]]) -> None:
+        """leak_check of every mel that is about to be trained on and says to be causal."""
+        sources = {arm.mel_source for arm, _ in chosen if arm.mel_source}
+        frontend = MelFrontend(self.data.mel_config)
+        context_steps = round(self.plan.train["context_s"] * STEP_RATE_HZ)
+        for source in sorted(sources):
+            if source != SHUFFLED and not source.startswith("leaky"):
+                found = leak_check(
+                    self.data.split("valid"), source, self.codec(), frontend, context_steps
+                )
+                log.info("leak check: mel %s stands beside its own steps (%s)", source, ", ".join(
+                    f"lag {lag:+d}: {nats:.2f}" for lag, nats in found.items() if abs(lag) < 2
+                ))  # fmt: skip
+
+    def codec(self) -> Any:
+        """That of the data."""
+        if self._codec is None:
+            facts = self.data.manifest["codec"]
+            self._codec = codecs.load(facts["source"], sha256=facts["identity"]["sha256"])
+        return self._codec
+
+    def run(self, arm: Arm, seed: int, times: dict[str, float]) -> None:
+        """Trains and scores, if that is not done."""
+        path = collected.score_path(self.out, arm.name, seed)
+        if path.exists():
+            return
+        log.info("%s, seed %d: %s", arm.name, seed, arm.purpose)
+        folder = collected.run_folder(self.out, arm.name, seed)
+        summary = train(self.data.path, folder, **self.options(arm, seed))
+        device = resolve_device(self.plan.train.get("device", "auto"))
+        model = HybridModel.from_pretrained(folder / "model", device)
+        began = time.monotonic()
+        options = {"context_steps": summary["context_steps"]}
+        rows = {"forced": score(arm.name, model, self.split, mel_source=arm.mel_source, **options)}
+        if model.config.mel_dim and arm.mel_source != SHUFFLED and not arm.reads_latents:
+            split = self._closed()
+            rows["closed"] = score(arm.name, model, split, mel_source="decoded-1", **options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(path, {
+            "format": _FORMAT,
+            "arm": arm.name,
+            "seed": seed,
+            "split": self.split.name,
+            "manifest_sha256": facts_of(self.data)["manifest_sha256"],
+            "best_step": summary["best_step"],
+            "steps": summary["steps"],
+            "ended": summary["ended"],
+            "n_parameters": summary["n_parameters"],
+            "flops_per_step": model.flops_per_step(summary["context_steps"]),
+            "step_s": times[arm.name],
+            "scored_s": round(time.monotonic() - began, 1),
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "scores": {name: _to_json(one) for name, one in rows.items()},
+        })  # fmt: skip
+
+    def _closed(self) -> Split:
+        """The scored split with the mel that a model of codebook 0 hears of itself."""
+        self.split = with_decoded_mel(
+            self.split, self.codec(), MelFrontend(self.data.mel_config), 1
+        )
+        return self.split
 
 
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table and the gaps of a study."""
-    lines = [score_table(result["rows"]), ""]
-    if result["gaps"]:
-        lines += [
-            "NLL minus that of the token-only twin (95 % bootstrap interval over clips):",
-            "",
-            "| arm | group | difference (nats) | interval |",
-            "|---|---|---:|---|",
-        ]
-        for gap in result["gaps"]:
-            lines.append(
-                f"| {gap['arm']} | {gap['group']} | {gap['nll_nats']:+.3f} "
-                f"| {gap['low']:+.3f} to {gap['high']:+.3f} |"
-            )
-    return "\n".join(lines)
+def _to_json(one: Score) -> dict[str, list[Any]]:
+    arrays: dict[str, np.ndarray] = {
+        "nll": one.nll, "correct": one.correct, "n_tokens": one.n_tokens
+    }  # fmt: skip
+    return {name: array.tolist() for name, array in arrays.items()}

@@ -84,36 +84,56 @@ def loss_figure(run: str | Path) -> Any:
     return figure
 
 
-def comparison_figure(runs: Mapping[str, str | Path], twin: str) -> Any:
-    """Validation NLL of several runs, and each run's difference to one of them, its twin.
+def comparison_figure(
+    runs: Mapping[str, Sequence[str | Path]], twin: str, step_s: Mapping[str, float]
+) -> Any:
+    """Validation NLL of several models by epoch and by minute, and each one's difference to one of
+    them, its twin.
 
-    runs: run folders by name, all trained with the same settings. Without the twin among them the
-    second panel is left out.
+    runs: by name the run folders of each seed, all trained on the same batches; step_s: what a step
+    takes. Without the twin among them the panel of differences is left out.
     """
-    curves = {
-        name: _curve(read_metrics(Path(folder) / "metrics.csv"), "valid")
-        for name, folder in runs.items()
-    }
-    n_panels = 2 if twin in curves and len(curves) > 1 else 1
-    figure, axes = _axes(1, n_panels, (5 * n_panels, 3.8))
-    for index, (name, (steps, nats)) in enumerate(curves.items()):
-        axes[0, 0].plot(steps, nats, f"C{index}o-", ms=4, label=name)
-        if n_panels == 2 and name != twin:
-            reference = dict(zip(*curves[twin], strict=True))
-            shared = [(s, n - reference[s]) for s, n in zip(steps, nats, strict=True)
+    curves = {name: _mean_curve(folders) for name, folders in runs.items()}
+    has_twin = twin in curves and len(curves) > 1
+    figure, axes = _axes(1, 2 + has_twin, (5 * (2 + has_twin), 3.8))
+    nats_axis, minutes_axis = axes[0, 0], axes[0, -1]
+    for index, (name, (steps, epochs, nats)) in enumerate(curves.items()):
+        style, label = f"C{index % 10}o-" if index < 10 else f"C{index % 10}s--", name
+        nats_axis.plot(epochs, nats, style, ms=4, label=label)
+        minutes_axis.plot([s * step_s[name] / 60 for s in steps], nats, style, ms=4, label=label)
+        if has_twin and name != twin:
+            reference = dict(zip(curves[twin][0], curves[twin][2], strict=True))
+            shared = [(e, n - reference[s]) for s, e, n in zip(steps, epochs, nats, strict=True)
                       if s in reference]  # fmt: skip
-            axes[0, 1].plot(*zip(*shared, strict=True), f"C{index}o-", ms=4, label=name)
-    _zoom(axes[0, 0], list(curves.values()))
-    axes[0, 0].set_title("validation NLL", fontsize=10, loc="left")
-    axes[0, 0].set_ylabel("nats per coarse token")
-    if n_panels == 2:
-        axes[0, 1].axhline(0, color="C0" if next(iter(curves)) == twin else "0.3", lw=1.2)
+            axes[0, 1].plot(*zip(*shared, strict=True), style, ms=4, label=label)
+    for axis, column in ((nats_axis, 1), (minutes_axis, 0)):
+        _zoom(axis, [(curve[column], curve[2]) for curve in curves.values()])
+    nats_axis.set_title("validation NLL", fontsize=10, loc="left")
+    minutes_axis.set_title("the same by time", fontsize=10, loc="left")
+    for axis in (nats_axis, minutes_axis):
+        axis.set_ylabel("nats per coarse token")
+    if has_twin:
+        axes[0, 1].axhline(0, color="0.3", lw=1.2)
         axes[0, 1].set_title(f"minus that of {twin}; below 0 is better", fontsize=10, loc="left")
     for axis in axes[0]:
-        axis.set_xlabel("steps")
+        axis.set_xlabel("minutes of training" if axis is minutes_axis else "epochs")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
     return figure
+
+
+def _mean_curve(folders: Sequence[str | Path]) -> tuple[list[float], list[float], list[float]]:
+    """Steps, epochs and mean validation NLL, at the steps that all runs reached."""
+    by_run = []
+    for folder in folders:
+        rows = read_metrics(Path(folder) / "metrics.csv")
+        by_run.append({float(row["step"]): row for row in rows if row["split"] == "valid"})
+    steps = [step for step in by_run[0] if all(step in rows for rows in by_run)]
+    return (
+        steps,
+        [float(by_run[0][step]["epoch"]) for step in steps],
+        [float(np.mean([float(rows[step]["nll_nats"]) for rows in by_run])) for step in steps],
+    )
 
 
 def _curve(rows: list[dict[str, str]], split: str) -> tuple[list[float], list[float]]:
