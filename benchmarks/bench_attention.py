@@ -6,7 +6,8 @@ backward (5 products); the share of peak divides by a measured one (see harness)
 
 CPU: ours, torch SDPA, and eager (the T x T matrix written out; skipped where it would not fit).
 Packed documents (`documents` > 1) also run as one causal document of the same length: what packing
-saves is `over_causal`, their time over its. SDPA has the block-diagonal mask there.
+saves is `over_causal`, their time over its (`one_thread_over_causal`: CPU time of one thread).
+SDPA has the block-diagonal mask there.
 CUDA: ours against SDPA pinned to each backend, compiled flex_attention and eager; device time by
 events around a replayed graph (`*_ms`), and the wall time of an eager call (`*_wall_ms`). One row a
 backend. A run that stops at --time-limit goes on with --resume.
@@ -46,10 +47,16 @@ CPU_CASES = [
     Case(1, 8, 3000, 64),
     Case(2, 4, 2048, 128),
     Case(1, 1, 3000, 64),
+    Case(4, 4, 1024, 32, documents=8),
     Case(4, 4, 1024, 64, documents=8),
 ]
 CPU_SWEEP = [Case(1, 2, steps, 64, window) for steps in (4096, 8192, 32768) for window in (0, 1024)]
-CPU_QUICK = [Case(4, 4, 750, 32), Case(2, 4, 1024, 64), Case(4, 4, 1024, 64, documents=8)]
+CPU_QUICK = [
+    Case(4, 4, 750, 32),
+    Case(2, 4, 1024, 64),
+    Case(4, 4, 1024, 32, documents=8),
+    Case(4, 4, 1024, 64, documents=8),
+]
 
 
 def cuda_cases(quick: bool) -> list[Case]:
@@ -93,7 +100,11 @@ def cpu_rows(
     # For a busy machine: the kernel alone, one thread's CPU time against one thread's peak.
     rounds = 2 if case.steps > 8192 else 5 if args.quick else 9
     one_thread_ms = harness.one_thread_ms(contestants["ours"], rounds)
-    yield row_of(case, passes, dtype_name, "cpu", "sdpa", timings, peak) | {
+    row = row_of(case, passes, dtype_name, "cpu", "sdpa", timings, peak)
+    if "causal" in contestants:
+        causal_ms = harness.one_thread_ms(contestants["causal"], rounds)
+        row["one_thread_over_causal"] = one_thread_ms / causal_ms
+    yield row | {
         "one_thread_ms": one_thread_ms,
         "one_thread_share_of_peak": case.flops(passes)
         / (one_thread_ms * 1e-3)
@@ -325,6 +336,7 @@ def main() -> None:
             "sdpa_over_ours",
             "eager_ms",
             "over_causal",
+            "one_thread_over_causal",
             "share_of_peak",
             "one_thread_share_of_peak",
         ]
@@ -354,11 +366,13 @@ def run_all(
                 for row in rows_of(case, passes, dtype_name, args, peak):
                     results.add(row)
                     over = row.get("sdpa_over_ours")
+                    one = row.get("one_thread_over_causal")
                     say(
                         f"{dtype_name} {passes} {case} {row['backend']}: {row['ours_ms']:.3f} ms, "
                         f"{row['share_of_peak']:.0%} of peak"
                         + (f", torch/ours {over:.2f}" if over else "")
                         + (f", {row['over_causal']:.2f} of causal" if "causal_ms" in row else "")
+                        + (f", one thread {one:.2f}" if one else "")
                     )
 
 
