@@ -12,10 +12,11 @@ from wgpt import codec, verify
 from wgpt.cli import main
 from wgpt.codec.training import run as codec_run
 from wgpt.codec.weights import ASSETS, PACKAGED
-from wgpt.errors import ConfigError, WgptError
+from wgpt.errors import CheckpointError, ConfigError, WgptError
 from wgpt.files import read_json, sha256_of, write_sealed
 from wgpt.model import HybridModel
 from wgpt.runs import pretrained
+from wgpt.runs.metrics import read_metrics
 from wgpt.runs.model_record import ModelRecord
 
 UNSEALED = {".png", ".md", ".wav", ".html"}  # pictures and words, made from what is sealed
@@ -59,6 +60,15 @@ def test_every_flipped_byte_is_found(kind, prepared, tiny_run, codec_folder, tmp
         finally:
             path.write_bytes(before)
     assert is_whole(folder)
+
+
+@pytest.mark.parametrize("change", [("train", "tr\xe9in"), ("0.", "O.")])
+def test_damaged_metrics_are_one_sentence(change, tiny_run, tmp_path):
+    content = (tiny_run / "metrics.csv").read_bytes()
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content.replace(change[0].encode("latin-1"), change[1].encode("latin-1")))
+    with pytest.raises(CheckpointError, match=r"must be a table of step.*--resume restores it"):
+        read_metrics(path)
 
 
 def test_every_byte_of_a_seal_is_checked(tmp_path):

@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any
 
 from wgpt import __version__
+from wgpt.files import parse_json
 
 REQUIRED: tuple[str, ...] = (
     "torch",
@@ -190,7 +191,7 @@ def _trained_on(name: str) -> str:
     path = resources.files("wgpt") / "assets" / name / "sources.json"
     if not path.is_file():
         return ""
-    sources = json.loads(path.read_text())["recordings"]
+    sources = parse_json(path.read_text(encoding="utf-8"))["recordings"]
     n_files = sum(source["files"] for source in sources)
     listed = "; ".join(f"{source['package']}: {source['licence']}" for source in sources)
     return f", trained on {n_files} recordings ({listed})"
@@ -234,7 +235,7 @@ def _speech() -> Finding:
     """The recordings in the package, each with its source."""
     folder = resources.files("wgpt") / "assets" / "speech"
     try:
-        sources = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
+        sources = parse_json((folder / "sources.json").read_text(encoding="utf-8"))
         names = [recording["file"] for recording in sources["recordings"]]
         missing = [name for name in names if not (folder / name).is_file()]
         detail = f"{len(names)} recordings of {sources['package']} ({sources['licence']})"

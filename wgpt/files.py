@@ -142,18 +142,9 @@ def write_sealed(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(sealed, indent=2) + "\n")
 
 
-def read_json(
-    path: str | os.PathLike[str],
-    error: type[WgptError] = ConfigError,
-    limit_bytes: int = JSON_LIMIT_BYTES,
-) -> dict[str, Any]:
-    """A JSON object from a regular file; its seal is checked and left out, where it has one.
-
-    Raises FileNotFoundError, or `error` naming the file for one that is larger than limit_bytes,
-    is not UTF-8 or JSON, nests too deep, names a key twice, holds a number that is not finite or
-    has more than 40 digits, or whose seal is broken.
-    """
-    path = Path(path)
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for what is none, nests too deep, names a key twice, or
+    holds a number that is not finite or has more than 40 digits."""
 
     def refuse(what: str) -> NoReturn:
         raise ValueError(what)
@@ -169,23 +160,39 @@ def read_json(
         return value if len(value) == len(pairs) else refuse("a key twice")
 
     try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a FIFO would be waited for
-            refuse("no regular file")
-        if facts.st_size > limit_bytes:
-            refuse(f"{facts.st_size} bytes, more than {limit_bytes}")
         value = json.loads(
-            path.read_bytes().decode(),
+            text,
             parse_constant=lambda text: refuse(f"the number {text}"),
             parse_int=number,
             parse_float=number,
             object_pairs_hook=unique,
         )
-        if not isinstance(value, dict):
-            refuse(f"a {type(value).__name__}")
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value if isinstance(value, dict) else refuse(f"a {type(value).__name__}")
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    error: type[WgptError] = ConfigError,
+    limit_bytes: int = JSON_LIMIT_BYTES,
+) -> dict[str, Any]:
+    """A JSON object from a regular file; its seal is checked and left out, where it has one.
+
+    Raises FileNotFoundError, or `error` naming the file for one that is larger than limit_bytes,
+    is not UTF-8, is refused by `parse_json`, or whose seal is broken.
+    """
+    path = Path(path)
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a FIFO would be waited for
+            raise ValueError("no regular file")
+        if facts.st_size > limit_bytes:
+            raise ValueError(f"{facts.st_size} bytes, more than {limit_bytes}")
+        value = parse_json(path.read_bytes().decode())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as problem:
+    except (OSError, ValueError) as problem:
         raise error(f"{path}: must be a JSON object, got {problem}") from None
     last = next(reversed(value.values()), None)
     is_sealed = isinstance(last, str) and re.fullmatch("[0-9a-f]{64}", last)

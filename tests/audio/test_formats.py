@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -61,6 +62,40 @@ def test_read_notes_a_joined_part_that_is_broken(tmp_path: Path, caplog) -> None
     with caplog.at_level(logging.WARNING):
         assert len(audio.read(tmp_path / "b.wav")) == 24_000
     assert f"follows byte {len(blob)} could not be read" in caplog.text
+
+
+def test_an_ogg_of_disordered_pages_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal(480_000).astype(np.float32) / 10
+    soundfile.write(tmp_path / "a.ogg", noise, 24_000)
+    pages = (tmp_path / "a.ogg").read_bytes().split(b"OggS")
+    pages[-1], pages[-2] = pages[-2], pages[-1]  # more is decoded than the last one promises
+    (tmp_path / "b.ogg").write_bytes(b"OggS".join(pages))
+    with pytest.raises(audio.AudioError, match=r"b\.ogg: must decode to its end, got damage"):
+        audio.read(tmp_path / "b.ogg")
+
+
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_a_decoder_without_memory_is_not_a_bad_file(tmp_path: Path, monkeypatch, where) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(24_000, 1.0), 24_000)
+
+    def fails(self, *args, **options):
+        raise soundfile.LibsndfileError(17, "Error : Internal malloc () failed.")
+
+    monkeypatch.setattr(soundfile.SoundFile, {"open": "_open", "read": "read"}[where], fails)
+    with pytest.raises(MemoryError):
+        audio.read(tmp_path / "a.wav")
+
+
+def test_ffmpeg_without_memory_is_not_a_bad_file(tmp_path: Path, monkeypatch) -> None:
+    av = pytest.importorskip("av")
+    path = media.encode(tmp_path / "a.m4a", tone(44_100, 0.5))
+
+    def fails(*args, **options):
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", fails)
+    with pytest.raises(MemoryError):
+        audio.read(path)
 
 
 def test_cancelling_channels_are_taken_alone(tmp_path: Path, caplog) -> None:

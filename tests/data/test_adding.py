@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from fake_codec import FakeCodec, make_audio, tree
 from wgpt.cli import main
 from wgpt.data import Dataset, encode, prepare
 from wgpt.errors import DataError
-from wgpt.files import read_json, write_sealed
+from wgpt.files import read_json, sha256_of, write_sealed
 
 
 class CountingCodec(FakeCodec):
@@ -175,6 +176,22 @@ def test_an_error_of_reading_the_disk_fails_the_run(audio_dir, tmp_path, monkeyp
         with pytest.raises(DataError, match="Input/output error"):
             prepare(audio_dir, tmp_path / "data", codec=FakeCodec())
     assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+def test_damage_that_is_the_disks_fails_the_run(audio_dir, tmp_path, monkeypatch) -> None:
+    """libsndfile calls an I/O error damage: the file is read again to tell."""
+    (audio_dir / "broken.flac").write_bytes(b"fLaC" + bytes(400))
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wgpt.data.encode.sha256_of", failing)  # hash_file's, and the second reading
+        patch.setattr("wgpt.data.scan.hash_file", lambda path: (sha256_of(path), os.stat(path)))
+        with pytest.raises(DataError, match="run again: finished files are kept"):
+            prepare(audio_dir, tmp_path / "data", codec=FakeCodec())
+    manifest = prepare(audio_dir, tmp_path / "data", codec=FakeCodec())
+    assert [entry["path"] for entry in manifest["skipped"]] == ["broken.flac"]
 
 
 def test_a_bad_day_ends_the_command_with_1(audio_dir, tmp_path, monkeypatch, capsys) -> None:

@@ -19,7 +19,7 @@ from fake_codec import FakeCodec, make_audio, tree
 from wgpt import files
 from wgpt.config import MelConfig
 from wgpt.data import dataset as dataset_module
-from wgpt.data import encode, folder, pipeline, prepare
+from wgpt.data import encode, pipeline, prepare
 from wgpt.errors import DataError
 
 HERE = Path(__file__).parents[1]
@@ -94,6 +94,29 @@ def test_killed_and_restarted_gives_the_same_bytes(
     assert tree(out) == plain
 
 
+@pytest.mark.parametrize("name", ["*.safetensors", "settings.json"])
+def test_a_damaged_finished_file_is_found(audio_dir, plain, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "data"
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(audio_dir, out, codec=FakeCodec())
+    path = next((out / ".partial").glob(name))
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    if path.suffix == ".safetensors":
+        with pytest.raises(DataError, match="another sha256; delete it and run again"):
+            prepare(audio_dir, out, codec=FakeCodec())
+        path.unlink()
+    prepare(audio_dir, out, codec=FakeCodec())
+    assert tree(out) == plain
+
+
 def test_killed_while_assembling_gives_the_same_bytes(audio_dir, plain, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
@@ -123,7 +146,7 @@ def test_temporaries_lie_where_a_rerun_clears_them(audio_dir, tmp_path: Path) ->
         original(path, blob, durable)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encode, folder, files):
+        for module in (encode, files):
             patch.setattr(module, "write_atomically", spy)
         prepare(audio_dir, out, codec=FakeCodec())
     assert folders == {out / ".partial", out / ".building"}

@@ -142,6 +142,23 @@ def test_serve_opens_no_file_that_a_request_names(server, tiny_run):
     assert server.get("/continue?model=tiny")[0] == 405
 
 
+def test_serve_logs_no_traceback_of_hostile_requests(server):
+    host = f"Host: 127.0.0.1:{server.port}\r\n"
+    for request in (
+        f"GET /examples/{'9' * 5000} HTTP/1.1\r\n{host}\r\n",
+        f"POST /prompt?model=tiny HTTP/1.1\r\n{host}Content-Length: 100\r\n\r\nabc",
+        f"POST /continue?model=tiny HTTP/1.1\r\n{host}Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        "\x16\x03\x01\x02",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(request.encode())
+            connection.shutdown(socket.SHUT_WR)
+            assert b"500" not in connection.recv(100)
+    for name, value in (("seed", "9" * 5000), ("temperature", "1e-320"), ("top_k", "1" * 40)):
+        assert server.ask("POST", f"/continue?model=tiny&seconds=0.02&{name}={value}")[0] < 500
+    assert "Traceback" not in server.log() and "RuntimeWarning" not in server.log()
+
+
 def test_serve_writes_no_file(server, prompt):
     assert server.job(prompt).succeeded()
     assert list(server.folder.rglob("*")) == []

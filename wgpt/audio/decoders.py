@@ -15,6 +15,7 @@ import numpy as np
 
 from wgpt.audio import formats
 from wgpt.errors import AudioError
+from wgpt.files import is_bad_day
 
 if TYPE_CHECKING:  # loaded where a file is read: training on prepared data needs none
     import soundfile
@@ -86,6 +87,7 @@ def open_streams(path: Path, note: Note) -> Iterator[Stream]:
                 file = closing.enter_context(soundfile.SoundFile(name))
                 unreadable = file.format == "RAW"  # guessed from the suffix: no header at all
             except (soundfile.SoundFileError, OSError) as error:
+                _raise_bad_day(error)
                 unreadable, why = True, str(error).rpartition(": ")[2]
             else:
                 why = "no header that says what it is"
@@ -129,7 +131,9 @@ def _sndfile_blocks(
     while True:
         try:
             block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
+        # ValueError: an Ogg whose pages lie in another order, read beyond what it promised.
+        except (soundfile.SoundFileError, ValueError) as error:
+            _raise_bad_day(error)
             raise AudioError(
                 f"{path}: must decode to its end, got damage after frame {n_frames} "
                 f"of {file.frames}"
@@ -140,6 +144,14 @@ def _sndfile_blocks(
         yield block
     if n_claimed is not None and n_frames < n_claimed:
         note(f"truncated: its header promises {n_claimed} frames, {n_frames} decoded")
+
+
+def _raise_bad_day(error: Exception) -> None:
+    """Raises anew what is the machine's fault: it must not be held against the file."""
+    if is_bad_day(error):
+        raise error
+    if "malloc" in str(error):  # libsndfile has words alone
+        raise MemoryError(str(error))
 
 
 class _Slice(io.RawIOBase):
@@ -204,6 +216,7 @@ def _ffmpeg_streams(path: Path, kind: str, note: Note, why: str = "") -> Iterato
                 int(track.rate or 0), names, None, blocks, f"{container_name} {track.name}"
             )
     except av.FFmpegError as error:
+        _raise_bad_day(error)
         reason = why or error.strerror or type(error).__name__
         raise AudioError(f"{path}: must be audio that FFmpeg reads, got: {reason}") from error
 
@@ -225,6 +238,7 @@ def _ffmpeg_blocks(path: Path, container: Any, track: Any) -> Iterator[np.ndarra
                 yield np.ascontiguousarray(np.concatenate(waiting), dtype=np.float32)
                 n_frames, n_waiting, waiting = n_frames + n_waiting, 0, []
     except av.FFmpegError as error:
+        _raise_bad_day(error)
         raise AudioError(
             f"{path}: must decode to its end, got damage after frame {n_frames + n_waiting}"
         ) from error

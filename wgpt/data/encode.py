@@ -7,6 +7,7 @@ a kill whatever is there is whole and need not be made again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
 from wgpt.data.treatment import Plan, Treatment, measure
 from wgpt.errors import AudioError, ConfigError, DataError, is_out_of_memory
-from wgpt.files import is_bad_day, sha256_of, write_atomically
+from wgpt.files import is_bad_day, parse_json, sha256_of, write_atomically
 
 
 class CodecProtocol(Protocol):
@@ -123,7 +124,11 @@ class Encoder:
             OSError: the partial could not be written (disk full and the like).
         """
         try:
-            arrays, facts = self._encode(job)
+            try:
+                arrays, facts = self._encode(job)
+            except AudioError:
+                sha256_of(job.path)  # libsndfile calls it damage where the disk failed: who is it?
+                raise
         except (ValueError, RuntimeError, MemoryError, ArithmeticError, OSError) as error:
             if is_bad_day(error) or is_out_of_memory(error):
                 raise DataError(
@@ -215,7 +220,8 @@ def write_partial(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, An
     found by its length and made again.
     """
     ordered = {name: arrays[name] for name in sorted(arrays)}
-    blob = safetensors.numpy.save(ordered, {"facts": json.dumps(facts)})
+    about = json.dumps(facts)
+    blob = safetensors.numpy.save(ordered, {"facts": about, "sha256": _digest(about, ordered)})
     write_atomically(path, blob, durable=False)
 
 
@@ -223,10 +229,25 @@ def read_partial(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A finished file's arrays and facts; DataError if it is not whole."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
+            about = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if about["sha256"] != _digest(about["facts"], arrays):
+            raise ValueError("another sha256")
+        return arrays, parse_json(about["facts"])
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise DataError(f"{path}: must be a whole safetensors file, got: {error}") from error
+        if is_bad_day(error):
+            raise
+        raise DataError(
+            f"{path}: must be a whole file of prepare, got: {error}; delete it and run again"
+        ) from error
+
+
+def _digest(about: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def read_facts(path: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
@@ -235,7 +256,7 @@ def read_facts(path: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
         with safetensors.safe_open(path, "numpy") as file:
             if not {f"mel.{name}" for name in sources} <= set(file.keys()):
                 return None
-            return dict(json.loads(file.metadata()["facts"]))
+            return parse_json(file.metadata()["facts"])
     except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
         return None
 

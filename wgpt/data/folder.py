@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -18,8 +17,8 @@ from wgpt.data.dataset import FORMAT_VERSION, Dataset, read_manifest
 from wgpt.data.encode import write_partial
 from wgpt.data.scan import Found
 from wgpt.data.workers import DIED
-from wgpt.errors import DataError
-from wgpt.files import write_atomically
+from wgpt.errors import ConfigError, DataError
+from wgpt.files import read_json, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +113,8 @@ def open_partial(partial: Path, settings: dict[str, Any]) -> None:
     record = partial / "settings.json"
     if partial.exists():
         try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            before = read_json(record)
+        except (FileNotFoundError, ConfigError):  # of a kill, or damaged
             before = {}
         if before != wanted:
             changed = sorted(name for name in wanted if before.get(name) != wanted[name])
@@ -130,7 +129,7 @@ def open_partial(partial: Path, settings: dict[str, Any]) -> None:
             leftover.unlink()
     if not partial.exists():
         partial.mkdir()
-        write_atomically(record, json.dumps(wanted, sort_keys=True).encode())
+        write_sealed(record, wanted)
     shutil.rmtree(partial.parent / BUILDING, ignore_errors=True)
 
 
@@ -193,11 +192,15 @@ def keep_splits(partial: Path, before: dict[str, Any] | None, overwrite: bool) -
                     mixed.add(entry["group"])
         splits = {key: split for key, split in splits.items() if key not in mixed}
         kept = {"by": before.get("split_by"), "splits": splits}
-        write_atomically(record, json.dumps(kept, sort_keys=True).encode())
+        write_sealed(record, kept)
     try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return read_json(record, DataError)
+    except FileNotFoundError:
         return {}
+    except DataError as error:
+        raise DataError(
+            f"{error}; with it gone, files may change their split: delete {partial} to have it so"
+        ) from None
 
 
 def check_space(out: Path, needed: int) -> None:

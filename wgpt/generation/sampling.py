@@ -126,7 +126,8 @@ def _pick(
         order = np.arange(len(logits)) if order is None else order
         order = order[np.argsort(-logits[order], kind="stable")]
         logits = logits[order]
-    weights = np.exp((logits - logits.max()) / temperature)
+    with np.errstate(over="ignore"):  # to -inf, whose weight is 0
+        weights = np.exp((logits - logits.max()) / temperature)
     if top_p < 1:
         share = np.cumsum(weights)
         n_kept = int(np.searchsorted(share, top_p * share[-1])) + 1

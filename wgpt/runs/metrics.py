@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from wgpt.errors import CheckpointError
 from wgpt.files import write_atomically
 
 METRICS = ("step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm", "fine_nll_nats")
@@ -45,9 +46,22 @@ def rows_until(path: Path, step: int) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; none if there is no file. A row cut short by a kill is dropped."""
+    """The rows of a metrics.csv; none if there is no file. A row cut short by a kill is dropped.
+
+    Raises CheckpointError for what is no such table.
+    """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values()]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        for row in rows:
+            if None in row:
+                raise ValueError(f"{len(METRICS)} columns and more")
+            int(row["step"]), float(row["epoch"]), float(row["nll_nats"]), row["split"]
+    except (KeyError, ValueError, csv.Error) as error:
+        raise CheckpointError(
+            f"{path}: must be a table of {', '.join(METRICS)}, got {error}; it was damaged: "
+            "--resume restores it from the last committed step"
+        ) from None
+    return rows

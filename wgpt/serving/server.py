@@ -127,7 +127,7 @@ class PageServer:
             routes=[
                 *(Route(f"/{name}", _static(path)) for name, path in files.items()),
                 Route("/facts", self._facts),
-                Route("/examples/{index:int}", self._example),
+                Route("/examples/{index}", self._example),
                 Route("/prompt", self._prompt, methods=["POST"]),
                 Route("/continue", ContinueRoute(self), methods=["POST"]),
             ],
@@ -141,9 +141,9 @@ class PageServer:
 
     async def _example(self, request: HttpRequest) -> Response:
         index = request.path_params["index"]
-        if index >= len(self.session.examples):
+        if index not in map(str, range(len(self.session.examples))):
             raise HTTPException(404)
-        wave = await run_in_threadpool(self.session.example, index)
+        wave = await run_in_threadpool(self.session.example, int(index))
         file = io.BytesIO()
         soundfile.write(file, wave, SAMPLE_RATE_HZ, format="WAV", subtype="FLOAT")
         return Response(file.getvalue(), media_type="audio/wav")
