@@ -1,7 +1,9 @@
 """The command line: help, spellings, suggestions, exit codes, and what a closed pipe does."""
 
 import argparse
+import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 from wgpt import cli
 from wgpt.config import TrainConfig
+from wgpt.errors import WgptError
 
 WGPT = [sys.executable, "-m", "wgpt"]
 
@@ -172,6 +175,54 @@ def test_a_full_disk_is_reported():
 def test_a_closed_stdout_is_no_error():
     done = run_shell("wgpt presets >&-")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_stderr_is_no_error():
+    assert run_shell("wgpt presets 2>&- >/dev/null").returncode == 0
+    assert run_shell("wgpt verify nowhere 2>&- >&-").returncode == 2
+
+
+ODD = "x\x1b[2J\udce9\u202e.wav"  # clears a terminal; no UTF-8; turns what follows around
+SHOWN = "x\\x1b[2J\\udce9\\u202e.wav"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_names_of_files_do_nothing_to_a_terminal(is_terminal, monkeypatch, capfdbinary):
+    """They reach it escaped, and a program as the bytes that they are."""
+
+    def run(args):
+        logging.getLogger("wgpt.test").warning("skipped %s", ODD)
+        sys.stdout.write(f"{ODD}\u00a0\u00e9\n")
+        raise WgptError(f"{ODD}: is broken\nsecond line")
+
+    monkeypatch.setattr("wgpt.presets.run", run)
+    out = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
+    monkeypatch.setattr(out, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stdout", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])
+        assert cli.main(["presets"]) == 1
+    wrote, said = capfdbinary.readouterr()
+    shown = SHOWN if is_terminal else ODD
+    assert wrote == f"{shown}\u00a0\u00e9\n".encode("utf-8", "surrogateescape")
+    assert f"wgpt.test: skipped {SHOWN}\n".encode() in said
+    assert f"wgpt presets: {SHOWN}: is broken\nsecond line\n".encode() in said
+
+
+def test_odd_names_in_usage_errors_are_escaped(capsys):
+    assert "--x\\x1b[2J" in usage_error(["train", "--out", "x", "--x\x1b[2J"], capsys)
+    assert "\x1b" not in usage_error(["x\x1b[2J"], capsys)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def run(args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nframe #1")
+
+    monkeypatch.setattr("wgpt.presets.run", run)
+    assert cli.main(["presets"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("wgpt presets: out of memory (") and said.count("\n") == 1
+    assert "9 bytes" in said
 
 
 def test_ctrl_c_exits_1_without_a_traceback():

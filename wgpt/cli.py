@@ -7,15 +7,18 @@ module with `add_arguments(parser)` and `run(args) -> exit code`; COMMANDS is th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from wgpt import __version__
-from wgpt.errors import WgptError, did_you_mean
+from wgpt.errors import WgptError, did_you_mean, is_out_of_memory
 
 COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
@@ -51,6 +54,14 @@ EPILOG = """\
 """
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey (a file can bear any name) as `\\x1b`, `\\udce9`."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in text
+    )
+
+
 class CommandParser(argparse.ArgumentParser):
     """The parser of one verb: knows other spellings of its flags, and suggests the nearest one."""
 
@@ -75,6 +86,9 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
             words[i] = flag + equals + value
         return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -117,10 +131,48 @@ def _run(argv: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
-        sys.stderr.write(f"wgpt: there is no command {command!r}{near}\n")
+        _say("wgpt", f"there is no command {command!r}{near}")
         return 2
     args = parser_for(command).parse_args(rest)
-    return int(importlib.import_module(COMMANDS[command][0]).run(args))
+    with _names_of_files():
+        return int(importlib.import_module(COMMANDS[command][0]).run(args))
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _Terminal:
+    """A terminal that is written to by `printable`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self._stream.write(printable(text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _names_of_files() -> Iterator[None]:
+    """What stdout does with names: escapes them on a terminal, gives a program their bytes."""
+    out = sys.stdout
+    if out.isatty():
+        terminal: Any = _Terminal(out)
+        with contextlib.redirect_stdout(terminal):
+            yield
+        return
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="surrogateescape")
+    yield
+
+
+def _say(who: str, what: object) -> None:
+    """One line on stderr."""
+    sys.stderr.write(printable(f"{who}: {what}") + "\n")
 
 
 def _to_nowhere() -> None:
@@ -132,28 +184,38 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. Errors of ours become one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     who = f"wgpt {argv[0]}" if argv and argv[0] in COMMANDS else "wgpt"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+    if sys.stdout is None:  # started with it closed, by `>&-` or a daemon
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(_LogFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     for noisy in ("httpx", "huggingface_hub", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if sys.stdout is None:  # started with stdout closed, by `>&-` or a daemon
-        sys.stdout = open(os.devnull, "w")
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # here, so that a full disk or a reader who left is reported
     except KeyboardInterrupt:
-        sys.stderr.write(f"{who}: interrupted\n")
+        _say(who, "interrupted")
         return 1
     except BrokenPipeError:
         _to_nowhere()
         return 1
     except WgptError as error:
-        sys.stderr.write(f"{who}: {error}\n")
+        _say(who, error)
         return error.exit_code
     except OSError as error:
         _to_nowhere()
-        sys.stderr.write(f"{who}: {error}\n")
+        _say(who, error)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        _say(who, f"out of memory ({reason}); close other programs, or ask for less at once")
         return 1
 
 

@@ -21,7 +21,8 @@ HEAD_DIMS = (32, 64, 128)
 Config = TypeVar("Config")
 
 
-def _require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
+def require(owner: str, name: str, rule: str, got: Any, holds: bool) -> None:
+    """Raises ConfigError "owner: name must be rule, got got" unless the rule holds."""
     if not holds:
         raise ConfigError(f"{owner}: {name} must be {rule}, got {got!r}")
 
@@ -65,7 +66,7 @@ class MelConfig:
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
-            _require("mel", name, rule, getattr(self, name), holds)
+            require("mel", name, rule, getattr(self, name), holds)
 
         check("sample_rate_hz", "positive", self.sample_rate_hz > 0)
         check("hop_samples", "positive", self.hop_samples > 0)
@@ -142,7 +143,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
-            _require("model", name, rule, getattr(self, name), holds)
+            require("model", name, rule, getattr(self, name), holds)
 
         for name in ("token_dim", "mel_dim", "n_mel_layers", "mel_context_frames", "window_steps"):
             check(name, "at least 0", getattr(self, name) >= 0)
@@ -303,7 +304,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         def check(name: str, rule: str, holds: bool) -> None:
-            _require("train", name, rule, getattr(self, name), holds)
+            require("train", name, rule, getattr(self, name), holds)
 
         for name in ("max_steps", "batch_size", "keep_checkpoints", "accumulate"):
             check(name, "at least 1", getattr(self, name) >= 1)
@@ -335,6 +336,8 @@ class TrainConfig:
         check("fine_weight", "finite and positive", 0 < self.fine_weight < math.inf)
         check("fine_share", "in (0, 1]", 0 < self.fine_share <= 1)
         check("freeze_trunk", "used with init", bool(self.init) or not self.freeze_trunk)
+        for name, value in vars(self).items():
+            check(name, "below 2^63", type(value) is not int or value < 1 << 63)
 
     @property
     def context_steps(self) -> int:

@@ -28,6 +28,8 @@ from wgpt.ops.runtime import one_thread, resolve_device
 log = logging.getLogger(__name__)
 
 CHUNK_STEPS = 6  # of --stream: 80 ms
+MOST_TAKES = 1024  # of --n: they are made together
+MOST_SECONDS = 86_400  # of --out: a day is 8 GB of samples
 CLIP_ENDED = "the model ended the clip"
 
 
@@ -93,11 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt generate`."""
-    seeds = range(args.seed, args.seed + max(args.n, 0))
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.fine_temperature, args.fine_top_k
     )
     _check(args)
+    seeds = range(args.seed, args.seed + args.n)
     Sampler(sampling, seeds)  # refuses a bad seed
     device = resolve_device(args.device)
     try:
@@ -115,8 +117,8 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ConfigError for what can be known to fail before a model is loaded."""
     if bool(args.out) == args.stream:
         raise ConfigError("generate: give one of --out AUDIO and --stream")
-    if args.n < 1:
-        raise ConfigError(f"generate: --n must be at least 1, got {args.n}")
+    if not 1 <= args.n <= MOST_TAKES:
+        raise ConfigError(f"generate: --n must be in [1, {MOST_TAKES}], got {args.n}")
     if args.stream and (args.n > 1 or args.json):
         raise ConfigError(
             "generate: --stream writes one sound and no text to stdout; --n and --json need --out"
@@ -128,6 +130,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.seconds is not None:
         n_steps_of(args.seconds, "--seconds")
+        if args.out and args.seconds > MOST_SECONDS:
+            raise ConfigError(
+                f"--seconds must be at most {MOST_SECONDS} with --out, which keeps the sound in "
+                f"memory to its end, got {args.seconds:g}; --stream does not"
+            )
     elif args.out:
         raise ConfigError("generate: --out needs --seconds")
     if args.end_when_stuck:

@@ -66,7 +66,7 @@ def test_the_most_frequent_token_by_hand(tmp_path: Path) -> None:
 def test_plain_words_say_what_is_wrong(manifest) -> None:
     text = " ".join(manifest["report"]["warnings"])
     assert "the codec is poor on these recordings" in text and "encodec_24khz" in text
-    assert "1 files are clipped" in text and "minutes are little to train on" in text
+    assert "1 files are clipped" in text and "are little to train on: more recordings" in text
     changed = copy.deepcopy(manifest)
     changed["totals"]["train"]["most_frequent_token"] = {"token": 614, "share": 0.217}
     changed["totals"]["valid"]["clips"] = 0

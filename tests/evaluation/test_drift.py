@@ -108,9 +108,9 @@ def test_eval_command_prints_the_drift(tiny_run, capsys):
     assert main(command) == 0
     assert "| real sound, 1 codebook(s) |" in capsys.readouterr().out
     assert main(["eval", str(tiny_run), "--rollout-s=-1"]) == 2
-    assert "rollout_s must be at least 1, got -1" in capsys.readouterr().err
+    assert "rollout_s must be in [1, 3600], got -1" in capsys.readouterr().err
 
 
 def test_drift_refuses_no_clips(tiny_run, prepared):
-    with pytest.raises(ConfigError, match="rollout_clips must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"rollout_clips must be in \[1, 3600\], got 0"):
         drift.drift(AudioGenerator.load(tiny_run), Dataset(prepared).split("valid"), 1, 0)

@@ -117,6 +117,15 @@ def test_model_folder_of_a_name_a_run_and_a_model(tiny_run, tmp_path):
         pretrained.model_folder(tmp_path / "nothing")
 
 
+def test_a_model_is_opened_by_its_run_too(tiny_run):
+    by_folder = HybridModel.from_pretrained(tiny_run / "model").state_dict()
+    by_run = HybridModel.from_pretrained(tiny_run).state_dict()
+    assert all(torch.equal(by_run[name], value) for name, value in by_folder.items())
+    for name in ("starter", f"{tiny_run}@best"):  # of the commands, and of wgpt.load
+        with pytest.raises(ConfigError, match=r"wgpt\.load\(\.\.\.\)\.model takes starter"):
+            HybridModel.from_pretrained(name)
+
+
 def test_model_record_says_what_the_starter_was_trained_on(tmp_path):
     record = ModelRecord.read(pretrained.FOLDER)
     assert (record.preset, record.mel_source, record.context_steps) == (

@@ -58,6 +58,10 @@ def _share(part: float, whole: float) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
+def _length(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
 def _spread(values: list[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
     if not known:
@@ -93,8 +97,8 @@ def _warnings(found: dict[str, Any], totals: dict[str, Any], split_by: str) -> l
     train, valid = totals["train"], totals["valid"]
     if 0 < train["seconds"] < LITTLE_S:
         said.append(
-            f"{train['seconds'] / 60:.1f} minutes are little to train on: start from a trained "
-            "model (wgpt train --init starter)"
+            f"{_length(train['seconds'])} are little to train on: more recordings of the kind "
+            "would help most"
         )
     if not train["clips"]:
         said.append("there is no training split: this folder can be evaluated, not trained on")
@@ -120,8 +124,8 @@ def report_lines(manifest: dict[str, Any]) -> list[str]:
                 f"{total['groups']} groups, {total['steps']} steps, {total['seconds']:.1f} s"
             )
     lines.append(
-        f"split by {manifest['split_by']}; {found['seconds_found'] / 60:.1f} minutes found, "
-        f"{found['seconds_kept'] / 60:.1f} kept"
+        f"split by {manifest['split_by']}; {_length(found['seconds_found'])} found, "
+        f"{_length(found['seconds_kept'])} kept"
     )
     lines.append(
         f"silence: {found['silence_share_before']:.1%} before, {found['silence_share_after']:.1%} "

@@ -29,6 +29,7 @@ from wgpt.ops.runtime import one_thread
 
 PROMPT_S = 3.0
 N_FLOOR_DRAWS = 200
+MOST_ROLLOUTS = 3600  # and most seconds of each
 _SECOND = round(STEP_RATE_HZ)  # steps
 
 
@@ -49,9 +50,7 @@ def drift(
 
     Raises ConfigError for a bad length or count, DataError for a split that is too small.
     """
-    for name, value in (("rollout_s", seconds), ("rollout_clips", n_clips)):
-        if value < 1:
-            raise ConfigError(f"eval: {name} must be at least 1, got {value}")
+    check_rollouts(seconds, n_clips)
     prompted, reference = _halves(split)
     prompts = _prompts(split, prompted, n_clips)
     tokens, mel = _roll_out(generator, split, prompts, seconds, seed)
@@ -122,6 +121,13 @@ def _floor(
         chosen = rng.choice(len(chunks), n, replace=n > len(chunks))
         found.append(_distance(sounds.of([chunks[i] for i in chosen]), real))
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def check_rollouts(seconds: int, n_clips: int) -> None:
+    """Raises ConfigError for a length or a number of rollouts that `drift` does not take."""
+    for name, value in (("rollout_s", seconds), ("rollout_clips", n_clips)):
+        if not 1 <= value <= MOST_ROLLOUTS:
+            raise ConfigError(f"eval: {name} must be in [1, {MOST_ROLLOUTS}], got {value}")
 
 
 def _halves(split: Split) -> tuple[list[int], list[int]]:

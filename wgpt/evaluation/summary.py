@@ -12,7 +12,7 @@ from wgpt.data.dataset import SPLITS, Dataset, Split
 from wgpt.errors import ConfigError, DataError
 from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.codec_ceiling import codec_ceiling, with_decoded_mel
-from wgpt.evaluation.drift import drift
+from wgpt.evaluation.drift import check_rollouts, drift
 from wgpt.evaluation.scores import codebook_scores, score
 from wgpt.generation.generator import AudioGenerator
 from wgpt.model import HybridModel
@@ -53,6 +53,8 @@ def evaluate(
     Raises ConfigError, DataError or CodecError naming the file at fault.
     """
     device = resolve_device(device)
+    if rollout_s:
+        check_rollouts(rollout_s, rollout_clips)
     record = ModelRecord.read(model_folder(run))
     options: dict[str, Any] = {"context_steps": _context_steps(record, context_s)}
     dataset = record.dataset(data)

@@ -17,7 +17,7 @@ import torch
 from wgpt import audio, codec
 from wgpt.audio.mel import MelFrontend
 from wgpt.codec.training import synth
-from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, TrainConfig
 from wgpt.data import prepare
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError
@@ -30,7 +30,7 @@ from wgpt.experiments.study import study
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.listener import Listener
 from wgpt.generation.sampling import Sampling
-from wgpt.ops.runtime import one_thread
+from wgpt.ops.runtime import one_thread, resolve_device
 from wgpt.runs import pretrained
 from wgpt.training import train
 
@@ -106,6 +106,10 @@ def demo(
     Returns the study's result with {sounds, likeness, codec, seconds}.
     """
     out, sizes = Path(out), sizes or Sizes()
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {steps}")
+    settings = {**SETTINGS, **settings}
+    TrainConfig(**settings, max_steps=steps, device=resolve_device(device))  # before any work
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out: {out} is not empty; name a new folder, or remove it first")
     began = time.monotonic()
@@ -127,7 +131,6 @@ def demo(
         jobs=jobs or os.cpu_count() or 1,
     )
     done("preparing")
-    settings = {**SETTINGS, **settings}
     result = study(out / "data", out / "study", PLAN, max_steps=steps, device=device, **settings)
     done("training and scoring")
     # From the package's model, fine-tuned: all codebooks, and the mel that it will read.

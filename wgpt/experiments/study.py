@@ -27,7 +27,7 @@ import torch
 
 from wgpt import codec as codecs
 from wgpt.audio.mel import MelFrontend
-from wgpt.config import STEP_RATE_HZ
+from wgpt.config import STEP_RATE_HZ, TrainConfig
 from wgpt.data.dataset import SHUFFLED, Dataset, Split
 from wgpt.errors import ConfigError
 from wgpt.evaluation.codec_ceiling import with_decoded_mel
@@ -37,6 +37,7 @@ from wgpt.experiments.arms import Arm, Plan, plan_named
 from wgpt.experiments.leak_check import leak_check
 from wgpt.files import read_json, write_sealed
 from wgpt.model import HybridModel
+from wgpt.model.presets import preset as preset_shape
 from wgpt.ops.runtime import resolve_device
 from wgpt.runs.run import facts_of
 from wgpt.training import train
@@ -106,6 +107,11 @@ class _Study:
     ) -> None:
         whole = plan_named(plan) if isinstance(plan, str) else plan
         whole = whole.only(arms) if arms else whole
+        # Before any work: what is out of range, and a device that is not here.
+        TrainConfig(**{**whole.train, **settings})
+        resolve_device(settings.get("device", "auto"))
+        for arm in whole.arms:
+            dataclasses.replace(preset_shape(arm.preset), **{**whole.model, **model, **arm.model})
         self.data, self.out = Dataset(data), out
         for name in ("train", "valid"):
             if self.data.split(name).n_clips == 0:

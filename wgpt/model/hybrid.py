@@ -277,16 +277,19 @@ class HybridModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:
-        """The model of a folder written by save_pretrained; nothing is downloaded.
+        """The model of a folder written by save_pretrained, or of a run; nothing is downloaded.
 
         Raises ConfigError naming the file when it is missing, is not ours, or does not fit.
         """
-        config_path = Path(folder) / "config.json"
-        weights_path = Path(folder) / "model.safetensors"
+        folder = Path(folder)
+        if (folder / "model" / "config.json").is_file():  # a run
+            folder = folder / "model"
+        config_path, weights_path = folder / "config.json", folder / "model.safetensors"
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise ConfigError(
-                    f"{path}: no such file; a model folder holds config.json and model.safetensors"
+                    f"{path}: no such file; a model folder holds config.json and "
+                    "model.safetensors (wgpt.load(...).model takes starter and RUN@step-500 too)"
                 )
         description = read_json(config_path)
         if description.get("format") != _FORMAT:

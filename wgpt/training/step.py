@@ -90,7 +90,7 @@ class TrainingStep:
             if self.model.config.dropout or self.settings.latent_noise:
                 # By the step: a resumed run repeats it.
                 seed = (self.settings.seed << 32) + step * processes.size + processes.rank
-                torch.manual_seed(seed)
+                torch.manual_seed(seed % (1 << 64))
             self.optimizer.zero_grad(set_to_none=True)
             sums, failed = torch.zeros(3, device=processes.device), False
             try:

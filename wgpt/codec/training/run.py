@@ -55,7 +55,8 @@ def train_codec(
         the number of steps done and the last running means of the loss.
 
     Raises:
-        ConfigError: `out` is a file, or another process trains in `work`.
+        ConfigError: `out` is a file, another process trains in `work`, or the steps end before
+            the quantiser starts.
         DataError: no recordings, a file that is not the listed one, or a damaged corpus.
         CodecError: `init` is missing, damaged or of another architecture.
         CheckpointError: the checkpoint is of other data or other settings, is damaged, or is
@@ -76,6 +77,11 @@ def train_codec(
         raise CheckpointError(
             f"codec-train: {work} holds a training; add --resume to continue it, or choose another "
             "--work"
+        )
+    if init is None and config.warmup_steps >= config.n_steps and not commits.list_steps(steps):
+        raise ConfigError(
+            f"codec-train: --warmup-steps must be below --steps {config.n_steps} (the quantiser "
+            f"starts after them), got {config.warmup_steps}"
         )
     try:
         work.mkdir(parents=True, exist_ok=True)

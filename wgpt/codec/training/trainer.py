@@ -31,7 +31,7 @@ from wgpt.codec.training.optimizer import Optimizer
 from wgpt.codec.training.quantizer import ResidualQuantizer
 from wgpt.codec.weights import CodecWeights
 from wgpt.commits import ALWAYS, committing, prune, state_of
-from wgpt.config import HOP_SAMPLES
+from wgpt.config import HOP_SAMPLES, require
 from wgpt.errors import CheckpointError, CodecError, TrainError
 from wgpt.ops.runtime import environment, warn_of_changes
 
@@ -54,6 +54,21 @@ class CodecTrainConfig:
     dtype: str = "bfloat16"
     seed: int = 0
     init_sha256: str | None = None  # of the weights it starts from
+
+    def __post_init__(self) -> None:
+        def check(flag: str, rule: str, value: object, holds: bool) -> None:
+            require("codec-train", flag, rule, value, holds)
+
+        # Above any codec (the released one: 32 filters, 128 hidden), below what no machine holds.
+        check("--filters", "in [2, 512]", self.filters, 2 <= self.filters <= 512)
+        check("--hidden", "in [1, 4096]", self.hidden, 1 <= self.hidden <= 4096)
+        check("--batch", "in [1, 4096]", self.batch, 1 <= self.batch <= 4096)
+        check("--steps", "at least 1", self.n_steps, self.n_steps >= 1)
+        check("--decay-steps", "at least 0", self.decay_steps, self.decay_steps >= 0)
+        check("--lr", "in (0, 1]", self.lr, 0 < self.lr <= 1)
+        check("--warmup-steps", "at least 0", self.warmup_steps, self.warmup_steps >= 0)
+        check("--seed", "in [0, 2^32)", self.seed, 0 <= self.seed < 1 << 32)
+        check("--dtype", f"one of {', '.join(DTYPES)}", self.dtype, self.dtype in DTYPES)
 
     def architecture(self) -> Architecture:
         """A causal 24 kHz EnCodec with 75 frames/s and 8 codebooks of 1024.
