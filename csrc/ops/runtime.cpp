@@ -7,7 +7,10 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <string>
+
+#include "checks.h"
 
 namespace wgpt {
 
@@ -23,9 +26,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  const auto error =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                               shim_dtype, device_type, like.get_device_index(), &handle));
+                               shim_dtype, device_type, like.get_device_index(), &handle);
+  if (error != 0) {  // torch's own words do not pass its C interface; sizes were checked before
+    throw std::runtime_error("out of memory: cannot allocate " + shape_text(sizes) + " of " +
+                             dtype_text(dtype) + " on " + device_text(like));
+  }
   return Tensor(handle);
 }
 

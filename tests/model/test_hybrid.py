@@ -116,6 +116,16 @@ def test_model_starts_near_uniform_and_overfits_one_batch():
     assert loss.item() < 0.1
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(1, 0), (0, 5), (0, 0)])
+def test_model_takes_nothing(batch, steps):
+    for name in ("hybrid-xs", "gpt-xs"):
+        model = HybridModel(presets.preset(name))
+        tokens, frames = torch.zeros(batch, steps, dtype=torch.long), torch.zeros(batch, steps, 64)
+        logits = model(tokens, frames if model.config.mel_dim else None)
+        assert logits.shape == (batch, steps, 1024)
+        logits.sum().backward()
+
+
 def test_model_ignored_targets_do_not_count():
     shape = SHAPES["tokens"]
     model = build(shape)

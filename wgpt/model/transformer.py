@@ -63,7 +63,8 @@ class Attention(nn.Module):
         first_key: int32 (B, T), the first step that each may see; None for all.
         """
         batch, steps, width = x.shape
-        qkv = op_for("linear", x)(x, self.qkv.weight).view(batch, steps, 3, -1, self.head_dim)
+        qkv = op_for("linear", x)(x, self.qkv.weight)
+        qkv = qkv.view(batch, steps, 3, width // self.head_dim, self.head_dim)
         q, k, v = op_for("rotary_qkv", x)(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
