@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -146,27 +145,6 @@ def test_train_ctrl_c_saves_and_says_how_to_go_on(prepared, long, tmp_path):
     assert (out / "metrics.csv").read_bytes() == (long / "metrics.csv").read_bytes()
     name = "model/model.safetensors"
     assert (out / name).read_bytes() == (long / name).read_bytes()
-
-
-def test_train_two_processes_equal_one(prepared, whole, tmp_path):
-    """Two processes of torchrun take halves of the same batches: the same losses to rounding."""
-    out = tmp_path / "two"
-    more = ["--dropout=0", "--fine-codebooks=2", "--mel-noise=0.2", "--mel-drop=0.2"]
-    shape = [*(f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()), *more]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "wgpt.train", f"--data={prepared}", "--preset=hybrid-xs", *FLAGS, *shape]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, f"--out={out}"], cwd="/", env=environment,
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one = tmp_path / "one"
-    shape = {**TINY, "dropout": 0.0, "n_fine": 2}
-    train(prepared, one, "hybrid-xs", model=shape, mel_noise=0.2, mel_drop=0.2, **SETTINGS)
-    losses = [
-        [(float(r["nll_nats"]), float(r["fine_nll_nats"])) for r in read_metrics(path)]
-        for path in (one / "metrics.csv", out / "metrics.csv")
-    ]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
 
 
 def test_train_stops_at_a_loss_that_is_not_finite(prepared, tmp_path, monkeypatch):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
+from wgpt.errors import ConfigError, WgptError
 from wgpt.ops.runtime import resolve_device
+
+TIMEOUT = "WGPT_TIMEOUT_S"  # environment: how long a process waits for the others, s
+_TIMEOUT_S = 3600.0  # validation and saving are the first process's, and the others wait
+_BOARD = "wgpt-failed"  # key of the first message of a process that failed
+_BOARD_S = 5.0  # a peer that fails closes its links before its message can be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +30,14 @@ class ProcessGroup:
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    store: Any = None  # what all processes can read and write, where there are several
 
     @staticmethod
     def join(device: str) -> ProcessGroup:
-        """Reads torchrun's environment and, if there are several processes, joins them."""
+        """Reads torchrun's environment and, if there are several processes, joins them.
+
+        Raises ConfigError for a timeout that is none.
+        """
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         name = resolve_device(device)
         if name == "cuda" and size > 1:
@@ -31,15 +45,26 @@ class ProcessGroup:
         chosen = torch.device(name)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        if size > 1 and not dist.is_initialized():
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=1))
-        return ProcessGroup(rank, size, chosen)
+        if size == 1:
+            return ProcessGroup(rank, size, chosen)
+        wait = timedelta(seconds=_timeout_s())
+        store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                store=dist.PrefixStore("wgpt", store),
+                rank=rank,
+                world_size=size,
+                timeout=wait,
+            )
+        return ProcessGroup(rank, size, chosen, store)
 
     def leave(self) -> None:
         """Ends the process group, so that no process is torn down with its peers' links open."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    # -- values --------------------------------------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over all processes, in place."""
@@ -55,8 +80,23 @@ class ProcessGroup:
             else bool(self.sum(torch.tensor(float(flag), device=self.device)))
         )
 
+    # -- gradients -----------------------------------------------------------------------------
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module under DistributedDataParallel: its backward sums the gradients of all
+        processes, bucket by bucket while it goes on; alone the module itself."""
+        if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        # Buffers are constants. torch 2.13 renamed the argument.
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        parallel = nn.parallel.DistributedDataParallel(module, **options)
+        parallel.register_comm_hook(None, _sum_bucket)
+        return parallel
+
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums gradients over processes, in one flat message."""
+        """Sums gradients over processes after backwards without it, in one flat message."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -64,3 +104,48 @@ class ProcessGroup:
         parts = flat.split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    # -- failures ------------------------------------------------------------------------------
+
+    def tell(self, error: Exception | str) -> None:
+        """Leaves word of why this process ends, for those that wait for it."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # whose host may have ended too
+                self.store.compare_set(_BOARD, "", f"process {self.rank}: {error}")
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """Why a collective failed: what the process that ended left word of, the timeout, or that
+        it was killed. None where the error is another."""
+        if self.size == 1 or isinstance(error, WgptError):
+            return None
+        said = str(error)
+        if "out waiting" in said or "imed out" in said or "imeout" in said:
+            return (
+                f"process {self.rank} waited {_timeout_s():g} s for the others, which validate, "
+                f"save or hang; {TIMEOUT}=SECONDS lets it wait longer"
+            )
+        if not isinstance(error, dist.DistError) and "onnection" not in said:
+            return None
+        with contextlib.suppress(RuntimeError):
+            self.store.wait([_BOARD], timedelta(seconds=_BOARD_S))
+            return str(self.store.get(_BOARD).decode())
+        return "another process ended without a word (killed?); torchrun says which"
+
+
+def _timeout_s() -> float:
+    """Seconds that a process waits for the others."""
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given) if given else _TIMEOUT_S
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 30 * 86400:
+        raise ConfigError(f"{TIMEOUT} must be seconds above 0, at most 30 days, got {given!r}")
+    return seconds
+
+
+# DistributedDataParallel refuses annotations that are strings, as all are in this file.
+def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]
+    """Gradients of a bucket summed over processes: the loss is already a share of the whole."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])

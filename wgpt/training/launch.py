@@ -13,7 +13,7 @@ import safetensors
 from wgpt import codec, commits
 from wgpt.config import ModelConfig, TrainConfig, to_json
 from wgpt.data.dataset import Dataset
-from wgpt.errors import ConfigError, DataError, TrainError
+from wgpt.errors import ConfigError, DataError, TrainError, WgptError
 from wgpt.files import locked
 from wgpt.model.presets import preset as preset_shape
 from wgpt.runs.loggers import check_loggers
@@ -159,7 +159,11 @@ def train(
     except (OSError, safetensors.SafetensorError) as error:
         command = resume_command(run)
         problem = commits.unwritten(run.checkpoints, str(run.folder), error, command)
+        processes.tell(problem)
         raise TrainError(problem) from error
+    except WgptError as error:
+        processes.tell(error)
+        raise
     finally:
         processes.leave()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,32 @@ from wgpt.training.optimizer import learning_rate, make_optimizer
 log = logging.getLogger(__name__)
 
 
+class Losses(nn.Module):
+    """A model with the losses of a batch: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: HybridModel, settings: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+
+    def forward(self, batch: Batch, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed NLL of the coarse tokens, how many the model puts first, and summed NLL of the
+        residual codebooks at the chosen steps (B, n); 0 for None."""
+        model, settings = self.model, self.settings
+        autocast = torch.autocast(
+            batch.tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"
+        )
+        with autocast, torch.set_grad_enabled(not settings.freeze_trunk):
+            hidden = model.hidden(batch.tokens, batch.frames, first_key=batch.first_key)
+            losses, correct = model.score(hidden, batch.targets)
+        fine = torch.zeros_like(losses)
+        if chosen is not None and batch.codes is not None and model.fine is not None:
+            state = hidden.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
+            with autocast:
+                nll, _ = model.fine.nll(state, _codes_at(batch.codes, chosen))
+            fine = nll.sum()
+        return losses, correct, fine
+
+
 class TrainingStep:
     """Moves a model by one batch after another, in concert with the other processes.
 
@@ -37,6 +64,7 @@ class TrainingStep:
             model.requires_grad_(False)
             assert model.fine is not None
             model.fine.requires_grad_(True)
+        self.losses = processes.parallel(Losses(model, settings))
         self.optimizer = make_optimizer(model, settings)
         self.n_parts, self._fits = settings.accumulate, False
 
@@ -57,7 +85,6 @@ class TrainingStep:
         chosen, n_fine = self._chosen_steps(step, batch)
         sums = self._gradients(step, batch, chosen, n_scored, n_fine)
         parameters = [p for p in model.parameters() if p.grad is not None]
-        processes.sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
         nll, correct, fine_nll = processes.sum(sums).tolist()
         if not (math.isfinite(nll) and math.isfinite(norm)):
@@ -84,7 +111,12 @@ class TrainingStep:
     def _gradients(
         self, step: int, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
     ) -> Tensor:
-        """Gradients of all parts; returns NLL, share correct and NLL of residual codebooks."""
+        """Gradients of all parts and processes; returns NLL, share correct and NLL of residual
+        codebooks of this one.
+
+        The last part's backward sums gradients over processes while it goes on. In the first step,
+        where a part may run out of memory in one process alone, they are summed behind it.
+        """
         processes, n_rows = self.processes, len(batch.tokens)
         while True:
             if self.model.config.dropout or self.settings.latent_noise:
@@ -93,15 +125,20 @@ class TrainingStep:
                 torch.manual_seed(seed % (1 << 64))
             self.optimizer.zero_grad(set_to_none=True)
             sums, failed = torch.zeros(3, device=processes.device), False
+            parts = list(_parts(batch, chosen, self.n_parts))
             try:
-                for part, of_part in _parts(batch, chosen, self.n_parts):
-                    sums += self._backward(part, of_part, n_scored, n_fine)
+                for i, (part, of_part) in enumerate(parts, 1):
+                    with self._reduction(self._fits and i == len(parts)):
+                        sums += self._backward(part, of_part, n_scored, n_fine)
             except (MemoryError, RuntimeError) as error:
                 if self._fits or self.n_parts >= n_rows or not is_out_of_memory(error):
                     raise
                 failed = True  # and the error, whose frames hold the graph, is dropped
-            if self._fits or not processes.any(failed):
+            if self._fits:
+                return sums
+            if not processes.any(failed):
                 self._fits = True
+                processes.sum_gradients(list(self.model.parameters()))
                 return sums
             self.n_parts = min(2 * self.n_parts, n_rows)
             if processes.rank == 0:
@@ -111,25 +148,20 @@ class TrainingStep:
                     step, self.n_parts, self.n_parts,
                 )  # fmt: skip
 
+    def _reduction(self, is_due: bool) -> contextlib.AbstractContextManager[None]:
+        """Where a backward sums gradients over processes, and where it keeps its own."""
+        if is_due or not isinstance(self.losses, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        no_sync: contextlib.AbstractContextManager[None] = self.losses.no_sync()
+        return no_sync
+
     def _backward(
         self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
     ) -> Tensor:
         """Adds the gradients of some rows; returns their share of the three sums."""
-        settings, model = self.settings, self.model
-        autocast = torch.autocast(
-            batch.tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"
-        )
-        with autocast, torch.set_grad_enabled(not settings.freeze_trunk):
-            hidden = model.hidden(batch.tokens, batch.frames, first_key=batch.first_key)
-            losses, correct = model.score(hidden, batch.targets)
-        loss = total = losses / n_scored
-        fine_nll = torch.zeros_like(loss)
-        if chosen is not None and batch.codes is not None and model.fine is not None:
-            state = hidden.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
-            with autocast:
-                nll, _ = model.fine.nll(state, _codes_at(batch.codes, chosen))
-            fine_nll = nll.sum() / n_fine
-            total = loss + settings.fine_weight * fine_nll
+        losses, correct, fine = self.losses(batch, chosen)
+        loss, fine_nll = losses / n_scored, fine / n_fine
+        total = loss if chosen is None else loss + self.settings.fine_weight * fine_nll
         total.backward()
         return torch.stack([loss.detach(), correct / n_scored, fine_nll.detach()]).float()
 

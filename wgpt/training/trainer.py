@@ -121,7 +121,7 @@ class Trainer:
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         began = time.monotonic()
         try:
-            with self.stop:
+            with self.stop, self._peers():
                 if self.record and not committed:
                     with self._way_on():
                         self.record.validate(0, 0.0)
@@ -151,6 +151,18 @@ class Trainer:
             "valid": self.progress.newest,
             "bigram_nll_nats": self.record.bigram_nll_nats if self.record else None,
         }
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        """A TrainError that says which other process ended, for the torch error that it causes."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = self.processes.explain(error)
+            if why is None:
+                raise
+            command = resume_command(self.run)
+            raise TrainError(f"{why}. What is committed is safe: {command}") from error
 
     @contextlib.contextmanager
     def _way_on(self) -> Iterator[None]:
