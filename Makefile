@@ -8,7 +8,8 @@
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on the sound in the package: prepare, train, evaluate, generate
 #   make study   what mel is worth on real recordings (needs apt; an hour, then tables and pages)
-#   make faults  training hit at every file-system event, resumed, compared (most of an hour)
+#   make faults  every command that writes, hit at every file-system event, run again, compared
+#                (some 2800 cases, more than an hour; ARGS="-k prepare" for one command)
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally

@@ -47,6 +47,21 @@ class FakeCodec:
         return (codes[0].float() / 1024).repeat_interleave(HOP)
 
 
+class DeadlyOnce(FakeCodec):
+    """Kills the first process that encodes, as the system does where memory runs out."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """As FakeCodec's, but for the first time."""
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(wave)
+
+
 def make_audio(folder: Path, n_files: int = 10, seconds: float = 0.5) -> Path:
     """Noise of differing lengths in two groups, in three formats."""
     rng = np.random.default_rng(0)

@@ -17,6 +17,7 @@ from wgpt import audio
 from wgpt.audio.writing import WRITERS
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import ConfigError
+from wgpt.files import remove_leftovers
 from wgpt.generation.generator import ENDLESS_STUCK_S, AudioGenerator
 from wgpt.generation.listener import Listener
 from wgpt.generation.prompt import n_steps_of
@@ -245,6 +246,7 @@ def _write(
     for i, take in enumerate(takes):
         out = path if args.n == 1 else path.with_name(f"{path.stem}-{i + 1}{path.suffix}")
         wave = np.concatenate([step.wave for step in take.steps])
+        remove_leftovers(out.parent, out.name)
         audio.write(out, np.concatenate([prompt, wave]) if args.with_prompt else wave)
         if len(take.steps) < n_steps and not take.ended:
             take.ended = CLIP_ENDED

@@ -1,22 +1,17 @@
-"""Training is hit at its n-th file-system event, resumed, and must leave the undisturbed folder.
+"""Training under faults (harness.py), one of two ranks killed, and two runs in one folder."""
 
-Audit hooks see every open for writing, rename, removal and new folder that Python does, with its
-path, and can stop it with an error: no shim to compile, and it works where LD_PRELOAD does not.
-They do not see single writes, nor what safetensors opens itself; a rename follows each of those.
-Every case is a fork of the test process, which has imported all there is.
-"""
-
-import errno
 import logging
 import os
 import signal
+import subprocess
 import sys
-import traceback
+import time
 from pathlib import Path
 
 import pytest
+from faults.harness import DONE, FAULTS, REFUSED, race, sweep, tree, undisturbed
 
-from wgpt.errors import WgptError
+from wgpt import commits
 from wgpt.training import train
 
 SETTINGS = {
@@ -33,93 +28,59 @@ SETTINGS = {
     "device": "cpu",
 }
 TINY = {"n_layers": 1, "ffn_dim": 64, "dropout": 0.1}
-EVERY = int(os.environ.get("WGPT_FAULTS_EVERY", "61"))  # `make faults`: 1
-FAULTS = {
-    "kill": None,
-    "enospc": OSError(errno.ENOSPC, "No space left on device"),
-    "eio": OSError(errno.EIO, "Input/output error"),
-    "enomem": OSError(errno.ENOMEM, "Cannot allocate memory"),
-}
-DONE, REFUSED, CRASHED = 0, 1, 2  # exit codes of a case
-
-
-def changes(event, args):
-    """Whether an audit event changes a file system."""
-    if event == "open":
-        return bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-
-
-def case(work, out, at=0, fault=None):
-    """Runs `work` in a fork; returns its exit code and how many events it got to under `out`."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        _, status = os.waitpid(child, 0)
-        count = len(os.read(reader, 1 << 16))
-        os.close(reader)
-        return os.waitstatus_to_exitcode(status), count
-    code = CRASHED
-    try:
-        state = {"n": 0}
-
-        def hook(event, args):
-            if not changes(event, args) or not str(args[0]).startswith(str(out)):
-                return
-            state["n"] += 1
-            os.write(writer, b".")
-            if state["n"] == at:
-                if fault is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise fault
-
-        sys.addaudithook(hook)
-        work()
-        code = DONE
-    except WgptError:
-        code = REFUSED
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def tree(folder: Path):
-    """Every file of a folder, as bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    """The undisturbed folder, and the number of its events."""
+def command(prepared):
     logging.disable(logging.INFO)
-    out = tmp_path_factory.mktemp("whole") / "run"
-    code, n_events = case(lambda: begin(prepared, out), out)
-    assert code == DONE
-    yield tree(out), n_events
+    yield lambda out: train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
     logging.disable(logging.NOTSET)
 
 
-def begin(prepared, out):
-    train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    return undisturbed(command, tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.slow  # 93 s, see `make faults`
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_at_any_event_is_resumed_to_the_same_folder(name, prepared, whole, tmp_path):
-    expected, n_events = whole
-    assert n_events > 50
-    wrong = []
-    for at in range(1 + list(FAULTS).index(name), n_events + 1, EVERY):
-        out = tmp_path / str(at) / "run"
-        code, _ = case(lambda out=out: begin(prepared, out), out, at, FAULTS[name])
-        if code == CRASHED:
-            wrong.append((at, "a traceback"))
-        code, _ = case(lambda out=out: begin(prepared, out), out)
-        got = tree(out)
-        differing = sorted(n for n in {**expected, **got} if expected.get(n) != got.get(n))
-        if code != DONE or differing:
-            wrong.append((at, code, differing))
-    print(f"{name}: {len(range(1 + list(FAULTS).index(name), n_events + 1, EVERY))} cases")
-    assert not wrong
+@pytest.mark.parametrize("fault", FAULTS)
+def test_train_is_resumed_to_the_same_folder(fault, command, whole, tmp_path):
+    assert not sweep(fault, command, *whole, tmp_path, n_spread=1)
+
+
+def test_two_trainings_in_one_folder_leave_one(command, whole, tmp_path):
+    ends, found = race(command, tmp_path / "0")
+    assert found == whole[0] and ends in ([DONE, DONE], [DONE, REFUSED])
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_other_and_the_run_resumes(prepared, tmp_path):
+    """Two processes of torchrun; the one that keeps the files lives, the other is killed."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+             "wgpt.train", f"--data={prepared}", "--preset=gpt-xs", "--n-layers=1", "--ffn-dim=64",
+             "--resume", "--max-steps=60", "--save-every=1", "--sample-s=0", "--batch-size=2",
+             "--context-s=0.32", "--eval-every=0", "--device=cpu"]  # fmt: skip
+
+    def start(out):
+        command = [sys.executable, *words, f"--out={out}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd="/", env=environment, stderr=subprocess.PIPE)
+
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    struck, undisturbed = start(out), start(whole)
+    deadline = time.monotonic() + 300
+    while (commits.newest_step(out / "checkpoints") or 0) < 3 and time.monotonic() < deadline:
+        assert struck.poll() is None, struck.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{struck.pid}/task/{struck.pid}/children").read_text().split()
+    ranks = {_rank(child): int(child) for child in children if _rank(child) is not None}
+    os.kill(ranks["1"], signal.SIGKILL)
+    assert struck.wait(timeout=120) != 0 and commits.newest_step(out / "checkpoints") < 60
+    for process in (undisturbed, start(out)):
+        assert process.wait(timeout=300) == 0, process.communicate()[1]
+    assert commits.newest_step(out / "checkpoints") == 60
+    assert tree(out) == tree(whole)
+
+
+def _rank(process: str) -> str | None:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
