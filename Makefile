@@ -17,7 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
-# Compiling CUDA kernels for five architectures takes minutes: only where a GPU could run them, or
+# Compiling CUDA kernels for six architectures takes minutes: only where a GPU could run them, or
 # where WGPT_CUDA says so. (A plain `pip install .` compiles them wherever nvcc is.)
 WGPT_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 ARGS ?=

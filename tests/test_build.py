@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import wgpt
+from wgpt import ops
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(wgpt.__file__).parent
@@ -175,6 +176,35 @@ def test_configure_errors_name_the_switch_to_change(tmp_path: Path) -> None:
     assert "WGPT_CUDA=ON, but no CUDA compiler was found" in " ".join(result.stderr.split())
     result = configure(tmp_path / "c", "-DWGPT_CUDA=OFF", f"-DWGPT_TORCH_DIR={tmp_path}")
     assert "set WGPT_TORCH_DIR to a torch package folder" in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "archs, said",
+    [
+        ("", "machine code for 80;86;89;90a;100;120, PTX of 90;120)"),
+        ("80;90a", "machine code for 80;90a, PTX of 90)"),
+        ("100;80", "machine code for 100;80, PTX of 100)"),
+    ],
+)
+def test_ptx_is_that_of_portable_architectures(tmp_path: Path, archs: str, said: str) -> None:
+    """90a's can be compiled for no other GPU: a build that held it alone left RTX 50xx without."""
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("needs nvcc and cmake")
+    result = configure(tmp_path, "-DWGPT_CUDA=ON", f"-DWGPT_CUDA_ARCHS={archs}")
+    assert said in result.stdout, result.stderr
+
+
+def test_build_info_names_the_machine_code_and_ptx_inside() -> None:
+    info = ops.info()
+    cuobjdump = shutil.which("cuobjdump")
+    if not info["cuda_archs"] or cuobjdump is None:
+        pytest.skip("needs a build with CUDA kernels, and cuobjdump")
+    for kind, key in (("elf", "cuda_archs"), ("ptx", "cuda_ptx")):
+        listed = subprocess.run(
+            [cuobjdump, f"-l{kind}", binary()], capture_output=True, text=True, check=True
+        )
+        assert set(re.findall(r"\bsm_(\w+)\.", listed.stdout)) == set(info[key])
 
 
 @pytest.mark.slow

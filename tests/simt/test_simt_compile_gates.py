@@ -17,7 +17,10 @@ import pytest
 from emulator import CACHE, CSRC
 
 UNITS = ["token_concat", "mel_embed", "flash_attention", "flash_attention_backward"]
-ARCHS = ["80", *(pytest.param(a, marks=pytest.mark.slow) for a in ("86", "89", "90a", "100"))]
+ARCHS = [
+    "80",
+    *(pytest.param(a, marks=pytest.mark.slow) for a in ("86", "89", "90a", "100", "120")),
+]
 MATRIX_KERNELS = ("forward_kernel", "key_value_grad_kernel", "query_grad_kernel")
 
 
