@@ -116,8 +116,8 @@ inline void check_at_least(const char* op, const char* name, int64_t value, int6
 }
 
 // The kernels' name for the element type of a floating-point argument.
-inline DType element_type(const char* op, const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline DType floating_type(const char* op, const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::BFloat16:
@@ -125,12 +125,22 @@ inline DType element_type(const char* op, const char* name, const Tensor& tensor
     case ScalarType::Half:
       return DType::kFloat16;
     case ScalarType::Double:
-      if (tensor.is_cpu()) return DType::kFloat64;
-      fail(op, name, " may be float64 on the CPU only, got float64 on ", device_text(tensor));
+      return DType::kFloat64;
     default:
-      fail(op, name, " must be float32, bfloat16, float16 or float64, got ",
-           dtype_text(tensor.scalar_type()));
+      fail(op, name, " must be float32, bfloat16, float16 or float64, got ", dtype_text(dtype));
   }
+}
+
+inline DType floating_type(const char* op, const char* name, const Tensor& tensor) {
+  return floating_type(op, name, tensor.scalar_type());
+}
+
+// The same for an op with CUDA kernels, none of which knows float64.
+inline DType element_type(const char* op, const char* name, const Tensor& tensor) {
+  const DType dtype = floating_type(op, name, tensor);
+  if (dtype == DType::kFloat64 && !tensor.is_cpu())
+    fail(op, name, " may be float64 on the CPU only, got float64 on ", device_text(tensor));
+  return dtype;
 }
 
 // Sums and statistics of float64 stay float64; everything else accumulates in float32.

@@ -23,7 +23,8 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["torch_target"] = "2.10";
   info["compiler"] = WGPT_COMPILER;
-  info["cuda_archs"] = WGPT_CUDA_ARCHS;
+  info["cuda_archs"] = WGPT_CUDA_ARCHS;  // machine code
+  info["cuda_ptx"] = WGPT_CUDA_PTX;
   info["cuda_toolkit"] = WGPT_CUDA_TOOLKIT;
   return info;
 }
@@ -52,7 +53,7 @@ double cpu_peak_flops(const std::string& dtype) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "wgpt's compiled ops; importing it registers torch.ops.wgpt.* (import torch first).";
   m.def("build_info", &build_info,
-        "What this binary was built with: torch, compiler, CUDA toolkit and architectures.");
+        "What this binary was built with: torch, compiler, CUDA toolkit, machine code and PTX.");
   m.def("cpu_targets", &cpu_targets,
         "CPU targets compiled in that this machine can run, best first.");
   m.def(
@@ -114,7 +115,26 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("packed_addmm(Tensor x, Tensor panels, Tensor? addend, SymInt columns) -> Tensor");
 }
 
+// An op's checks of its arguments by themselves, on any device: for where the formula runs in plain torch.
+void define_checks(torch::stable::detail::StableLibrary& m) {
+  m.def(
+      "check_mel_embed(Tensor frames, Tensor mean, Tensor inv_std, Tensor weight, Tensor bias, "
+      "Tensor? pos, int frames_per_step, int context_frames) -> ()");
+  m.def("check_token_concat(Tensor tokens, Tensor table, Tensor? mel_hidden, Tensor? pos) -> ()");
+  m.def(
+      "check_flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, "
+      "Tensor? first_key) -> ()");
+  m.def("check_add_rms_norm(Tensor x, Tensor? delta, Tensor weight, ScalarType dtype) -> ()");
+  m.def("check_rotary_qkv(Tensor qkv, Tensor cos, Tensor sin) -> ()");
+  m.def("check_linear(Tensor x, Tensor weight) -> ()");
+  m.def("check_feed_forward(Tensor x, Tensor up, Tensor down) -> ()");
+  m.def("check_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets) -> ()");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(wgpt, m) { define_ops(m); }
-STABLE_TORCH_LIBRARY(wgpt_kernels, m) { define_ops(m); }
+STABLE_TORCH_LIBRARY(wgpt_kernels, m) {
+  define_ops(m);
+  define_checks(m);
+}

@@ -74,6 +74,44 @@ def restore_cpu_target() -> Iterator[None]:
     ops.set_cpu_target(target)
 
 
+class SimulatedGpu:
+    """The CPU as a GPU that our kernels do not serve, in `wgpt.ops.cuda`."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    @property
+    def n_warnings(self) -> int:
+        return sum(record.name == "wgpt.ops.cuda" for record in self._caplog.records)
+
+    def forget(self) -> None:
+        """What was judged and said before."""
+        from wgpt.ops import cuda
+
+        cuda.missing_kernels.cache_clear()
+        cuda._warn_once.cache_clear()
+
+
+@pytest.fixture
+def gpu_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[SimulatedGpu]:
+    """A Tesla T4, on CPU tensors."""
+    from wgpt import ops
+    from wgpt.model import hybrid, transformer
+    from wgpt.ops import cuda
+
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda, "gpu", lambda index: cuda.Gpu("Tesla T4", (7, 5), (13, 0)))
+    monkeypatch.setattr(cuda, "build", lambda: cuda.Build(("80",), ("80",), "13.0"))
+    for module in (hybrid, transformer):
+        monkeypatch.setattr(module, "op_for", lambda name, x: getattr(ops.reference, name))
+    simulated = SimulatedGpu(caplog)
+    simulated.forget()
+    yield simulated
+    simulated.forget()
+
+
 @pytest.fixture(scope="session")
 def recordings(tmp_path_factory):
     """A folder of real audio files: eight clips of rendered music, WAV and FLAC, 24 s in all."""

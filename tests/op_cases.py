@@ -207,3 +207,8 @@ MAKERS: dict[str, Callable[..., Call]] = {
     "mel_embed": mel_call,
     "token_concat": token_call,
 }
+SAMPLES: dict[str, dict[str, Any]] = {
+    "flash_attention": {"window": 4},
+    "mel_embed": {"frames_per_step": 2, "context_frames": 1, "pos_rows": 9},
+    "token_concat": {"pos_rows": 9},
+}

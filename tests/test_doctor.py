@@ -6,6 +6,7 @@ import sys
 from importlib import resources
 
 import pytest
+import torch
 
 from wgpt import cli, doctor, ops
 
@@ -68,3 +69,20 @@ def test_the_speech_in_the_package_has_its_sources_and_is_whole(tmp_path, monkey
     (tmp_path / "assets" / "speech" / "ru-0012.ogg").unlink()
     assert "must hold ru-0012.ogg" in doctor._speech().detail
     assert doctor._speech().status == "problem"
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_doctor_says_what_a_gpu_without_kernels_needs(
+    agrees: bool, monkeypatch: pytest.MonkeyPatch, gpu_without_kernels
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(doctor, "_self_test", lambda device: [] if agrees else ["mel_embed is off"])
+    (finding,) = doctor._check_cuda(ops.info())
+    assert finding.subject == "cuda:0"
+    assert finding.detail.startswith("Tesla T4 (sm_75): wgpt has kernels for sm_80 and later")
+    if agrees:
+        assert finding.status == "note" and "plain torch runs, and agrees" in finding.detail
+    else:
+        assert finding.status == "problem" and "mel_embed is off" in finding.detail

@@ -50,9 +50,8 @@ def rotary_call(steps: int = 7, heads: int = 3, head_dim: int = 32, *, dtype=tor
     wide = WIDE.get(dtype, torch.float32)
     tensors = {
         "qkv": torch.randn(2, steps, 3, heads, head_dim).to(dtype),
-        # Numbers that every type holds, so that the reference's cast to its type changes nothing.
-        "cos": angles.cos().to(torch.bfloat16).to(wide),
-        "sin": angles.sin().to(torch.bfloat16).to(wide),
+        "cos": angles.cos().to(wide),
+        "sin": angles.sin().to(wide),
     }
     return FirstOutputs("rotary_qkv", tensors, ("qkv",))
 

@@ -163,27 +163,27 @@ def check_ops() -> Iterator[Finding]:
 def _check_cuda(info: Mapping[str, Any]) -> Iterator[Finding]:
     import torch
 
-    kernels = ", ".join(info["cuda_archs"])
+    kernels = "no kernels compiled"
+    if info["cuda_archs"]:
+        kernels = f"kernels for sm {', '.join(info['cuda_archs'])}"
+        kernels += f", PTX of {', '.join(info['cuda_ptx'])}"
     if not info["cuda_available"]:
-        compiled = f"kernels for sm {kernels}" if kernels else "no kernels compiled"
-        yield _note("cuda", f"no GPU that torch {torch.__version__} can use; {compiled}")
+        yield _note("cuda", f"no GPU that torch {torch.__version__} can use; {kernels}")
         return
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
         subject = f"cuda:{index}"
-        if not kernels:
-            yield _problem(
-                subject, f"{name}, but wgpt was built without CUDA: WGPT_CUDA=ON pip install ."
-            )
-            continue
+        missing = info["cuda_in_plain_torch"].get(subject)
         try:
             failures = _self_test(subject)
         except Exception as error:
             failures = [_first_line(error)]
         if failures:
-            yield _problem(subject, f"{name}: {'; '.join(failures)} (kernels for sm {kernels})")
+            yield _problem(subject, f"{missing or name}: {'; '.join(failures)} ({kernels})")
+        elif missing is not None:
+            yield _note(subject, f"{missing}. Until then plain torch runs, and agrees")
         else:
-            yield _ok(subject, f"{name}; every op agrees with its reference (sm {kernels})")
+            yield _ok(subject, f"{name}; every op agrees with its reference ({kernels})")
 
 
 def _trained_on(name: str) -> str:

@@ -33,13 +33,34 @@ void check_width(const char* op, const char* name, DType dtype, DType stream) {
 AddRmsNormShape shape_of(const char* op, const Tensor& x, const Tensor& weight) {
   if (x.dim() < 1) fail(op, "x must have shape (..., C), got ", shape_text(x.sizes()));
   AddRmsNormShape shape{};
-  shape.stream = element_type(op, "x", x);
+  shape.stream = floating_type(op, "x", x);
   shape.delta = shape.y = shape.stream;
   shape.channels = x.size(x.dim() - 1);
   shape.rows = shape.channels == 0 ? 0 : x.numel() / shape.channels;
   check_shape(op, "weight", weight, "(C,)", {shape.channels});
   check_dtype(op, "weight", weight, accumulation_type(shape.stream));
+  check_same_device(op, "weight", weight, "x", x);
   return shape;
+}
+
+// Whether float64 throughout or nowhere, and the shapes.
+AddRmsNormShape check_inputs(const Tensor& x, const std::optional<Tensor>& delta,
+                             const Tensor& weight, ScalarType dtype) {
+  AddRmsNormShape shape = shape_of(kOp, x, weight);
+  if (delta.has_value()) {
+    check_same_shape(kOp, "delta", *delta, x);
+    check_same_device(kOp, "delta", *delta, "x", x);
+    shape.delta = floating_type(kOp, "delta", delta->scalar_type());
+    check_width(kOp, "delta", shape.delta, shape.stream);
+  }
+  shape.y = floating_type(kOp, "dtype", dtype);
+  check_width(kOp, "dtype", shape.y, shape.stream);
+  return shape;
+}
+
+void check(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight,
+           ScalarType dtype) {
+  check_inputs(x, delta, weight, dtype);
 }
 
 // x (..., C), delta (..., C) or none, weight (C,) -> sum (..., C), or (0,) without delta; y (..., C)
@@ -48,20 +69,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in,
                                            const std::optional<Tensor>& delta_in,
                                            const Tensor& weight_in, double eps, ScalarType dtype) {
   AddRmsNormForward call{};
-  call.shape = shape_of(kOp, x_in, weight_in);
+  call.shape = check_inputs(x_in, delta_in, weight_in, dtype);
   call.eps = eps;
   const Tensor x = contiguous(x_in), weight = contiguous(weight_in);
   std::optional<Tensor> delta;
   if (delta_in.has_value()) {
-    check_same_shape(kOp, "delta", *delta_in, x);
-    call.shape.delta = element_type(kOp, "delta", *delta_in);
-    check_width(kOp, "delta", call.shape.delta, call.shape.stream);
     delta = contiguous(*delta_in);
     call.delta = delta->const_data_ptr();
   }
   Tensor y = empty_shaped_like(x, dtype);
-  call.shape.y = element_type(kOp, "dtype", y);
-  check_width(kOp, "dtype", call.shape.y, call.shape.stream);
   Tensor sum = delta.has_value() ? empty_shaped_like(x, x.scalar_type()) : empty(x, {0});
   Tensor inv_rms = empty(x, {call.shape.rows}, weight.scalar_type());
   if (call.shape.rows == 0) return {sum, y, inv_rms};
@@ -126,3 +142,4 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_CHECK("add_rms_norm")

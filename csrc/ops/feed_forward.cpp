@@ -19,12 +19,18 @@ constexpr const char* kOp = "feed_forward";
 constexpr const char* kBackward = "feed_forward_backward";
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tensor& down) {
-  element_type(op, "x", x);
+  floating_type(op, "x", x);
   check_shape(op, "x", x, "(N, C)", {kAny, kAny});
   check_shape(op, "up", up, "(F, C)", {kAny, x.size(1)});
   check_shape(op, "down", down, "(C, F)", {x.size(1), up.size(0)});
   check_dtype(op, "up", up, x.scalar_type(), " like x");
   check_dtype(op, "down", down, x.scalar_type(), " like x");
+  check_same_device(op, "up", up, "x", x);
+  check_same_device(op, "down", down, "x", x);
+}
+
+void check(const Tensor& x, const Tensor& up, const Tensor& down) {
+  check_inputs(kOp, x, up, down);
 }
 
 // x (N, C), up (F, C), down (C, F) -> y (N, C), z (N, F) the pre-activations
@@ -99,3 +105,4 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_CHECK("feed_forward")

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -78,6 +79,7 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
   check_same_device(op, "k", k, "q", q);
   check_same_device(op, "v", v, "q", q);
   check_at_least(op, "window", window, 0);
+  if (!(scale > 0) || std::isinf(scale)) fail(op, "scale must be positive and finite, got ", scale);
 
   FlashAttentionShape shape{element_type(op, "q", q),
                             q.size(0),
@@ -139,6 +141,11 @@ std::optional<Tensor> checked_first_key(const char* op, const std::optional<Tens
   const bool is_zero =
       std::all_of(keys, keys + shape.batch * shape.q_steps, [](int32_t key) { return key == 0; });
   return is_zero ? std::nullopt : std::optional<Tensor>(dense);
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
+           int64_t window, const std::optional<Tensor>& first_key) {
+  checked_first_key(kOp, first_key, q, check_inputs(kOp, q, k, v, scale, causal, window));
 }
 
 const int32_t* first_key_data(const std::optional<Tensor>& first_key) {
@@ -226,3 +233,4 @@ void register_ops(Library& m) {
 
 WGPT_REGISTER_OPS(CPU)
 WGPT_REGISTER_OPS(CUDA)
+WGPT_REGISTER_CHECK("flash_attention")

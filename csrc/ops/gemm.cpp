@@ -49,7 +49,7 @@ bool gemm_by_target(const Tensor& out, const Tensor& a_in, const Tensor& b_in, b
 }
 
 void gemm_by_torch(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  check_torch(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 }  // namespace
@@ -57,8 +57,7 @@ void gemm_by_torch(const Tensor& out, const Tensor& a, const Tensor& b) {
 void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   if (gemm_by_target(out, a, b, accumulate)) return;
   if (!accumulate) return gemm_by_torch(out, a, b);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  check_torch(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 void gemm(const Tensor& out, const Tensor& a, ReusedOperand& b) {

@@ -10,11 +10,14 @@ namespace wgpt {
 namespace {
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& weight) {
-  element_type(op, "x", x);
+  floating_type(op, "x", x);
   check_shape(op, "x", x, "(N, C)", {kAny, kAny});
   check_shape(op, "weight", weight, "(F, C)", {kAny, x.size(1)});
   check_dtype(op, "weight", weight, x.scalar_type(), " like x");
+  check_same_device(op, "weight", weight, "x", x);
 }
+
+void check(const Tensor& x, const Tensor& weight) { check_inputs("linear", x, weight); }
 
 // x (N, C), weight (F, C) -> y (N, F)
 Tensor forward(const Tensor& x, const Tensor& weight) {
@@ -45,3 +48,4 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_CHECK("linear")

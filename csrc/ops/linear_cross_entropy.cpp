@@ -36,24 +36,35 @@ double sum_of(const Tensor& losses) {
   return sum;
 }
 
+DType check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  check_shape(kOp, "hidden", hidden, "(N, C)", {kAny, kAny});
+  check_shape(kOp, "weight", weight, "(V, C)", {kAny, hidden.size(1)});
+  check_at_least(kOp, "V", weight.size(0), 1);
+  check_dtype(kOp, "weight", weight, hidden.scalar_type(), " like hidden");
+  check_shape(kOp, "targets", targets, "(N,)", {hidden.size(0)});
+  check_dtype(kOp, "targets", targets, ScalarType::Long);
+  check_same_device(kOp, "weight", weight, "hidden", hidden);
+  check_same_device(kOp, "targets", targets, "hidden", hidden);
+  return floating_type(kOp, "hidden", hidden);
+}
+
+// Without the values of the targets: torch checks those of its own ops.
+void check(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  check_inputs(hidden, weight, targets);
+}
+
 // hidden (N, C), weight (V, C), targets (N,) -> the summed loss (), the number of correct rows ()
 // int64, and the gradients of the summed loss: d_hidden (N, C), d_weight (V, C), each (0,) when not
 // asked for.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, const Tensor& weight_in,
                                                    const Tensor& targets_in, int64_t ignore_index,
                                                    bool gradients) {
-  check_shape(kOp, "hidden", hidden_in, "(N, C)", {kAny, kAny});
-  check_shape(kOp, "weight", weight_in, "(V, C)", {kAny, hidden_in.size(1)});
-  check_at_least(kOp, "V", weight_in.size(0), 1);
-  check_dtype(kOp, "weight", weight_in, hidden_in.scalar_type(), " like hidden");
-  check_shape(kOp, "targets", targets_in, "(N,)", {hidden_in.size(0)});
-  check_dtype(kOp, "targets", targets_in, ScalarType::Long);
+  const DType dtype = check_inputs(hidden_in, weight_in, targets_in);
   const Tensor hidden = contiguous(hidden_in), weight = contiguous(weight_in),
                targets = contiguous(targets_in);
   const int64_t n = hidden.size(0), channels = hidden.size(1), vocab = weight.size(0);
   check_targets(targets, vocab, ignore_index);
 
-  const DType dtype = element_type(kOp, "hidden", hidden);
   const int64_t block_rows = rows_per_block(n);
   const bool by_blocks = !gradients || accumulates_by_blocks(dtype);
   const ScalarType sum_dtype = accumulation_type(dtype);
@@ -104,3 +115,4 @@ void register_ops(Library& m) { m.impl("linear_cross_entropy", TORCH_BOX(&forwar
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_CHECK("linear_cross_entropy")

@@ -54,28 +54,22 @@ DType frames_type(const char* op, const Tensor& frames, const char* like_name, c
        dtype_text(like.scalar_type()), ", got ", dtype_text(dtype));
 }
 
-// The data that forward and backward share, in the form that kernels read.
-struct Slices {
-  MelEmbedShape shape{};
-  Tensor frames, mean, inv_std;
-};
-
-// like: weight or d_y, whose type and device the data must fit.
-Slices check_slices(const char* op, const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
-                    const char* like_name, const Tensor& like, int64_t frames_per_step,
-                    int64_t context_frames) {
+// like: weight or d_y, whose type and device the data must fit. All but channels and strides.
+MelEmbedShape check_slices(const char* op, const Tensor& frames, const Tensor& mean,
+                           const Tensor& inv_std, const char* like_name, const Tensor& like,
+                           int64_t frames_per_step, int64_t context_frames) {
   check_at_least(op, "frames_per_step", frames_per_step, 1);
   check_at_least(op, "context_frames", context_frames, 0);
   check_shape(op, "frames", frames, "(B, F, M)", {kAny, kAny, kAny});
+  MelEmbedShape shape{};
   const int64_t n_frames = frames.size(1), mels = frames.size(2);
   if (n_frames % frames_per_step != 0) {
     fail(op, "the number of frames F must be a multiple of frames_per_step = ", frames_per_step,
          ", got ", n_frames);
   }
-  Slices in{{}, with_dense_rows(frames), contiguous(mean), contiguous(inv_std)};
-  in.shape.dtype = element_type(op, like_name, like);
-  in.shape.frames_dtype = frames_type(op, frames, like_name, like);
-  const ScalarType statistics = accumulation_type(in.shape.dtype);
+  shape.dtype = element_type(op, like_name, like);
+  shape.frames_dtype = frames_type(op, frames, like_name, like);
+  const ScalarType statistics = accumulation_type(shape.dtype);
   const struct {
     const char* name;
     const Tensor& tensor;
@@ -87,14 +81,53 @@ Slices check_slices(const char* op, const Tensor& frames, const Tensor& mean, co
   }
   check_same_device(op, "frames", frames, like_name, like);
 
-  in.shape.batch = frames.size(0);
-  in.shape.steps = n_frames / frames_per_step;
-  in.shape.mels = mels;
-  in.shape.frames_per_step = frames_per_step;
-  in.shape.context_frames = context_frames;
+  shape.batch = frames.size(0);
+  shape.steps = n_frames / frames_per_step;
+  shape.mels = mels;
+  shape.frames_per_step = frames_per_step;
+  shape.context_frames = context_frames;
+  return shape;
+}
+
+// The data that forward and backward share, in the form that kernels read.
+struct Slices {
+  MelEmbedShape shape;
+  Tensor frames, mean, inv_std;
+};
+
+Slices read_slices(const MelEmbedShape& shape, const Tensor& frames, const Tensor& mean,
+                   const Tensor& inv_std) {
+  Slices in{shape, with_dense_rows(frames), contiguous(mean), contiguous(inv_std)};
   in.shape.frames_batch_stride = in.frames.stride(0);
   in.shape.frames_frame_stride = in.frames.stride(1);
   return in;
+}
+
+MelEmbedShape check_inputs(const Tensor& frames, const Tensor& mean, const Tensor& inv_std,
+                           const Tensor& weight, const Tensor& bias,
+                           const std::optional<Tensor>& pos, int64_t frames_per_step,
+                           int64_t context_frames) {
+  MelEmbedShape shape =
+      check_slices(kOp, frames, mean, inv_std, "weight", weight, frames_per_step, context_frames);
+  check_shape(kOp, "weight", weight, "(Cm, (context_frames + frames_per_step) * M)",
+              {kAny, (context_frames + frames_per_step) * shape.mels});
+  shape.channels = weight.size(0);
+  check_shape(kOp, "bias", bias, "(Cm,)", {shape.channels});
+  check_dtype(kOp, "bias", bias, weight.scalar_type(), " like weight");
+  check_same_device(kOp, "bias", bias, "weight", weight);
+  if (pos.has_value()) {
+    check_shape(kOp, "pos", *pos, "(>= T, Cm)", {kAny, shape.channels});
+    check_at_least(kOp, "the number of rows of pos", pos->size(0), shape.steps);
+    check_dtype(kOp, "pos", *pos, weight.scalar_type(), " like weight");
+    check_same_device(kOp, "pos", *pos, "weight", weight);
+  }
+  return shape;
+}
+
+void check(const Tensor& frames, const Tensor& mean, const Tensor& inv_std, const Tensor& weight,
+           const Tensor& bias, const std::optional<Tensor>& pos, int64_t frames_per_step,
+           int64_t context_frames) {
+  check_inputs(frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames);
 }
 
 // frames (B, T r, M), weight (Cm, (c + r) M), pos (>= T, Cm) or none -> y (B, T, Cm), and slope
@@ -103,22 +136,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& frames, const Tensor& mean, con
                                    const Tensor& weight_in, const Tensor& bias_in,
                                    const std::optional<Tensor>& pos_in, int64_t frames_per_step,
                                    int64_t context_frames, bool save_slope) {
-  Slices in = check_slices(kOp, frames, mean, inv_std, "weight", weight_in, frames_per_step,
-                           context_frames);
-  check_shape(kOp, "weight", weight_in, "(Cm, (context_frames + frames_per_step) * M)",
-              {kAny, (context_frames + frames_per_step) * in.shape.mels});
-  in.shape.channels = weight_in.size(0);
-  check_shape(kOp, "bias", bias_in, "(Cm,)", {in.shape.channels});
-  check_dtype(kOp, "bias", bias_in, weight_in.scalar_type(), " like weight");
-  check_same_device(kOp, "bias", bias_in, "weight", weight_in);
+  const Slices in = read_slices(check_inputs(frames, mean, inv_std, weight_in, bias_in, pos_in,
+                                             frames_per_step, context_frames),
+                                frames, mean, inv_std);
   MelEmbedForward call{};
   call.shape = in.shape;
   std::optional<Tensor> pos;
   if (pos_in.has_value()) {
-    check_shape(kOp, "pos", *pos_in, "(>= T, Cm)", {kAny, in.shape.channels});
-    check_at_least(kOp, "the number of rows of pos", pos_in->size(0), in.shape.steps);
-    check_dtype(kOp, "pos", *pos_in, weight_in.scalar_type(), " like weight");
-    check_same_device(kOp, "pos", *pos_in, "weight", weight_in);
     pos = contiguous(*pos_in);
     call.pos = pos->const_data_ptr();
   }
@@ -143,8 +167,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& 
                                             const Tensor& frames, const Tensor& mean,
                                             const Tensor& inv_std, int64_t pos_rows,
                                             int64_t frames_per_step, int64_t context_frames) {
-  Slices in = check_slices(kBackward, frames, mean, inv_std, "d_y", d_y_in, frames_per_step,
-                           context_frames);
+  Slices in = read_slices(check_slices(kBackward, frames, mean, inv_std, "d_y", d_y_in,
+                                       frames_per_step, context_frames),
+                          frames, mean, inv_std);
   check_shape(kBackward, "d_y", d_y_in, "(B, T, Cm)", {in.shape.batch, in.shape.steps, kAny});
   in.shape.channels = d_y_in.size(2);
   check_shape(kBackward, "slope", slope_in, "(B, T, Cm) of a forward with save_slope",
@@ -184,3 +209,4 @@ void register_ops(Library& m) {
 
 WGPT_REGISTER_OPS(CPU)
 WGPT_REGISTER_OPS(CUDA)
+WGPT_REGISTER_CHECK("mel_embed")

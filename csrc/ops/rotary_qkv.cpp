@@ -18,23 +18,30 @@ constexpr const char* kBackward = "rotary_qkv_backward";
 RotaryShape shape_of(const char* op, const char* name, const Tensor& like, int64_t batch,
                      int64_t steps, int64_t heads, int64_t head_dim, const Tensor& cos,
                      const Tensor& sin) {
-  RotaryShape shape{element_type(op, name, like), batch, steps, heads, head_dim};
+  RotaryShape shape{floating_type(op, name, like), batch, steps, heads, head_dim};
   if (head_dim % 2 != 0) fail(op, "D must be even, got ", head_dim);
   check_shape(op, "cos", cos, "(T, D/2)", {steps, head_dim / 2});
   check_shape(op, "sin", sin, "(T, D/2)", {steps, head_dim / 2});
   check_dtype(op, "cos", cos, accumulation_type(shape.dtype));
   check_dtype(op, "sin", sin, accumulation_type(shape.dtype));
+  check_same_device(op, "cos", cos, name, like);
+  check_same_device(op, "sin", sin, name, like);
   return shape;
 }
+
+RotaryShape check_inputs(const Tensor& qkv, const Tensor& cos, const Tensor& sin) {
+  check_shape(kOp, "qkv", qkv, "(B, T, 3, H, D)", {kAny, kAny, 3, kAny, kAny});
+  return shape_of(kOp, "qkv", qkv, qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4), cos, sin);
+}
+
+void check(const Tensor& qkv, const Tensor& cos, const Tensor& sin) { check_inputs(qkv, cos, sin); }
 
 // qkv (B, T, 3, H, D), cos and sin (T, D/2) -> q, k, v (B, T, H, D)
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Tensor& cos_in,
                                            const Tensor& sin_in) {
-  check_shape(kOp, "qkv", qkv_in, "(B, T, 3, H, D)", {kAny, kAny, 3, kAny, kAny});
   RotaryForward call{};
-  const int64_t batch = qkv_in.size(0), steps = qkv_in.size(1), heads = qkv_in.size(3),
-                head_dim = qkv_in.size(4);
-  call.shape = shape_of(kOp, "qkv", qkv_in, batch, steps, heads, head_dim, cos_in, sin_in);
+  call.shape = check_inputs(qkv_in, cos_in, sin_in);
+  const auto& [dtype, batch, steps, heads, head_dim] = call.shape;
   const Tensor qkv = contiguous(qkv_in), cos = contiguous(cos_in), sin = contiguous(sin_in);
   Tensor q = empty(qkv, {batch, steps, heads, head_dim}),
          k = empty(qkv, {batch, steps, heads, head_dim}),
@@ -84,3 +91,4 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_CHECK("rotary_qkv")

@@ -14,6 +14,61 @@
 
 namespace wgpt {
 
+namespace {
+
+using WhatHappened = const char* (*)();
+
+// torch's own words about the failure of the last call: a symbol of torch 2.13, looked up where it is.
+const char* torch_says() {
+  static const auto what = reinterpret_cast<WhatHappened>(
+      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return what == nullptr ? "" : what();
+}
+
+bool says_out_of_memory(const std::string& words) {
+  return words.find("out of memory") != std::string::npos ||
+         words.find("t allocate memory") != std::string::npos;
+}
+
+int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;  // workspaces
+  }
+}
+
+// numel: of the tensor that torch did not give.
+[[noreturn]] void fail_to_allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
+                                   ScalarType dtype, int64_t numel) {
+  const std::string words = torch_says();
+  if (!words.empty() && !says_out_of_memory(words)) throw std::runtime_error(words);
+  std::ostringstream message;
+  message << "out of memory on " << device_text(like) << ": a " << dtype_text(dtype)
+          << " tensor of shape " << shape_text(sizes) << " needs " << numel * element_bytes(dtype)
+          << " bytes. Lower the batch size or the length";
+  if (!words.empty()) message << ". torch says: " << words;
+  throw OutOfMemory(message.str());
+}
+
+}  // namespace
+
+void check_torch(AOTITorchError status) {
+  if (status == AOTI_TORCH_SUCCESS) return;
+  const std::string words = torch_says();
+  if (says_out_of_memory(words)) throw OutOfMemory(words);
+  throw std::runtime_error(words.empty() ? "torch failed, and this torch (before 2.13) says no more"
+                                         : words);
+}
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   // The shim's own call: torch::stable::new_empty goes through the boxed dispatcher.
   std::array<int64_t, 8> strides{};
@@ -23,16 +78,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  check_torch(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  const auto error =
+  const AOTITorchError status =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
                                shim_dtype, device_type, like.get_device_index(), &handle);
-  if (error != 0) {  // torch's own words do not pass its C interface; sizes were checked before
-    throw std::runtime_error("out of memory: cannot allocate " + shape_text(sizes) + " of " +
-                             dtype_text(dtype) + " on " + device_text(like));
-  }
+  if (status != AOTI_TORCH_SUCCESS) fail_to_allocate(like, sizes, dtype, stride);
   return Tensor(handle);
 }
 
@@ -42,7 +94,10 @@ Tensor empty_shaped_like(const Tensor& like, ScalarType dtype) {
 }
 
 Tensor contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  Tensor dense = empty_shaped_like(tensor, tensor.scalar_type());
+  torch::stable::copy_(dense, tensor);
+  return dense;
 }
 
 Tensor zeroed(Tensor tensor) { return torch::stable::zero_(tensor); }
@@ -50,7 +105,7 @@ Tensor zeroed(Tensor tensor) { return torch::stable::zero_(tensor); }
 Tensor with_dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const bool dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return dense ? tensor : torch::stable::contiguous(tensor);
+  return dense ? tensor : wgpt::contiguous(tensor);
 }
 
 Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n) {
@@ -62,14 +117,14 @@ Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix
 
 Executor torch_executor() {
   uint32_t n_threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&n_threads));
+  check_torch(torch_get_num_threads(&n_threads));
   const auto run = [](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
                       void* context) {
     struct Task {
       void (*body)(void*, int64_t, int64_t);
       void* context;
     } task{body, context};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+    check_torch(torch_parallel_for(
         0, n, grain,
         [](int64_t begin, int64_t end, void* opaque) {
           const Task& task = *static_cast<Task*>(opaque);
@@ -100,7 +155,7 @@ CudaScope::CudaScope(const char* op, const Tensor& tensor) : guard_(tensor.get_d
     fail(op, "libtorch_cuda.so must be loaded to run on ", device_text(tensor),
          ": install a CUDA build of torch");
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
+  check_torch(current_stream(tensor.get_device_index(), &stream_));
 }
 
 void check_launch(const char* op, const char* failure) {

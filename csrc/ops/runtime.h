@@ -7,13 +7,29 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <new>
+#include <string>
+#include <utility>
 
 #include "checks.h"
 #include "kernels/common.h"
 
 namespace wgpt {
 
-// An uninitialised contiguous tensor on the device of `like`.
+// An allocation failed: says of which tensor, of how many bytes and where. Python sees a MemoryError.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
+// Throws what torch itself says about a failed call of its C interface, where this torch tells (2.13 does).
+void check_torch(AOTITorchError status);
+
+// An uninitialised contiguous tensor on the device of `like`. Throws OutOfMemory.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty(like, sizes, like.scalar_type());
@@ -68,6 +84,12 @@ void check_launch(const char* op, const char* failure);
 using Library = torch::stable::detail::StableLibrary;
 
 }  // namespace wgpt
+
+// Registers wgpt::check as the checks by themselves of the op `name` (module.cpp), for any device.
+#define WGPT_REGISTER_CHECK(name)                                         \
+  STABLE_TORCH_LIBRARY_IMPL(wgpt_kernels, CompositeExplicitAutograd, m) { \
+    m.impl("check_" name, TORCH_BOX(&wgpt::check));                       \
+  }
 
 // Gives the ops that wgpt::register_ops of this file names their kernel on a device, under both of their
 // names (module.cpp).

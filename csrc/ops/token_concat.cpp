@@ -62,48 +62,63 @@ void launch(TokenConcatBackward& call, const Tensor& where) {
 #endif
 }
 
+// All but the strides, which the caller's copies decide, and the values of the tokens.
+TokenConcatShape check_inputs(const Tensor& tokens, const Tensor& table,
+                              const std::optional<Tensor>& mel, const std::optional<Tensor>& pos) {
+  check_shape(kOp, "tokens", tokens, "(B, T)", {kAny, kAny});
+  check_dtype(kOp, "tokens", tokens, ScalarType::Long);
+  check_shape(kOp, "table", table, "(V, Ct)", {kAny, kAny});
+  check_same_device(kOp, "tokens", tokens, "table", table);
+  TokenConcatShape shape{};
+  shape.dtype = element_type(kOp, "table", table);
+  shape.batch = tokens.size(0);
+  shape.steps = tokens.size(1);
+  shape.vocab = table.size(0);
+  shape.token_channels = table.size(1);
+  if (mel.has_value()) {
+    check_shape(kOp, "mel_hidden", *mel, "(B, T, Cm)", {shape.batch, shape.steps, kAny});
+    check_dtype(kOp, "mel_hidden", *mel, table.scalar_type(), " like table");
+    check_same_device(kOp, "mel_hidden", *mel, "table", table);
+    shape.mel_channels = mel->size(2);
+  }
+  if (pos.has_value()) {
+    check_shape(kOp, "pos", *pos, "(>= T, Ct + Cm)",
+                {kAny, shape.token_channels + shape.mel_channels});
+    check_at_least(kOp, "the number of rows of pos", pos->size(0), shape.steps);
+    check_dtype(kOp, "pos", *pos, table.scalar_type(), " like table");
+    check_same_device(kOp, "pos", *pos, "table", table);
+  }
+  return shape;
+}
+
+void check(const Tensor& tokens, const Tensor& table, const std::optional<Tensor>& mel,
+           const std::optional<Tensor>& pos) {
+  const TokenConcatShape shape = check_inputs(tokens, table, mel, pos);
+  if (tokens.is_cpu()) check_tokens_in_range(kOp, contiguous(tokens), shape.vocab);
+}
+
 // tokens (B, T) int64; table (V, Ct); mel_hidden (B, T, Cm) or none; pos (>= T, Ct + Cm) or none ->
 // (B, T, Ct + Cm)
 Tensor forward(const Tensor& tokens_in, const Tensor& table_in, const std::optional<Tensor>& mel_in,
                const std::optional<Tensor>& pos_in) {
-  check_shape(kOp, "tokens", tokens_in, "(B, T)", {kAny, kAny});
-  check_dtype(kOp, "tokens", tokens_in, ScalarType::Long);
-  check_shape(kOp, "table", table_in, "(V, Ct)", {kAny, kAny});
-  check_same_device(kOp, "tokens", tokens_in, "table", table_in);
-  const ScalarType dtype = table_in.scalar_type();
-
   TokenConcatForward call{};
+  call.shape = check_inputs(tokens_in, table_in, mel_in, pos_in);
   TokenConcatShape& shape = call.shape;
-  shape.dtype = element_type(kOp, "table", table_in);
-  shape.batch = tokens_in.size(0);
-  shape.steps = tokens_in.size(1);
-  shape.vocab = table_in.size(0);
-  shape.token_channels = table_in.size(1);
-
   std::optional<Tensor> mel, pos;
   if (mel_in.has_value()) {
-    check_shape(kOp, "mel_hidden", *mel_in, "(B, T, Cm)", {shape.batch, shape.steps, kAny});
-    check_dtype(kOp, "mel_hidden", *mel_in, dtype, " like table");
-    check_same_device(kOp, "mel_hidden", *mel_in, "table", table_in);
     mel = with_dense_rows(*mel_in);
-    shape.mel_channels = mel->size(2);
     shape.mel_batch_stride = mel->stride(0);
     shape.mel_step_stride = mel->stride(1);
     call.mel_hidden = mel->const_data_ptr();
   }
-  const int64_t channels = shape.token_channels + shape.mel_channels;
   if (pos_in.has_value()) {
-    check_shape(kOp, "pos", *pos_in, "(>= T, Ct + Cm)", {kAny, channels});
-    check_at_least(kOp, "the number of rows of pos", pos_in->size(0), shape.steps);
-    check_dtype(kOp, "pos", *pos_in, dtype, " like table");
-    check_same_device(kOp, "pos", *pos_in, "table", table_in);
     pos = contiguous(*pos_in);
     call.pos = pos->const_data_ptr();
   }
   const Tensor tokens = contiguous(tokens_in), table = contiguous(table_in);
   if (tokens.is_cpu()) check_tokens_in_range(kOp, tokens, shape.vocab);
 
-  Tensor y = empty(table, {shape.batch, shape.steps, channels}, dtype);
+  Tensor y = empty(table, {shape.batch, shape.steps, shape.token_channels + shape.mel_channels});
   if (y.numel() == 0) return y;
   call.tokens = tokens.const_data_ptr<int64_t>();
   call.table = table.const_data_ptr();
@@ -156,3 +171,4 @@ void register_ops(Library& m) {
 
 WGPT_REGISTER_OPS(CPU)
 WGPT_REGISTER_OPS(CUDA)
+WGPT_REGISTER_CHECK("token_concat")

@@ -87,7 +87,7 @@ def test_documents_of_every_length_are_as_accurate_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window": 40}, {"causal": False}, {"causal": False, "window": 40}, {"scale": -0.3}],
+    [{}, {"window": 40}, {"causal": False}, {"causal": False, "window": 40}, {"scale": 0.3}],
     ids=str,
 )
 @pytest.mark.parametrize("steps", [(131, 131), (50, 220), (4, 300)], ids=str)

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from wgpt import ops
+
 OUT_BYTES = 400_000 * 64 * 128 * 4  # of an input that is one row, seen many times
 LIMITED = f"""
 import resource, torch
@@ -14,7 +19,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {OUT_BYTES // 2},) * 2)
 try:
     ops.flash_attention(rows, rows, rows, window=1)
-except RuntimeError as error:
+except torch.OutOfMemoryError as error:
     assert is_out_of_memory(error), error
     print(error)
 """
@@ -25,5 +30,27 @@ def test_an_op_says_what_it_could_not_allocate():
         [sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.startswith(
-        "out of memory: cannot allocate (1, 400000, 64, 128) of float32 on cpu"
+        "flash_attention: out of memory on cpu: a float32 tensor of shape (1, 400000, 64, 128) "
+        f"needs {OUT_BYTES} bytes"
     )
+
+
+HUGE = 1 << 40
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_out_of_memory_names_op_tensor_and_bytes(in_backward: bool) -> None:
+    """Arguments that are views of one number: only what the op allocates is large."""
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    table = torch.ones(1, 2).expand(1 if in_backward else HUGE, 2).requires_grad_()
+    if in_backward:
+        backward = ops.gradient.backward_op("token_concat")
+        call = lambda: backward(torch.ones(1, 1, 2), tokens, HUGE, 2, -1)  # noqa: E731
+        words = rf"token_concat_backward: out of memory on cpu: .*\({HUGE}, 2\) needs {8 * HUGE} b"
+    else:
+        call = lambda: ops.token_concat(tokens, table)  # noqa: E731
+        words = rf"token_concat: out of memory on cpu: a float32 tensor .* needs {8 * HUGE} bytes"
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match=words) as caught:
+        call()
+    if torch.__version__ >= "2.13":
+        assert "torch says:" in str(caught.value)

@@ -4,17 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import MAKERS, Call, assert_same_bits, check_accuracy, run
+from op_cases import MAKERS, SAMPLES, Call, assert_same_bits, check_accuracy, run
 
 from wgpt import ops
 from wgpt.errors import ConfigError, DerivativeError, OpError
 
 OPS = list(MAKERS)
-SAMPLES: dict[str, dict[str, Any]] = {
-    "flash_attention": {"window": 4},
-    "mel_embed": {"frames_per_step": 2, "context_frames": 1, "pos_rows": 9},
-    "token_concat": {"pos_rows": 9},
-}
 
 
 def sample(name: str, **options: Any) -> Call:
@@ -232,4 +227,5 @@ def test_info_names_what_runs() -> None:
     assert info["cpu_target"] in info["cpu_targets"] and "generic" in info["cpu_targets"]
     assert info["torch_running"] == torch.__version__
     assert info["torch_oldest"] == "2.10"
-    assert bool(info["cuda_archs"]) == bool(info["cuda_toolkit"])
+    assert bool(info["cuda_archs"]) == bool(info["cuda_ptx"]) == bool(info["cuda_toolkit"])
+    assert "90a" not in info["cuda_ptx"]  # no later GPU takes it

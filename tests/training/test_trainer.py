@@ -17,6 +17,7 @@ from wgpt.config import TrainConfig
 from wgpt.data.dataset import Dataset
 from wgpt.errors import CheckpointError, TrainError
 from wgpt.files import read_json
+from wgpt.generation import AudioGenerator
 from wgpt.model import HybridModel
 from wgpt.runs.metrics import METRICS, read_metrics
 from wgpt.runs.run import Run
@@ -237,3 +238,21 @@ def test_metrics_are_csv_that_others_can_read(whole):
         header = next(csv.reader(file))
     assert header == ["step", "epoch", "split", "nll_nats", "accuracy", "lr", "grad_norm",
                       "fine_nll_nats"]  # fmt: skip
+
+
+def test_train_and_generate_on_a_gpu_without_kernels(
+    whole, prepared, tmp_path, gpu_without_kernels, monkeypatch
+):
+    """Plain torch learns what the kernels learn; the ops' own kernels are not called."""
+    for name in ("flash_attention", "mel_embed", "token_concat"):
+        monkeypatch.setattr(sys.modules[f"wgpt.ops.{name}"], f"_{name}", None)
+    out = tmp_path / "run"
+    train(prepared, out, "hybrid-xs", model=TINY, **SETTINGS)
+    plain, kernels = (
+        [float(row["nll_nats"]) for row in read_metrics(folder / "metrics.csv")]
+        for folder in (out, whole)
+    )
+    np.testing.assert_allclose(plain, kernels, rtol=1e-4)
+    wave = AudioGenerator.load(out).generate(None, 0.2, seed=1)
+    assert np.isfinite(wave).all()
+    assert gpu_without_kernels.n_warnings == 1

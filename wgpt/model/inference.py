@@ -23,6 +23,7 @@ from wgpt.model.cache import Cache, LayerCache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.hybrid import HybridModel
 from wgpt.model.transformer import Block
+from wgpt.ops.flash_attention import attention_of
 
 _TABLE_STEPS = 1024
 
@@ -57,6 +58,7 @@ class InferenceBlock:
         attention, ffn = block.attention, block.ffn
         self.width, self.head_dim = attention.out.in_features, attention.head_dim
         self.window, self.scale = attention.window_steps, attention.head_dim**-0.5
+        self.attention = attention_of(attention.out.weight.device)
         qkv = attention.qkv.weight * block.attention_norm.weight
         # q and k: channels (i, i + D/2) of each head side by side.
         qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
@@ -76,9 +78,7 @@ class InferenceBlock:
         qk = qkv[:, :, :2].unflatten(4, (-1, 2))
         torch.view_as_complex(qk).mul_(phasors[:, None])
         k, v = cache.append(qkv[:, :, 1:])
-        y = torch.ops.wgpt.flash_attention.default(
-            qkv[:, :, 0], k, v, self.scale, True, self.window
-        )[0]
+        y = self.attention(qkv[:, :, 0], k, v, self.scale, True, self.window)
         x = self.out.addmm(x, y.view(-1, width))
         up = self.up.mm(torch.rms_norm(x, shape, None, 1e-6))
         return self.down.addmm(x, torch.nn.functional.gelu(up))

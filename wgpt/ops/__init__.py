@@ -7,9 +7,12 @@
     PackedMatrix (float32)                   kernels   torch's GEMM      torch's GEMM
 
 The second group has CPU kernels because a profile of the training step asked for them there;
-elsewhere it is the same formula in plain torch, and so is flash_attention with `first_key` on CUDA.
-`reference` specifies every op that way. A build without CUDA kernels raises OpError for the first
-group on CUDA tensors.
+elsewhere it is the same formula in plain torch, which `reference` holds for every op.
+
+On a GPU that our CUDA kernels do not serve (a build without nvcc, a GPU older than sm_80, a driver
+older than the kernels) the first group is plain torch too: `wgpt.ops.plain`. One logged warning
+says why and what to install; with `WGPT_REQUIRE_CUDA=1` it is a ConfigError. So is flash_attention
+with `first_key` on every GPU. Arguments that do not fit raise the same OpError everywhere.
 
 On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.
@@ -34,7 +37,7 @@ except ImportError as error:
     ) from error
 
 from wgpt.errors import ConfigError
-from wgpt.ops import reference
+from wgpt.ops import cuda, reference
 from wgpt.ops.add_rms_norm import add_rms_norm
 from wgpt.ops.feed_forward import feed_forward
 from wgpt.ops.flash_attention import first_key_of, flash_attention
@@ -72,9 +75,11 @@ class Info(TypedDict):
     cpu_target: str
     cpu_targets: list[str]  # that this machine can run, best first
     cpu_threads: int
-    cuda_archs: list[str]  # empty: a build without CUDA kernels
+    cuda_archs: list[str]  # with machine code; empty: a build without CUDA kernels
+    cuda_ptx: list[str]  # which later GPUs compile when they load it
     cuda_toolkit: str | None
     cuda_available: bool
+    cuda_in_plain_torch: dict[str, str]  # GPUs that our kernels do not serve: why
     torch_running: str
     torch_built: str
     torch_oldest: str
@@ -98,14 +103,22 @@ def info() -> Info:
         "cpu_targets": _C.cpu_targets(),
         "cpu_threads": torch.get_num_threads(),
         "cuda_archs": build["cuda_archs"].split(),
+        "cuda_ptx": build["cuda_ptx"].split(),
         "cuda_toolkit": build["cuda_toolkit"] or None,
         "cuda_available": torch.cuda.is_available(),
+        "cuda_in_plain_torch": _in_plain_torch(),
         "torch_running": torch.__version__,
         "torch_built": build["torch"],
         "torch_oldest": build["torch_target"],
         "compiler": build["compiler"],
         "sdpa": sdpa_calls(),
     }
+
+
+def _in_plain_torch() -> dict[str, str]:
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reasons = {f"cuda:{index}": cuda.missing_kernels(index) for index in range(n_gpus)}
+    return {device: reason for device, reason in reasons.items() if reason is not None}
 
 
 def set_cpu_target(name: str | None) -> None:

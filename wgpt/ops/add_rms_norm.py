@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import autocast_type, statistic_dtype
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def add_rms_norm(
@@ -36,10 +36,11 @@ def add_rms_norm(
     Raises:
         OpError: for other shapes or dtypes.
     """
-    if x.device.type != "cpu":
-        return reference.add_rms_norm(x, delta, weight, eps=eps, dtype=dtype)
     dtype = dtype or autocast_type(x)
     weight = weight.to(statistic_dtype(x))
+    if x.device.type != "cpu":
+        _check(x, delta, weight, dtype)
+        return reference.add_rms_norm(x, delta, weight, eps=eps, dtype=dtype)
     total, y, _ = _add_rms_norm(x, delta, weight, eps, dtype)
     return (x if delta is None else total), y
 
@@ -94,3 +95,4 @@ def _backward(
 
 _add_rms_norm = differentiable("add_rms_norm", _setup_context, _backward)
 _add_rms_norm_backward = backward_op("add_rms_norm")
+_check = checks_of("add_rms_norm")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -28,10 +28,12 @@ def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Raises:
         OpError: for other shapes or dtypes.
     """
-    if x.device.type != "cpu":
-        return reference.feed_forward(x, up, down)
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
-    y: Tensor = _feed_forward(x.reshape(-1, x.shape[-1]), up, down)[0]
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type != "cpu":
+        _check(rows, up, down)
+        return reference.feed_forward(x, up, down)
+    y: Tensor = _feed_forward(rows, up, down)[0]
     return y.view(x.shape)
 
 
@@ -62,3 +64,4 @@ def _backward(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
 
 _feed_forward = differentiable("feed_forward", _setup_context, _backward)
 _feed_forward_backward = backward_op("feed_forward")
+_check = checks_of("feed_forward")

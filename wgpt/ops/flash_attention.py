@@ -1,15 +1,16 @@
 """flash_attention: softmax attention in O(T) memory, differentiable also through its lse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
-from wgpt.ops import reference
+from wgpt.ops import plain
 from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.cuda import runs_plain_torch
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 @overload
@@ -76,13 +77,13 @@ def flash_attention(
     Args:
         q: (B, Tq, H, D) with D in {32, 64, 128}; float32, bfloat16, float16, or float64 on the CPU.
         k, v: (B, Tk, H, D), in the dtype of q.
-        scale: factor of the scores; None is 1 / sqrt(D).
+        scale: factor of the scores, positive and finite; None is 1 / sqrt(D).
         causal: the query at position p sees keys j <= p; needs Tq <= Tk.
         window: > 0: it sees only keys with p - window < j (not causal: also j < p + window).
         first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
             last key that the query sees without it, non-decreasing along a row. Causal attention
             over packed documents: the start of the query's document (`first_key_of`). No gradient.
-            The kernels for it run on the CPU; on CUDA it is `reference`'s formula, O(Tq Tk) memory.
+            The kernels for it run on the CPU; on CUDA torch's attention with a mask does.
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -95,22 +96,27 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    if first_key is not None and q.device.type != "cpu":  # our CUDA kernels do not know it yet
-        return reference.flash_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            causal=causal,
-            window=window,
-            first_key=first_key,
-            return_lse=return_lse,
-        )
+    # Our CUDA kernels do not know first_key yet.
+    if (first_key is not None and q.device.type != "cpu") or runs_plain_torch(q.device):
+        arguments = (q, k, v, scale, causal, window, first_key)
+        _check(*arguments)
+        if return_lse:
+            return plain.flash_attention_with_lse(*arguments)
+        return plain.flash_attention(*arguments)
     out: Tensor
     lse: Tensor
     given = () if first_key is None else (first_key,)
     out, lse = _flash_attention(q, k, v, scale, causal, window, *given)
     return (out, lse) if return_lse else out
+
+
+def attention_of(device: torch.device) -> Callable[..., Tensor]:
+    """For inference, the forward there: (q, k, v, scale, causal, window) to out, with no check
+    beyond the kernel's own, no autocast and no gradient."""
+    if runs_plain_torch(device):
+        return plain.flash_attention
+    kernel = torch.ops.wgpt.flash_attention.default
+    return lambda *arguments: kernel(*arguments)[0]
 
 
 def first_key_of(
@@ -188,3 +194,4 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
 
 _flash_attention = differentiable("flash_attention", _setup_context, _backward)
 _flash_attention_backward = backward_op("flash_attention")
+_check = checks_of("flash_attention")

@@ -55,7 +55,33 @@ def differentiable(
             return registered(*inputs)
         try:
             return apply(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
-        except ValueError as error:  # a check of csrc/checks.h
+        except (ValueError, MemoryError) as error:
+            raise translated(name, error) from None
+
+    return call
+
+
+def translated(name: str, error: ValueError | MemoryError) -> Exception:
+    """What a failed call of the op `name` raises: a check of csrc/checks.h, or of its memory."""
+    if isinstance(error, MemoryError):  # OutOfMemory of csrc/ops/runtime.h
+        return torch.OutOfMemoryError(f"{name}: {error}")
+    return OpError(str(error))
+
+
+def checks_of(name: str) -> Callable[..., None]:
+    """The op's checks of its arguments by themselves, for where its formula runs in plain torch.
+
+    Takes the op's tensors and options; raises OpError. torch.compile traces no check: shapes are
+    then those of an eager call before, or symbols.
+    """
+    check = getattr(torch.ops.wgpt_kernels, f"check_{name}").default
+
+    def call(*inputs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        try:
+            check(*inputs)
+        except ValueError as error:
             raise OpError(str(error)) from None
 
     return call
@@ -71,9 +97,12 @@ def backward_op(name: str) -> Callable[..., Any]:
     kernel = getattr(torch.ops.wgpt_kernels, f"{name}_backward").default
 
     def call(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return registered(*inputs)
-        return kernel(*inputs)
+        try:
+            return registered(*inputs) if torch.is_grad_enabled() else kernel(*inputs)
+        except MemoryError as error:
+            raise translated(f"{name}_backward", error) from None
 
     return call
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -28,10 +28,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         OpError: for other shapes or dtypes.
     """
-    if x.device.type != "cpu":
-        return reference.linear(x, weight)
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
-    y: Tensor = _linear(x.reshape(-1, x.shape[-1]), weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type != "cpu":
+        _check(rows, weight)
+        return reference.linear(x, weight)
+    y: Tensor = _linear(rows, weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -55,3 +57,4 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
 
 _linear = differentiable("linear", _setup_context, _backward)
 _linear_backward = backward_op("linear")
+_check = checks_of("linear")

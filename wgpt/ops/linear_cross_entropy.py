@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.gradient import differentiable, register_fake
+from wgpt.ops.gradient import checks_of, differentiable, register_fake
 
 
 def linear_cross_entropy(
@@ -32,12 +32,14 @@ def linear_cross_entropy(
     Raises:
         OpError: for other shapes, dtypes or targets.
     """
-    if hidden.device.type != "cpu":
-        return reference.linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
+    rows, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if hidden.device.type != "cpu":
+        _check(rows, weight, flat_targets)
+        return reference.linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, n_correct, _, _ = _linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), ignore_index, gradients
+        rows, weight, flat_targets, ignore_index, gradients
     )
     return loss, n_correct
 
@@ -82,3 +84,4 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 
 _linear_cross_entropy = differentiable("linear_cross_entropy", _setup_context, _backward)
+_check = checks_of("linear_cross_entropy")

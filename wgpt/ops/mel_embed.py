@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import DerivativeError, OpError
+from wgpt.ops import plain
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.cuda import runs_plain_torch
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def mel_embed(
@@ -58,6 +60,10 @@ def mel_embed(
         mean = mean.to(statistics)
     if inv_std.dtype != statistics:
         inv_std = inv_std.to(statistics)
+    if runs_plain_torch(weight.device):
+        arguments = frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames
+        _check(*arguments)
+        return plain.mel_embed(*arguments)
     y: Tensor = _mel_embed(
         frames, mean, inv_std, weight, bias, pos, frames_per_step, context_frames, save_slope
     )[0]
@@ -129,3 +135,4 @@ def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...
 
 _mel_embed = differentiable("mel_embed", _setup_context, _backward)
 _mel_embed_backward = backward_op("mel_embed")
+_check = checks_of("mel_embed")

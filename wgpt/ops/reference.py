@@ -107,19 +107,33 @@ def flash_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
-    position = torch.arange(q_steps, device=q.device)[:, None] + kv_steps - q_steps
-    key = torch.arange(kv_steps, device=q.device)[None, :]
-    visible = torch.ones(q_steps, kv_steps, dtype=torch.bool, device=q.device)
+    visible = visible_keys(q_steps, kv_steps, causal, window, first_key, q.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
+    out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
+    return (out, lse) if return_lse else out
+
+
+def visible_keys(
+    q_steps: int,
+    kv_steps: int,
+    causal: bool,
+    window: int,
+    first_key: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Which keys each query of flash_attention sees: bool (Tq, Tk), or (B, 1, Tq, Tk) with
+    first_key."""
+    position = torch.arange(q_steps, device=device)[:, None] + kv_steps - q_steps
+    key = torch.arange(kv_steps, device=device)[None, :]
+    visible = torch.ones(q_steps, kv_steps, dtype=torch.bool, device=device)
     if causal:
         visible &= key <= position
     if window > 0:
         visible &= (key > position - window) & (key < position + window)
     if first_key is not None:
-        visible = visible & (key >= first_key[:, None, :, None])  # (B, 1, Tq, Tk)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
-    out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
-    return (out, lse) if return_lse else out
+        visible = visible & (key >= first_key[:, None, :, None])
+    return visible
 
 
 def add_rms_norm(
@@ -139,11 +153,13 @@ def add_rms_norm(
 
 def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `wgpt.ops.rotary_qkv`."""
-    cos, sin = (angle[:, None, :].to(qkv.dtype) for angle in (cos, sin))
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    cos, sin = (angle[:, None, :].to(wide) for angle in (cos, sin))
 
     def rotated(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        first, second = x.to(wide).chunk(2, dim=-1)
+        y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return y.to(qkv.dtype)
 
     q, k, v = qkv.unbind(2)
     return rotated(q), rotated(k), v

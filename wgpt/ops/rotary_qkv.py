@@ -7,7 +7,7 @@ from torch import Tensor
 from wgpt.errors import DerivativeError
 from wgpt.ops import reference
 from wgpt.ops.autocast import statistic_dtype
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,10 +27,12 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     Raises:
         OpError: for other shapes or dtypes.
     """
-    if qkv.device.type != "cpu":
-        return reference.rotary_qkv(qkv, cos, sin)
     statistics = statistic_dtype(qkv)
-    q, k, v = _rotary_qkv(qkv, cos.to(statistics), sin.to(statistics))
+    cos, sin = cos.to(statistics), sin.to(statistics)
+    if qkv.device.type != "cpu":
+        _check(qkv, cos, sin)
+        return reference.rotary_qkv(qkv, cos, sin)
+    q, k, v = _rotary_qkv(qkv, cos, sin)
     return q, k, v
 
 
@@ -59,3 +61,4 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | No
 
 _rotary_qkv = differentiable("rotary_qkv", _setup_context, _backward)
 _rotary_qkv_backward = backward_op("rotary_qkv")
+_check = checks_of("rotary_qkv")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from wgpt.errors import ConfigError
-from wgpt.ops import info
+from wgpt.ops import cuda, info
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +25,42 @@ STOPPING = [
 
 
 def resolve_device(name: str) -> str:
-    """`auto` becomes cuda if there is one, else cpu. Raises ConfigError for what is not there."""
+    """`auto` becomes cuda if there is a GPU that torch can use, else cpu.
+
+    A GPU without kernels of ours serves too, in plain torch, and a logged warning says why.
+
+    Raises:
+        ConfigError: a device that is not there; or WGPT_REQUIRE_CUDA=1, and the device is a GPU
+            without kernels of ours, or `auto` finds none.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and _torch_can_use_gpu() else "cpu"
+        if name == "cpu" and cuda.is_required():
+            raise ConfigError(
+                "device: WGPT_REQUIRE_CUDA=1 asks for a GPU, and there is none that torch "
+                f"{torch.__version__} can use; wgpt doctor says more"
+            )
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cpu", *(["cuda"] if n_cuda else []), *(f"cuda:{i}" for i in range(n_cuda))]
     if name not in known:
         raise ConfigError(
             f"device must be auto or, on this machine, one of {', '.join(known)}, got {name!r}"
         )
+    cuda.runs_plain_torch(torch.device(name))  # warns, or raises, before anything starts
     return name
+
+
+def _torch_can_use_gpu() -> bool:
+    """Whether a kernel of torch itself runs there: its build may be too new for an old GPU."""
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        log.warning(
+            "the GPU is left alone, for torch %s fails on it: %s", torch.__version__, reason
+        )
+        return False
+    return True
 
 
 @contextmanager

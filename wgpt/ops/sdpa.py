@@ -7,6 +7,7 @@ replaced here; a call that ours does not serve, or is not faster at, goes to tor
 
 from __future__ import annotations
 
+import math
 import warnings
 from types import TracebackType
 from typing import Any, TypedDict
@@ -92,7 +93,7 @@ class _Kernels:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not _serves(query, key, value, dropout_p, is_causal, attn_mask):
+        if not _serves(query, key, value, dropout_p, is_causal, attn_mask, scale):
             _calls["torch"] += 1
             own: tuple[Tensor, Tensor] = self._torch[_FORWARD].call_boxed(
                 keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -119,7 +120,7 @@ class _Kernels:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _serves(query, key, value, dropout_p, is_causal, attn_mask):
+        if not _serves(query, key, value, dropout_p, is_causal, attn_mask, scale):
             own: tuple[Tensor, Tensor, Tensor] = self._torch[_BACKWARD].call_boxed(
                 keys, grad_out, query, key, value, out, logsumexp, dropout_p, is_causal,
                 attn_mask=attn_mask, scale=scale,
@@ -150,6 +151,7 @@ def _serves(
     dropout_p: float,
     is_causal: bool,
     attn_mask: Tensor | None,
+    scale: float | None,
 ) -> bool:
     """Whether our kernel computes this call and is expected to be faster; (B, H, T, D) tensors.
 
@@ -163,6 +165,7 @@ def _serves(
         and head_dim in _HEAD_DIMS
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
+        and (scale is None or 0 < scale < math.inf)
         # torch aligns a causal mask to the first key, ours to the last.
         and (q_steps == k_steps or not is_causal)
         and key.shape == value.shape == (batch, heads, k_steps, head_dim)

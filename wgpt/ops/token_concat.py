@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from wgpt.ops import plain
 from wgpt.ops.autocast import cast_to_widest_type
-from wgpt.ops.gradient import backward_op, differentiable, register_fake
+from wgpt.ops.cuda import runs_plain_torch
+from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
 def token_concat(
@@ -31,6 +33,9 @@ def token_concat(
         OpError: for other shapes or dtypes; on the CPU also for a token outside [0, V).
     """
     table, mel_hidden, pos = cast_to_widest_type(table, mel_hidden, pos)  # type: ignore[assignment]
+    if runs_plain_torch(table.device):
+        _check(tokens, table, mel_hidden, pos)
+        return plain.token_concat(tokens, table, mel_hidden, pos)
     y: Tensor = _token_concat(tokens, table, mel_hidden, pos)
     return y
 
@@ -71,3 +76,4 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 
 _token_concat = differentiable("token_concat", _setup_context, _backward)
 _token_concat_backward = backward_op("token_concat")
+_check = checks_of("token_concat")
