@@ -34,9 +34,11 @@ struct BackwardParams {
 // Warps of a block (16 rows each) and rows of a streamed tile: no spills on any architecture, three blocks a
 // multiprocessor at D <= 64 by registers, and at most 99 KiB of shared memory.
 template <typename T, int D>
-constexpr int kStreamedQueries = sizeof(T) == 4 ? (D == 128 ? 16 : 32) : 2048 / D;
+constexpr int kStreamedQueries = sizeof(T) == 4 ? 16 : 2048 / D;
 template <typename T, int D>
-constexpr int kStreamedKeys = D == 128 ? (sizeof(T) == 4 ? 16 : 32) : kStreamedQueries<T, D>;
+constexpr int kStreamedKeys = sizeof(T) == 4 ? (D == 128 ? 16 : 32)
+                              : D == 128     ? 32
+                                             : 2048 / D;
 
 template <typename T, int D, int kStreamedRows>
 struct BackwardTiles {

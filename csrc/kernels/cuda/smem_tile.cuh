@@ -207,27 +207,35 @@ WGPT_DEVICE void a_from_accumulators(FragmentA<T>& a, const float (&left)[4],
 }
 
 // c += a b. float32 is 3xTF32: every value is two tf32 terms, x = high + low up to 2^-22 of x; three of the four term
-// pairs matter, small ones first.
+// pairs matter, small ones first. A tensor core cuts its sums toward zero (docs/kernels.md): it adds
+// up these products only, from zero, and a float32 addition, which rounds to nearest, adds them to c.
 template <typename T>
 WGPT_DEVICE void mma(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 4) {
+    uint32_t a_high[2][4], a_low[2][4], b_high[2][2], b_low[2][2];
     WGPT_UNROLL
     for (int h = 0; h < 2; ++h) {
-      uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
       WGPT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        a_high[i] = round_to_tf32(a.v[h][i]);
-        a_low[i] = round_to_tf32(a.v[h][i] - __uint_as_float(a_high[i]));
+        a_high[h][i] = round_to_tf32(a.v[h][i]);
+        a_low[h][i] = round_to_tf32(a.v[h][i] - __uint_as_float(a_high[h][i]));
       }
       WGPT_UNROLL
       for (int i = 0; i < 2; ++i) {
-        b_high[i] = round_to_tf32(b.v[h][i]);
-        b_low[i] = round_to_tf32(b.v[h][i] - __uint_as_float(b_high[i]));
+        b_high[h][i] = round_to_tf32(b.v[h][i]);
+        b_low[h][i] = round_to_tf32(b.v[h][i] - __uint_as_float(b_high[h][i]));
       }
-      mma_m16n8k8_tf32(c, a_low, b_high);
-      mma_m16n8k8_tf32(c, a_high, b_low);
-      mma_m16n8k8_tf32(c, a_high, b_high);
     }
+    float sum[4] = {};
+    WGPT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      mma_m16n8k8_tf32(sum, a_low[h], b_high[h]);
+      mma_m16n8k8_tf32(sum, a_high[h], b_low[h]);
+    }
+    WGPT_UNROLL
+    for (int h = 0; h < 2; ++h) mma_m16n8k8_tf32(sum, a_high[h], b_high[h]);
+    WGPT_UNROLL
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
   } else {
     mma_m16n8k16<T>(c, a.r, b.r);
   }
