@@ -15,6 +15,38 @@ CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LSE_PLACES_16_BIT = 1 / 32  # measured: 1/108 of a bfloat16's last place with vdpbf16ps kernels
 
+ATTENTION_SIZES = [  # batch, q_steps, kv_steps, heads, head_dim
+    (1, 1, 1, 1, 32),
+    (2, 7, 7, 3, 32),
+    (1, 31, 31, 2, 64),
+    (1, 32, 32, 1, 128),
+    (1, 33, 33, 2, 64),
+    (2, 127, 127, 1, 32),
+    (1, 128, 128, 2, 128),
+    (1, 129, 129, 1, 64),
+    (1, 257, 257, 1, 32),
+    (2, 1, 97, 2, 64),  # one decoded step
+    (1, 13, 97, 2, 32),  # a chunk against a cache
+]
+ATTENTION_MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 17},
+    "full window": {"causal": False, "window": 17},
+    "own key only": {"window": 1},
+    "scale": {"scale": 0.37},
+}
+MEL_SIZES = [  # batch, steps, mels, channels, frames_per_step, context_frames
+    (1, 1, 1, 1, 1, 0),
+    (2, 7, 13, 5, 1, 0),
+    (3, 2, 80, 64, 1, 2),
+    (1, 31, 64, 32, 2, 2),
+    (2, 32, 64, 33, 2, 1),
+    (1, 33, 17, 31, 3, 5),
+    (2, 127, 80, 128, 1, 0),
+    (1, 129, 65, 127, 4, 3),
+]
+
 
 # For FlopCounterMode, which sees shapes.
 LINEAR_FLOPS = {
@@ -108,9 +140,12 @@ def run(
     return values
 
 
-def check_accuracy(call: Call) -> None:
-    """The op against its reference in the same type, both against the reference in float64."""
-    ours, plain = run(call.op, call), run(call.reference, call)
+def check_accuracy(call: Call, op: Callable[..., Any] | None = None) -> None:
+    """The op against its reference in the same type, both against the reference in float64.
+
+    op: what to run in its place.
+    """
+    ours, plain = run(op or call.op, call), run(call.reference, call)
     double = call.converted(torch.float64)
     exact = run(call.reference, double)
     nudged = run(call.reference, double, nudged_as=ours["y"].dtype)

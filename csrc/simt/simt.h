@@ -33,10 +33,16 @@ enum class Copies : int {
   kMixed,  // each copy by seed
 };
 
+enum class Cores : int {
+  kAmpere,  // tensor cores of sm_80 to sm_89; csrc/simt/tensor_core.h has the arithmetic
+  kHopper,  // of sm_90 to sm_120
+};
+
 struct Policy {
   Order order = Order::kAscending;
   Copies copies = Copies::kLate;
   uint64_t seed = 1;
+  Cores cores = Cores::kAmpere;
 };
 
 void set_policy(const Policy& policy);

@@ -3,6 +3,7 @@
 
 #include "simt/machine.h"
 #include "simt/numbers.h"
+#include "simt/tensor_core.h"
 
 namespace simt {
 namespace {
@@ -61,19 +62,18 @@ float half_of(uint32_t reg, int which, bool bf16) {
   return bf16 ? bf16_to_float(bits) : half_to_float(bits);
 }
 
+// `lowest` is the exponent of the smallest normal number of a and b's format.
 template <int K>
-void multiply(Meeting& meeting, const float (&a)[16][K], const float (&b)[K][8]) {
+void multiply(Meeting& meeting, const float (&a)[16][K], const float (&b)[K][8], int lowest) {
   float c[16][8];
   for_each_lane(meeting, [&](int lane) {
     const auto* o = static_cast<MmaOperand*>(meeting.operand[lane]);
     for (int i = 0; i < 4; ++i) c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = o->c[i];
   });
-  for (int m = 0; m < 16; ++m) {
-    float sum[8] = {};
-    for (int k = 0; k < K; ++k) {
-      for (int n = 0; n < 8; ++n) sum[n] += a[m][k] * b[k][n];
-    }
-    for (int n = 0; n < 8; ++n) c[m][n] += sum[n];
+  if (machine.policy.cores == Cores::kAmpere) {
+    multiply_add<K, K / 2>(kAmpereCore, a, b, lowest, c);
+  } else {
+    multiply_add<K, K>(kHopperCore, a, b, lowest, c);
   }
   for_each_lane(meeting, [&](int lane) {
     const auto* o = static_cast<MmaOperand*>(meeting.operand[lane]);
@@ -96,7 +96,7 @@ void execute_mma16(Meeting& meeting, Warp&) {
       for (int h = 0; h < 2; ++h) b[2 * t + r * 8 + h][g] = half_of(o->b[r], h, kBf16);
     }
   });
-  multiply<16>(meeting, a, b);
+  multiply<16>(meeting, a, b, kBf16 ? -126 : -14);
 }
 
 void execute_mma_tf32(Meeting& meeting, Warp&) {
@@ -110,7 +110,7 @@ void execute_mma_tf32(Meeting& meeting, Warp&) {
     for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][t + r / 2 * 4] = cut(o->a[r]);
     for (int r = 0; r < 2; ++r) b[t + r * 4][g] = cut(o->b[r]);
   });
-  multiply<8>(meeting, a, b);
+  multiply<8>(meeting, a, b, -126);
 }
 
 struct LdmatrixOperand {

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from op_cases import (
+    ATTENTION_MASKS,
+    ATTENTION_SIZES,
     CPU_DTYPES,
     Call,
     assert_same_bits,
@@ -18,31 +20,9 @@ from op_cases import (
 from wgpt import ops
 from wgpt.errors import OpError
 
-SIZES = [  # batch, q_steps, kv_steps, heads, head_dim
-    (1, 1, 1, 1, 32),
-    (2, 7, 7, 3, 32),
-    (1, 31, 31, 2, 64),
-    (1, 32, 32, 1, 128),
-    (1, 33, 33, 2, 64),
-    (2, 127, 127, 1, 32),
-    (1, 128, 128, 2, 128),
-    (1, 129, 129, 1, 64),
-    (1, 257, 257, 1, 32),
-    (2, 1, 97, 2, 64),  # one decoded step
-    (1, 13, 97, 2, 32),  # a chunk against a cache
-]
-MASKS = {
-    "causal": {},
-    "full": {"causal": False},
-    "window": {"window": 17},
-    "full window": {"causal": False, "window": 17},
-    "own key only": {"window": 1},
-    "scale": {"scale": 0.37},
-}
-
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids=str)
 def test_flash_attention_is_as_accurate_as_torch(
     size: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
@@ -51,13 +31,13 @@ def test_flash_attention_is_as_accurate_as_torch(
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ATTENTION_MASKS)
 @pytest.mark.parametrize("size", [(2, 61, 61, 2, 32), (1, 40, 75, 2, 64)], ids=str)
 def test_flash_attention_masks_are_as_accurate_as_torch(
     size: tuple[int, ...], mask: str, dtype: torch.dtype, device: str
 ) -> None:
     skip_float64_on_cuda(device, dtype)
-    check_accuracy(attention_call(*size, dtype=dtype, device=device, **MASKS[mask]))
+    check_accuracy(attention_call(*size, dtype=dtype, device=device, **ATTENTION_MASKS[mask]))
 
 
 def test_flash_attention_with_more_queries_than_keys_when_nothing_is_masked(device: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from op_cases import (
     CPU_DTYPES,
+    MEL_SIZES,
     assert_same_bits,
     check_accuracy,
     mel_call,
@@ -17,20 +18,9 @@ from op_cases import (
 from wgpt import ops
 from wgpt.errors import OpError
 
-SIZES = [  # batch, steps, mels, channels, frames_per_step, context_frames
-    (1, 1, 1, 1, 1, 0),
-    (2, 7, 13, 5, 1, 0),
-    (3, 2, 80, 64, 1, 2),
-    (1, 31, 64, 32, 2, 2),
-    (2, 32, 64, 33, 2, 1),
-    (1, 33, 17, 31, 3, 5),
-    (2, 127, 80, 128, 1, 0),
-    (1, 129, 65, 127, 4, 3),
-]
-
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", MEL_SIZES, ids=str)
 def test_mel_embed_is_as_accurate_as_torch(
     size: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:

@@ -35,7 +35,7 @@ def built_machine(request):
             host,
             request.param,
             emulator.CACHE,
-            depends=[emulator.ROOT / "benchmarks/gpu_golden.cuh"],
+            depends=(emulator.ROOT / "benchmarks").glob("gpu_golden*.*h"),
         )
     )
     machine.variant = request.param

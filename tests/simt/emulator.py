@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +21,23 @@ CXX = os.environ.get("CXX", "g++")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 ORDERS = {"ascending": 0, "descending": 1, "random": 2, "interleaved": 3}
 COPIES = {"late": 0, "early": 1, "mixed": 2}
+CORES = {"ampere": 0, "hopper": 1}
+
+
+class Policy(NamedTuple):
+    """How a launch is run: order of warps, arrival of copies, seed, arithmetic of mma."""
+
+    order: str = "ascending"
+    copies: str = "late"
+    seed: int = 1
+    cores: str = "ampere"
+
+
 POLICIES = [
-    ("ascending", "late", 1),
-    ("descending", "late", 1),
-    ("random", "mixed", 7),
-    ("interleaved", "mixed", 3),
+    Policy("ascending", "late", 1, "ampere"),
+    Policy("descending", "late", 1, "hopper"),
+    Policy("random", "mixed", 7, "ampere"),
+    Policy("interleaved", "mixed", 3, "hopper"),
 ]
 
 i32, i64, f64, ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
@@ -200,14 +213,16 @@ class Emulator:
         self.lib = ctypes.CDLL(str(library))
         self.lib.simt_allocate.restype = ptr
         self.lib.simt_allocate.argtypes = [ctypes.c_size_t]
-        self.lib.simt_set_policy.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
+        arguments = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self.lib.simt_set_policy.argtypes = arguments
 
     def reset(self, policy=POLICIES[0]):
+        """Empties the arena; `policy` is a Policy, or its first fields."""
         self.lib.simt_free_all()
         self.lib.simt_reset_counters()
-        order, copies, seed = policy
+        order, copies, seed, cores = Policy(*policy)
         self.lib.simt_set_multiprocessors(132)
-        self.lib.simt_set_policy(ORDERS[order], COPIES[copies], seed)
+        self.lib.simt_set_policy(ORDERS[order], COPIES[copies], seed, CORES[cores])
 
     def empty(self, shape, dtype):
         """An uninitialised (poisoned) tensor in the arena."""

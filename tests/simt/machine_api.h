@@ -6,8 +6,9 @@
 extern "C" {
 void* simt_allocate(size_t bytes) { return simt::allocate(bytes); }
 void simt_free_all() { simt::free_all(); }
-void simt_set_policy(int order, int copies, uint64_t seed) {
-  simt::set_policy({static_cast<simt::Order>(order), static_cast<simt::Copies>(copies), seed});
+void simt_set_policy(int order, int copies, uint64_t seed, int cores) {
+  simt::set_policy({static_cast<simt::Order>(order), static_cast<simt::Copies>(copies), seed,
+                    static_cast<simt::Cores>(cores)});
 }
 void simt_set_multiprocessors(int n) { simt::multiprocessors = n; }
 void simt_reset_counters() { simt::reset_counters(); }

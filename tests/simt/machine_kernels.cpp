@@ -1,6 +1,6 @@
 // Small kernels, right and wrong, that show what the emulator does and what it says; and the probes of the device
 // wrappers. One library for test_simt_machine.py and test_simt_wrappers.py.
-#include "../../benchmarks/gpu_golden.cuh"
+#include "../../benchmarks/gpu_golden_inputs.h"
 #include "machine_api.h"
 #include "simt/cuda_names.h"
 
@@ -121,6 +121,10 @@ int probe_count() { return wgpt::cuda::golden::kProbes; }
 const char* probe_name(int id) { return wgpt::cuda::golden::kProbe[id].name; }
 int probe_in_words(int id) { return wgpt::cuda::golden::kProbe[id].in_words; }
 int probe_out_words(int id) { return wgpt::cuda::golden::kProbe[id].out_words; }
+int probe_rounds(int id) { return wgpt::cuda::golden::rounds_of(id); }
+void probe_input(int id, int round, uint32_t* in) {
+  wgpt::cuda::golden::write_input(id, round, in);
+}
 const char* probe_run(int id, const uint32_t* in, uint32_t* out) {
   return wgpt::cuda::golden::run_probe(id, in, out, nullptr);
 }

@@ -17,6 +17,7 @@ class Mutant:
     new: str
     index: int = 0
     occurrences: int = 1
+    dtype: str = "bfloat16"
 
 
 MUTANTS = [
@@ -127,14 +128,24 @@ MUTANTS = [
         "c ^ (row / 2 % 4)",
         "c ^ (row % 2)",
     ),
+    Mutant("none_float32", "mel_embed", "mel_embed.cuh", "", "", dtype="float32"),
+    Mutant(
+        "sums_left_to_the_tensor_core",
+        "mel_embed",
+        "smem_tile.cuh",
+        "mma_m16n8k8_tf32(sum, a_high[h], b_high[h])",
+        "mma_m16n8k8_tf32(c, a_high[h], b_high[h])",
+        dtype="float32",
+    ),
 ]
 
-# Only bfloat16 and D = 32 are compiled: the bugs are in code that all types share.
+# One type and D = 32 are compiled: most bugs are in code that all types share.
+ELEMENT = {
+    "float32": "    case DType::kFloat32:\n      return f(float{}), true;\n",
+    "bfloat16": "    case DType::kBFloat16:\n      return f(Bf16{}), true;\n",
+    "float16": "    case DType::kFloat16:\n      return f(Half{}), true;\n",
+}
 NARROW = {
-    "device/types.cuh": [
-        "    case DType::kFloat32:\n      return f(float{}), true;\n",
-        "    case DType::kFloat16:\n      return f(Half{}), true;\n",
-    ],
     "flash_attention_common.cuh": [
         "  if (head_dim == 64) f(std::integral_constant<int, 64>{});\n",
         "  if (head_dim == 128) f(std::integral_constant<int, 128>{});\n",
@@ -166,7 +177,10 @@ def write_mutant(mutant, folder):
     for path in target.rglob("*.*h"):
         name = path.relative_to(target).as_posix()
         text = path.read_text()
-        for line in NARROW.get(name, []):
+        unused = NARROW.get(name, [])
+        if name == "device/types.cuh":
+            unused = [line for dtype, line in ELEMENT.items() if dtype != mutant.dtype]
+        for line in unused:
             assert text.count(line) == 1, f"{name} no longer holds {line!r} once"
             text = text.replace(line, "")
         if mutant.old and name == mutant.file:

@@ -14,11 +14,11 @@ from embed_cases import (
 from emulator import CACHE, POLICIES, Emulator, MelEmbedForward, address, relative_error
 from mutants import MUTANTS, build_mutants
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 SEEDS = [1, 2, 3]
 
 
-def flash_error(emu):
+def flash_error(emu, _):
     q, k, v = inputs(emu, 1, 100, 150, 1, 32, BF16)
     out, _ = forward(emu, q, k, v, 0.2)
     conflicts = emu.counters()["bank_conflicts"]
@@ -30,10 +30,10 @@ def flash_error(emu):
     )
 
 
-def mel_error(emu):
-    size = (1, 70, 20, 8, 2, 1)
-    shape, frames, mean, inv_std, weight, bias, _ = mel_inputs(emu, size, BF16, torch.float32)
-    y = emu.empty((1, 70, 8), BF16)
+def mel_error(emu, dtype):
+    size = (1, 70, 20 if dtype == BF16 else 160, 8, 2, 1)
+    shape, frames, mean, inv_std, weight, bias, _ = mel_inputs(emu, size, dtype, F32)
+    y = emu.empty((1, 70, 8), dtype)
     emu.call(
         "mel_embed_forward",
         MelEmbedForward(
@@ -50,10 +50,10 @@ def mel_error(emu):
     )
     x = mel_slices(frames, mean, inv_std, 2, 1)
     expected = torch.nn.functional.gelu(x @ weight.double().T + bias.double())
-    return relative_error(y, expected) / MEL_ERROR[BF16]
+    return relative_error(y, expected) / MEL_ERROR[dtype]
 
 
-def concat_error(emu):
+def concat_error(emu, _):
     g = torch.Generator().manual_seed(5)
     v, ct = 1100, 8
     tokens = torch.randint(v, (1, 300), generator=g)
@@ -85,11 +85,12 @@ def mutated(request, tmp_path_factory):
 def find(library, mutant, seeds=SEEDS):
     """{policy: how it was found, or None} for one mutant."""
     emu, found = Emulator(library, f"_{mutant.name}"), {}
-    for order, copies, _ in POLICIES:
+    for policy in POLICIES:
+        order = policy.order
         for seed in seeds if order in ("random", "interleaved") else seeds[:1]:
-            emu.reset((order, copies, seed))
+            emu.reset(policy._replace(seed=seed))
             try:
-                error = ERRORS[mutant.op](emu)
+                error = ERRORS[mutant.op](emu, getattr(torch, mutant.dtype))
                 how = None if error <= 1 else f"wrong numbers, {error:.1f} times the tolerance"
             except RuntimeError as problem:
                 how = str(problem)

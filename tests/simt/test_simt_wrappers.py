@@ -1,18 +1,16 @@
 """The device wrappers on the emulator, against the PTX ISA's layouts written out here, and against
 golden files that a GPU has recorded (benchmarks/gpu_golden.cu), once there are any."""
 
-import ctypes
 import json
 
 import pytest
 import torch
-from emulator import HERE
+from emulator import HERE, Policy
+from probes import MMA, MMA_ROWS_ROUND, bits, floats, golden_input, mma, probe
 
 GOLDEN = HERE / "golden.jsonl"
-# Largest difference from the GPU in a lane; where none is named: bit for bit. A lane of exp2 is
-# held to its own value, a lane of mma, where terms cancel, to the largest value of the result.
+# Largest difference from the GPU in a lane, of the value; where none is named: bit for bit.
 LANE_TOLERANCE = {"exp2_approx": 1e-6}
-MMA_TOLERANCE = 1e-6
 # NaN payloads are the hardware's own: any pattern above the infinity of the output's type is NaN.
 INFINITY = {"to_bf16": 0x7F80, "to_half": 0x7C00}
 FLOAT32 = {"from_half", "round_to_tf32", "exp2_approx"}
@@ -27,43 +25,11 @@ def wrong_lanes(name, got, expected):
         magnitude = 0x7FFFFFFF if is_float32 else 0x7FFF
         both_nan = ((got & magnitude) > infinity) & ((expected & magnitude) > infinity)
     right = both_nan | (got == expected)
-    if name in LANE_TOLERANCE or name.startswith("mma_"):
+    if name in LANE_TOLERANCE:
         ours, theirs = floats(got).double(), floats(expected).double()
-        scale = theirs.abs()
-        if name.startswith("mma_"):
-            scale = scale[scale.isfinite()].max().expand_as(scale)
-        limit = LANE_TOLERANCE.get(name, MMA_TOLERANCE) * scale
+        limit = LANE_TOLERANCE[name] * theirs.abs()
         right |= ours.isfinite() & theirs.isfinite() & ((ours - theirs).abs() <= limit)
     return (~right).nonzero().flatten().tolist()
-
-
-def probe(machine, name, words):
-    """Runs a probe on (32, in_words) bit patterns in int64; returns (32, out_words) of them."""
-    lib = machine.lib
-    lib.probe_name.restype = lib.probe_run.restype = ctypes.c_char_p
-    ids = {lib.probe_name(i).decode(): i for i in range(lib.probe_count())}
-    i = ids[name]
-    inputs = machine.tensor(to_int32(words.reshape(32, lib.probe_in_words(i))))
-    out = machine.empty((32, lib.probe_out_words(i)), torch.int32)
-    error = lib.probe_run(i, ctypes.c_void_p(inputs.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-    assert error is None, error.decode()
-    return out.long() & 0xFFFFFFFF
-
-
-def to_int32(words):
-    words = words & 0xFFFFFFFF
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def floats(words):
-    return to_int32(words).view(torch.float32)
-
-
-def bits(values):
-    """Bit patterns of a float tensor, as int64."""
-    if values.dtype == torch.float32:
-        return values.view(torch.int32).long() & 0xFFFFFFFF
-    return values.view(torch.int16).long() & 0xFFFF
 
 
 @pytest.mark.parametrize("trans", [False, True])
@@ -78,49 +44,15 @@ def test_ldmatrix(machine, trans):
             assert got[lane, i] == pair[0] | pair[1] << 16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mma_m16n8k16(machine, dtype):
+@pytest.mark.parametrize("name", MMA)
+def test_mma_fragments(machine, name):
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(16, 16, generator=g).to(dtype), torch.randn(16, 8, generator=g).to(dtype)
-    c = torch.randn(16, 8, generator=g)
-    words = torch.zeros(32, 10, dtype=torch.int64)
-    for lane in range(32):
-        row, t = lane // 4, lane % 4
-        for i in range(4):
-            pair = bits(
-                a[row + i % 2 * 8, 2 * t + i // 2 * 8 : 2 * t + i // 2 * 8 + 2].contiguous()
-            )
-            words[lane, i] = pair[0] | pair[1] << 16
-            words[lane, 6 + i] = bits(c[row + i // 2 * 8, 2 * t + i % 2])
-        for i in range(2):
-            pair = bits(b[2 * t + 8 * i : 2 * t + 8 * i + 2, row].contiguous())
-            words[lane, 4 + i] = pair[0] | pair[1] << 16
-    name = "mma_m16n8k16_bf16" if dtype == torch.bfloat16 else "mma_m16n8k16_half"
-    check_sums(floats(probe(machine, name, words)), a.double() @ b.double() + c.double())
-
-
-def test_mma_m16n8k8_tf32(machine):
-    g = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randn(shape, generator=g) for shape in ((16, 8), (8, 8), (16, 8)))
-    words = torch.zeros(32, 10, dtype=torch.int64)
-    for lane in range(32):
-        row, t = lane // 4, lane % 4
-        for i in range(4):
-            words[lane, i] = bits(a[row + i % 2 * 8, t + i // 2 * 4])
-            words[lane, 6 + i] = bits(c[row + i // 2 * 8, 2 * t + i % 2])
-        for i in range(2):
-            words[lane, 4 + i] = bits(b[t + 4 * i, row])
-    a, b = (floats(bits(x) & 0xFFFFE000) for x in (a, b))  # the unit reads the upper 19 bits
-    check_sums(
-        floats(probe(machine, "mma_m16n8k8_tf32", words)), a.double() @ b.double() + c.double()
-    )
-
-
-def check_sums(got, expected):
-    for lane in range(32):
-        for i in range(4):
-            value = expected[lane // 4 + i // 2 * 8, 2 * (lane % 4) + i % 2]
-            assert abs(got[lane, i].item() - value.item()) <= 1e-5
+    (k, dtype), c = MMA[name], torch.randn(16, 8, generator=g)
+    a, b = (torch.randn(shape, generator=g).to(dtype) for shape in ((16, k), (k, 8)))
+    got = mma(machine, name, a, b, c)
+    if name == "mma_m16n8k8_tf32":  # the unit reads the upper 19 bits
+        a, b = (floats(bits(x) & 0xFFFFE000) for x in (a, b))
+    assert ((a.double() @ b.double() + c.double()) - got.double()).abs().max() <= 1e-5
 
 
 SPECIAL = [
@@ -177,15 +109,39 @@ def test_invalid_copies_are_zeros(machine):
     assert torch.equal(got, words[:, :4] * words[:, 4:5])
 
 
+def check_record(machine, record):
+    """One line of a golden file, with the tensor cores of the GPU that wrote it."""
+    name, expected = record["probe"], torch.tensor(record["out"])
+    machine.reset(Policy(cores="ampere" if record["arch"] < 90 else "hopper"))
+    got = probe(machine, name, torch.tensor(record["in"])).flatten()
+    wrong = wrong_lanes(name, got, expected)
+    if not wrong:
+        return
+    place = f"words {wrong[:8]}"
+    if name in MMA and record["round"] == MMA_ROWS_ROUND:  # which parameter of the model is wrong
+        rows = sorted({i // 4 // 4 + i % 4 // 2 * 8 for i in wrong})
+        place = f"rows {rows} of benchmarks/gpu_golden_inputs.h"
+    pytest.fail(f"{record['device']}, {name}, round {record['round']}: {place} differ")
+
+
 def test_emulator_reproduces_the_golden_files(machine):
     if not GOLDEN.exists():
         pytest.skip("no GPU has recorded tests/simt/golden.jsonl yet (benchmarks/gpu_golden.cu)")
     for line in GOLDEN.read_text().splitlines():
-        record = json.loads(line)
-        expected = torch.tensor(record["out"])
-        got = probe(machine, record["probe"], torch.tensor(record["in"])).flatten()
-        wrong = wrong_lanes(record["probe"], got, expected)
-        assert not wrong, f"{record['probe']}: words {wrong[:8]} are not what the GPU answered"
+        check_record(machine, json.loads(line))
+
+
+@pytest.mark.parametrize("name", MMA)
+def test_golden_comparison_names_the_rows_that_refute_the_model(built_machine, name):
+    """Tensor cores of another generation than the emulator's answer otherwise in rows 2, 5 to 9."""
+    built_machine.reset(Policy(cores="hopper"))
+    words = golden_input(built_machine, name, MMA_ROWS_ROUND)
+    out = probe(built_machine, name, words).flatten().tolist()
+    record = {"device": "a GPU", "probe": name, "round": MMA_ROWS_ROUND}
+    record |= {"in": words.flatten().tolist(), "out": out}
+    check_record(built_machine, record | {"arch": 90})
+    with pytest.raises(pytest.fail.Exception, match=r"rows \[2, .*5, 6, 7, 8, 9\]"):
+        check_record(built_machine, record | {"arch": 80})
 
 
 def test_golden_comparison_takes_any_nan_for_nan():
