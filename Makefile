@@ -10,6 +10,7 @@
 #   make study   what mel is worth on real recordings (needs apt; an hour, then tables and pages)
 #   make faults  every command that writes, hit at every file-system event, run again, compared
 #                (some 2800 cases, more than an hour; ARGS="-k prepare" for one command)
+#   make fuzz    what reads files of others, with what coverage leads to (SECONDS=120 a target)
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
@@ -27,7 +28,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize emulated neon faults bench demo study gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon faults fuzz bench demo study gpu dev clean
 
 build: $(STAMP)
 
@@ -123,6 +124,14 @@ emulated:
 neon:
 	$(MAKE) sanitize CXX=aarch64-linux-gnu-g++ SANITIZERS= SANITIZE_TARGETS="generic neon" \
 	  SANITIZE_OUT=build/neon SANITIZE_RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+
+# Each finding is left beside the corpus as tests/fuzz/crash-HASH.
+SECONDS ?= 120
+FUZZ ?= audio json tensors upload
+fuzz: build
+	$(VENV_PYTHON) -m pip install --quiet "atheris>=3.0" "wgpt[serve]"
+	for target in $(FUZZ); do \
+	  $(VENV_PYTHON) tests/fuzz/run.py $$target $(SECONDS) || exit 1; done
 
 faults: build
 	WGPT_FAULTS_EVERY=1 $(VENV)/bin/pytest -m "" tests/faults $(ARGS)

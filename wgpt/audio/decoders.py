@@ -206,6 +206,8 @@ def _ffmpeg_streams(path: Path, kind: str, note: Note, why: str = "") -> Iterato
             if len(tracks) > 1:
                 note(f"holds {len(tracks)} sound tracks; the first is read")
             track = tracks[0]
+            if track.codec_context is None:
+                raise AudioError(f"{path}: must be audio that FFmpeg reads, got an unknown codec")
             layout = [c.name for c in track.codec_context.layout.channels]
             names = tuple(_FFMPEG_CHANNELS.get(name, name) for name in layout)
             if why and not (names and track.rate):

@@ -27,6 +27,7 @@ from wgpt.ops.runtime import StopSignal
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY_STEPS = 250
+KEPT_STEPS = 2
 LOG_EVERY_STEPS = 100
 
 
@@ -115,6 +116,7 @@ def _train(
     committed = commits.newest_whole(steps) if commits.list_steps(steps) else None
     trainer = Trainer(_corpus(data, work / "corpus", committed), config, init)
     if committed:
+        commits.prune(steps, keep=KEPT_STEPS)  # which a fault may have kept from being done
         trainer.resume(committed)
         logger.info("resumed from step %d", trainer.step)
     with StopSignal() as stop:
@@ -126,6 +128,7 @@ def _train(
             last = trainer.step == config.n_steps
             if last or stop.came or trainer.step % SAVE_EVERY_STEPS == 0:
                 trainer.commit(steps)
+                commits.prune(steps, keep=KEPT_STEPS)
             if stop.came and not last:
                 raise Interrupted(
                     f"codec-train: stopped at step {trainer.step} of {config.n_steps}, everything "

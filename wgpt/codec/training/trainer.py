@@ -30,7 +30,7 @@ from wgpt.codec.training.loss import CodecLoss
 from wgpt.codec.training.optimizer import Optimizer
 from wgpt.codec.training.quantizer import ResidualQuantizer
 from wgpt.codec.weights import CodecWeights
-from wgpt.commits import ALWAYS, committing, prune, state_of
+from wgpt.commits import ALWAYS, committing, state_of
 from wgpt.config import HOP_SAMPLES, require
 from wgpt.errors import CheckpointError, CodecError, TrainError
 from wgpt.ops.runtime import environment, warn_of_changes
@@ -212,7 +212,7 @@ class Trainer:
             self.quantizer.adopt(self._init.codebooks(), torch.cat(latents))
 
     def commit(self, folder: Path) -> None:
-        """Commits the step to folder/step-N and deletes all but the two newest.
+        """Commits the step to folder/step-N.
 
         Raises TrainError where a number is not finite, OSError.
         """
@@ -236,7 +236,6 @@ class Trainer:
         with committing(folder, self.step, state, n_bytes) as temporary:
             for name, tensors in zip(ALWAYS, (weights, optimizer), strict=True):
                 save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
-        prune(folder, keep=2)
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a whole checkpoint.
