@@ -6,10 +6,11 @@
 
 Forty clips of at most 8 s of each held-out set of recordings.py, and of the espeak-ng voices that
 no training hears, chosen by their hashes: the same ones on every machine. SI-SDR and STOI of 1 and
-of 8 codebooks (0.75 and 6 kbit/s), and of Opus at 6 and 12 kbit/s (opusenc and opusdec of
-opus-tools). Where the packages are installed: PESQ (pesq), the cosine of the speaker embeddings of
-original and copy (resemblyzer), and the share of the words heard in the original that pocketsphinx
-also hears in the copy, for the English clips. What is missing is left out and named.
+of 8 codebooks (0.75 and 6 kbit/s), of latents that no codebook rounds (what encoder and decoder
+alone lose), and of Opus at 6 and 12 kbit/s (opusenc and opusdec of opus-tools). Where the packages
+are installed: PESQ (pesq), the cosine of the speaker embeddings of original and copy (resemblyzer),
+and the share of the words heard in the original that pocketsphinx also hears in the copy, for the
+English clips. What is missing is left out and named.
 
 The training's loss holds an envelope correlation like STOI's; PESQ, embedding and recogniser had
 no part in it.
@@ -38,6 +39,8 @@ from listeners import Listeners
 from spectrograms import draw_spectrograms
 
 from wgpt import audio, codec
+from wgpt.codec import weights as codec_weights
+from wgpt.codec.layers import Network
 from wgpt.codec.training import synth
 from wgpt.codec.training.score import si_sdr_db, stoi
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
@@ -135,14 +138,30 @@ def opus_copy(wave: Wave, kbits: int) -> Wave:
     return np.pad(decoded[: len(wave)], (0, max(0, len(wave) - len(decoded))))
 
 
+def unquantized(source: str) -> Callable[[Wave], Wave]:
+    """The network of a codec alone: its decoder gets the latents as the encoder gives them."""
+    weights = codec_weights.read(source)
+    network = Network(weights.architecture, weights.tensors)
+
+    @torch.no_grad()
+    def copy(wave: Wave) -> Wave:
+        x = torch.from_numpy(wave)[None, :, None]
+        for layer in (*network.encoder, *network.decoder):
+            x, _ = layer.step(x, layer.start(x))
+        return x[0, :, 0].numpy()
+
+    return copy
+
+
 def contestants(codecs: dict[str, codec.Codec]) -> Copies:
-    """The codecs with 1 and 8 codebooks, and Opus."""
+    """The codecs with 1 and 8 codebooks and without quantiser, and Opus."""
 
     def copy(one: codec.Codec, k: int) -> Callable[[Wave], Wave]:
         return lambda wave: one.decode(one.encode(torch.from_numpy(wave))[:k]).numpy()
 
     found = {f"{name}, {k} codebook{'s' * (k > 1)}": copy(one, k)
              for name, one in codecs.items() for k in (1, 8)}  # fmt: skip
+    found |= {f"{name}, not quantised": unquantized(one.source) for name, one in codecs.items()}
     if shutil.which("opusenc") and shutil.which("opusdec"):
         for kbits in OPUS_KBITS:
             found[f"Opus, {kbits} kbit/s"] = lambda wave, kbits=kbits: opus_copy(wave, kbits)
@@ -241,7 +260,8 @@ def draw(folder: Path, clips: dict[str, list[Clip]], compared: Copies) -> None:
     )
     n = min(len(voice), len(tune))
     voice, tune = voice[:n], tune[:n]
-    names = [name for name in compared if "mini-v1" not in name and "12" not in name]
+    left_out = ("mini-v1", "12", "not quantised")
+    names = [name for name in compared if not any(word in name for word in left_out)]
     for title, wave in (("voice", voice), ("instruments", tune), ("crowd", (voice + tune) / 2)):
         panels = [(f"{title}: original", wave)]
         panels += [(name, compared[name](wave)) for name in names]
