@@ -91,7 +91,8 @@ class MelConfig:
                 f"mel: a centred window of {self.window_samples} samples sees {ahead} samples past "
                 "the end of its token, "
                 f"so the model would be told part of the answer; at most {limit} samples are safe. "
-                "Use centered=False, or say leaky=True for a deliberately leaky experiment"
+                "Use centered=False, or say leaky=True (--mel-leaky) for a deliberately leaky "
+                "experiment"
             )
 
     @property

@@ -143,6 +143,7 @@ def test_another_model_is_refused_with_a_command_that_makes_it(
         train(None, run, preset, resume=True, model=model, max_steps=6, **settings)
     assert Run.open(run).changes == () and len(train_rows(run)) == 4
     if "init" in settings:  # starter wants data that its codec made, with its mel
+        assert "from nothing to starter" in str(refused.value)
         assert f"--data {prepared} --out NEW --init starter" in str(refused.value)
         return
     assert main(command_in(refused.value, tmp_path, *SHORT)) == 0

@@ -104,7 +104,8 @@ def _refusal(run: Run, name: str, old: Any, new: Any) -> str:
     else:
         begin = f"{start} --preset {run.preset} --out NEW{flags_of({name: new})}"
     return (
-        f"--resume cannot change {flag} from {old} to {new}: it would be another model. "
+        f"--resume cannot change {flag} from {'nothing' if old == '' else old} to {new}: it would "
+        "be another model. "
         f"Begin one: {begin}"
     )
 
