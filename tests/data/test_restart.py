@@ -198,6 +198,17 @@ def test_a_folder_of_something_else_is_never_touched(audio_dir, tmp_path: Path) 
     with pytest.raises(DataError, match="format"):
         prepare(audio_dir, tmp_path, codec=FakeCodec(), overwrite=True)
     assert (tmp_path / "train" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(DataError, match="must be new, empty, or a folder that wgpt"):
+        prepare(audio_dir, audio_dir, codec=FakeCodec())
+
+
+def test_recordings_are_no_data_and_the_way_there_leaves_them_alone(audio_dir, tmp_path) -> None:
+    """Not `--out` that folder: recordings are never written among."""
+    with pytest.raises(DataError, match=r"got one without manifest\.json") as refused:
+        dataset_module.Dataset(audio_dir)
+    assert "`wgpt prepare RECORDINGS --out DATA`" in str(refused.value)
+    with pytest.raises(DataError, match="got no folder"):
+        dataset_module.Dataset(tmp_path / "nothing")
 
 
 def test_a_file_that_kills_its_worker_is_skipped(tmp_path: Path) -> None:

@@ -265,8 +265,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = read_json(where, DataError, MANIFEST_LIMIT_BYTES)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: must hold manifest.json; run `wgpt prepare AUDIO_DIR --out {path}` "
-            "(again, if it was interrupted)"
+            f"{path}: must be a folder that `wgpt prepare RECORDINGS --out DATA` wrote, got "
+            + ("one without manifest.json" if path.is_dir() else "no folder")
+            + "; if prepare was interrupted, run it again"
         ) from None
     version = manifest.get("format"), manifest.get("version")
     _require(where, "(format, version)", (FORMAT, FORMAT_VERSION), version)

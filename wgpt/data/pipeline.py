@@ -110,8 +110,8 @@ def prepare(
     max_seconds = math.inf if max_seconds is None else max_seconds
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
-    inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
     check_ours(out)
+    inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
     before = read_before(out)
     target_lufs = None if keep_loudness else TARGET_LUFS
     treatment = Treatment(not keep_silence, target_lufs, PIECE_SECONDS)
