@@ -6,10 +6,11 @@ remove the folder to begin anew. Afterwards the folder holds `gpu.md` (one table
 (everything), also when the run was cut off after some steps.
 
 PYTHON needs torch (CUDA), pytest and numpy; soundfile and soxr are not needed. A folder `.gpu/` may
-bring what is slow to make there: `_C.*.so` (built with nvcc elsewhere) and `gpu_golden`. What it
-does not hold is built.
+bring what is slow to make there: `_C.*.so` (built with nvcc elsewhere), `gpu_golden` and
+`gpu_driver`. What it does not hold is built.
 
---dry walks the path without a GPU: probes on the emulator, ops and training steps on the CPU.
+--dry walks the path without a GPU: probes and kernels on the emulator, ops and training steps on
+the CPU.
 """
 
 import argparse
@@ -49,6 +50,14 @@ def tests_passed(log: str) -> str | None:
     if passed is None or int(passed[1]) == 0:
         return "zero tests ran: none collected, or all skipped"
     return None
+
+
+def driver_passed(log: str) -> str | None:
+    """Every result of gpu_driver was right, and there were some."""
+    found = re.search(r'{"results": (\d+), "wrong": (\d+)}', log)
+    if found is None or int(found[1]) == 0:
+        return "gpu_driver gave no results"
+    return f"{found[2]} of {found[1]} results are wrong" if int(found[2]) else None
 
 
 def run_step(step: Step, out: Path, env: dict[str, str]) -> dict[str, object]:
@@ -146,13 +155,16 @@ def steps_of(dry: bool, out: Path, arch: str) -> list[Step]:
         steps.append(Step("golden", 60, golden, tests_passed))
     else:
         steps.append(Step("golden", 60, ["bash", "-c", golden_command(arch, out)]))
+    driver, build = driver_program(dry, arch)
+    steps.append(Step("driver-build", 150, ["bash", "-c", build]))
+    mode = "--small" if dry else "--check"
+    steps.append(Step("driver", 90, [*driver, mode], driver_passed))
     chosen = "cpu and hand_computed" if dry else "cuda"
     selected = [*pytest, "tests/ops", "--continue-on-collection-errors", "-k", chosen]
     steps.append(Step("tests", 120, selected, tests_passed))
-    hand = [*pytest, "tests/ops", "-k", f"{device} and hand_computed"]
     for tool in SANITIZERS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *hand]
-        steps.append(Step(tool, 40, command, tests_passed, "compute-sanitizer"))
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *driver, "--small"]
+        steps.append(Step(tool, 40, command, driver_passed, "compute-sanitizer"))
     attention = [python, "benchmarks/bench_attention.py", f"--device={device}", "--quick"]
     attention += ["--resume", f"--out={out}/attention.json", f"--time-limit={2 if dry else 55}"]
     steps.append(Step("attention", 75, attention))
@@ -164,7 +176,29 @@ def steps_of(dry: bool, out: Path, arch: str) -> list[Step]:
     else:
         train += ["--dtype=bf16"]
     steps.append(Step("train", 120, train))
+    ncu = ["ncu", "--clock-control", "none", "--set", "full", "-k", "regex:forward|grad|decode"]
+    steps.append(Step("ncu", 60, [*ncu, "-c", "12", *driver, "--bench"], kernels_profiled, "ncu"))
     return steps
+
+
+def kernels_profiled(log: str) -> str | None:
+    """ncu has counters of at least one kernel: it may not be allowed to read them."""
+    return None if "Duration" in log else "no kernel was profiled; the log says why"
+
+
+def driver_program(dry: bool, arch: str) -> tuple[list[str], str]:
+    """gpu_driver, and the shell command that builds it."""
+    if dry:
+        emulated = "import sys; sys.path.insert(0, 'tests/simt'); import emulator, os; "
+        emulated += "program = emulator.build_driver(); "
+        run = f"{emulated}os.execv(program, [str(program), *sys.argv[1:]])"
+        return [sys.executable, "-c", run], f'{sys.executable} -c "{emulated}"'
+    if (CARRIED / "gpu_driver").exists():
+        return [str(CARRIED / "gpu_driver")], "true"
+    build = "mkdir -p build && nvcc -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr --threads 5 "
+    build += f"-Icsrc -Ibenchmarks -arch=sm_{arch} -x cu benchmarks/gpu_driver.cpp "
+    build += "csrc/kernels/cuda/*.cu -o build/gpu_driver"
+    return [str(ROOT / "build/gpu_driver")], build
 
 
 def golden_command(arch: str, out: Path) -> str:

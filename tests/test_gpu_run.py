@@ -67,6 +67,20 @@ def test_run_of_zero_tests_is_a_failure(tmp_path, body):
     assert "| tests | failed: zero tests ran" in table
 
 
+@pytest.mark.parametrize(
+    "log, words",
+    [
+        ("", "gpu_driver gave no results"),
+        ('{"results": 0, "wrong": 0}', "gpu_driver gave no results"),
+        ('{"results": 9, "wrong": 2}', "2 of 9 results are wrong"),
+    ],
+)
+def test_driver_that_finds_something_wrong_is_a_failure(tmp_path, log, words):
+    step = gpu.Step("driver", 20, python(f"print({log!r})"), gpu.driver_passed)
+    n_failed, table = run(tmp_path, step)
+    assert n_failed == 1 and f"| driver | failed: {words} |" in table
+
+
 def test_second_run_repeats_only_what_failed(tmp_path):
     count = tmp_path / "count"
     good = gpu.Step("good", 20, python(f"open({str(count)!r}, 'a').write('x')"))
@@ -96,6 +110,6 @@ def test_dry_run_needs_neither_gpu_nor_network_nor_audio_packages(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for step in ("module", "golden", "tests", "attention", "train"):
+    for step in ("module", "golden", "driver", "tests", "attention", "train"):
         assert f"| {step} | passed |" in done.stdout
     assert "nothing here is a measurement" in done.stdout

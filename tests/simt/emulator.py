@@ -205,6 +205,21 @@ def build(host, variant, folder, includes=(CSRC, HERE), depends=(), optimize=Non
     return library
 
 
+def build_driver():
+    """Compiles benchmarks/gpu_driver.cpp over the emulated launchers; returns the program."""
+    library = build(HERE / "host.cpp", "fast", CACHE)
+    sources = [*sorted((ROOT / "benchmarks").glob("gpu_driver*")), library]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    program = CACHE / f"gpu_driver-{digest}"
+    if not program.exists():
+        temporary = CACHE / f"{program.name}.{os.getpid()}.tmp"
+        command = [CXX, "-std=c++17", "-O2", *WARNINGS, f"-I{CSRC}", f"-I{ROOT / 'benchmarks'}"]
+        command += [str(sources[0]), str(library), f"-Wl,-rpath,{CACHE}", "-o", str(temporary)]
+        subprocess.run(command, check=True)
+        temporary.rename(program)
+    return program
+
+
 class Emulator:
     """One built library. Tensors live in its arena until `reset`; a failed launch raises."""
 
