@@ -95,7 +95,7 @@ def test_usage_errors_exit_2(capsys):
     ("arguments", "suggestion"),
     [
         (["trian"], "train"),
-        (["fly"], "prepare, train"),
+        (["fly"], "prepare, merge, train"),
         (["train", "--out", "x", "--bach-size", "4"], "--batch-size"),
         (["train", "--otu", "x"], "--out"),  # not: --out is required
         (["train", "--out", "x", "--preset", "hybird"], "hybrid"),
@@ -105,7 +105,7 @@ def test_usage_errors_exit_2(capsys):
 def test_a_mistyped_word_suggests_the_nearest(arguments, suggestion, capsys):
     said = usage_error(arguments, capsys)
     assert suggestion in said
-    if suggestion != "prepare, train":
+    if suggestion != "prepare, merge, train":
         assert f"did you mean {suggestion}?" in said
 
 

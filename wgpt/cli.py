@@ -22,6 +22,7 @@ from wgpt.errors import WgptError, did_you_mean, is_out_of_memory
 
 COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
+    "merge": ("wgpt.merge", "join what several machines prepared into one data folder"),
     "train": ("wgpt.train", "train a model on prepared data"),
     "codec-train": ("wgpt.codec_train", "train a codec on recordings of your own"),
     "eval": ("wgpt.evaluate", "NLL, accuracy and perplexity of a run beside baselines"),

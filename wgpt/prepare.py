@@ -10,6 +10,7 @@ import sys
 
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
+from wgpt.data.parts import shard_of
 from wgpt.data.report import report_lines
 from wgpt.data.splits import SPLIT_BY
 from wgpt.errors import ConfigError, Interrupted
@@ -46,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "8; adding one later costs only that one",
     )  # fmt: skip
     add("--jobs", type=int, metavar="N", help="worker processes (default: one per core)")
+    add(
+        "--shard", metavar="I/N",
+        help="encode part I of N of the same recordings, on one of N machines; then wgpt merge",
+    )  # fmt: skip
     add("--download", action="store_true", help="let the codec's weights be downloaded")
     add = parser.add_argument_group("output").add_argument
     add("--out", required=True, metavar="DATA", help="folder to write, or to add to")
@@ -90,9 +95,23 @@ def run(args: argparse.Namespace) -> int:
             download=args.download,
             overwrite=args.overwrite,
             progress=not args.quiet,
+            shard=shard_of(args.shard) if args.shard else None,
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command resumes where this one stopped") from None
+    if args.shard:
+        i, n = manifest["shard"]
+        n_files = len(manifest["entries"]) + len(manifest["unreadable_files"])
+        n_skipped = len(manifest["reasons"]) + len(manifest["unreadable_files"])
+        if args.json:
+            part = {"out": args.out, "shard": [i, n], "files": n_files, "skipped": n_skipped}
+            sys.stdout.write(json.dumps(part) + "\n")
+        else:
+            sys.stdout.write(
+                f"part {i} of {n}: {n_files} files, {n_skipped} skipped; when all parts are done: "
+                "wgpt merge PART ... --out DATA\n"
+            )
+        return 0
     if args.json:
         shown = ("account", "totals", "split_by", "report")
         line = {"out": str(args.out), "skipped": len(manifest["skipped"])}

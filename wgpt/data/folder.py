@@ -23,6 +23,7 @@ from wgpt.files import read_json, write_sealed
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+PART = "part.json"  # see parts.py
 SHAPING = ("codec", "mel", "treatment")  # settings that finished files depend on
 
 
@@ -30,8 +31,14 @@ def check_ours(out: Path) -> None:
     """Refuse to write into a folder that holds something else: its contents would be replaced."""
     if out.is_dir():
         names = {path.name for path in out.iterdir()}
+        names = {name for name in names if not (out / name / PART).is_file()}  # parts of it
         if "manifest.json" in names:
             read_manifest(out)
+        elif PART in names:
+            raise DataError(
+                f"{out}: holds a part of a preparation; merge it with the others: "
+                "wgpt merge PART [PART ...] --out DATA"
+            )
         elif names and PARTIAL not in names:
             raise DataError(
                 f"{out}: must be new, empty, or a folder that wgpt prepare made, "

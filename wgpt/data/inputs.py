@@ -18,6 +18,7 @@ from wgpt.errors import DataError
 
 LIST_SUFFIXES = frozenset(".txt .lst .m3u .csv .tsv .jsonl .ndjson".split())
 TOP_GROUP = "."
+SPLIT_ORDER = {"test": 0, "valid": 1}  # of two copies the held-out one is kept
 PATH_COLUMNS = ("path", "audio_filepath", "file_name")
 _SPLITS = {
     "train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
@@ -86,8 +87,7 @@ def collect(
             replace(entry, split=entry.split or _official(entry.name)) for entry in found.entries
         ]
     _make_names_unique(found.entries)
-    order = {"test": 0, "valid": 1}
-    found.entries.sort(key=lambda e: (order.get(e.split or "", 2), e.name))
+    found.entries.sort(key=lambda e: (SPLIT_ORDER.get(e.split or "", 2), e.name))
     if not found.entries:
         seen = ", ".join(f"{n} {suffix}" for suffix, n in found.other_suffixes().items())
         unread = "".join(f"; {e['path']}: {e['reason']}" for e in found.unreadable[:3])

@@ -26,6 +26,7 @@ from wgpt.data.ceiling import codec_ceiling, listen
 from wgpt.data.command import prepare_command
 from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
 from wgpt.data.folder import (
+    PART,
     PARTIAL,
     check_ours,
     check_space,
@@ -38,6 +39,7 @@ from wgpt.data.folder import (
 )
 from wgpt.data.inputs import Inputs, collect
 from wgpt.data.page import page
+from wgpt.data.parts import keep_shard, read_parts, write_part
 from wgpt.data.progress import Progress
 from wgpt.data.report import report
 from wgpt.data.scan import Found, hash_all, list_sources
@@ -72,6 +74,7 @@ def prepare(
     download: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    shard: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Encode recordings into the data folder `out`.
 
@@ -96,9 +99,10 @@ def prepare(
         download: let the codec be downloaded.
         overwrite: replace a data folder made with other settings or from files that are gone.
         progress: bars on stderr if it is a terminal, else a log line every half minute.
+        shard: (i, n): encode part i of n into `out`, for `merge`; give each the same inputs.
 
     Returns:
-        The manifest, as written to out/manifest.json.
+        The manifest, as written to out/manifest.json; for a shard what out/part.json says.
 
     Raises:
         ConfigError: a setting is out of range or does not fit the codec.
@@ -110,9 +114,16 @@ def prepare(
     max_seconds = math.inf if max_seconds is None else max_seconds
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
-    check_ours(out)
+    if shard is None or not (out / PART).exists():
+        check_ours(out)
     inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
+    if shard is not None:
+        keep_shard(inputs, shard)
+        if overwrite:
+            (out / PART).unlink(missing_ok=True)
     before = read_before(out)
+    if shard is not None and before is not None:
+        raise DataError(f"{out}: holds prepared data; name another --out for part {shard[0]}")
     target_lufs = None if keep_loudness else TARGET_LUFS
     treatment = Treatment(not keep_silence, target_lufs, PIECE_SECONDS)
     loaded = load_codec(codec, download)
@@ -145,11 +156,57 @@ def prepare(
             if before is not None:
                 logger.info("%d files are kept", reopen(out, before, settings, found))
             facts, reasons = _encode(found, spec, encoder, jobs, progress)
+            if shard is not None:
+                return write_part(out, shard, settings, inputs, found, reasons)
             return _build(out, inputs, encoder, settings, found, facts, reasons, rule, kept)
     except OSError as error:
         raise DataError(
             f"{out}: reading or writing failed: {error}; free the cause and run again, "
             "finished files are kept"
+        ) from error
+
+
+def merge(
+    parts: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    codec: CodecProtocol | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Join the parts that `prepare(..., shard=(i, n))` made into the data folder `out`.
+
+    The result has the bytes that one run over all recordings gives. The parts are left as they
+    are; the recordings must be where the parts found them, since the report listens to some.
+
+    Args:
+        parts: all n, in any order.
+        out: new, empty, the folder that holds the parts, or with overwrite one with old data.
+        codec: that of the parts, by default what their settings name.
+
+    Returns:
+        The manifest, as written to out/manifest.json.
+
+    Raises:
+        DataError: a part is missing, doubled, damaged or of another preparation; out is not ours to
+            write; the disk failed.
+        AudioError: a recording of the report is gone.
+    """
+    out = Path(out)
+    merged = read_parts(_paths(parts))
+    check_ours(out)
+    if read_before(out) is not None and not overwrite:
+        raise DataError(f"{out}: holds prepared data; use another --out, or --overwrite")
+    encoder = merged.encoder(codec)
+    try:
+        with locked(out):
+            return _build(
+                out, merged.inputs, encoder, merged.settings, merged.found, merged.facts,
+                merged.reasons, merged.rule, {},
+            )  # fmt: skip
+    except OSError as error:
+        raise DataError(
+            f"{out}: reading or writing failed: {error}; free the cause and run again, the parts "
+            "are as they were"
         ) from error
 
 
@@ -217,7 +274,7 @@ def _build(
     manifest = assemble(
         out, sources, settings, duplicates=duplicates, skipped=skipped, finish=finish
     )
-    shutil.rmtree(out / PARTIAL)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
     if rule.valid_fraction > 0 and not manifest["totals"]["valid"]["clips"]:
         logger.warning("%s: too little sound for a validation split: it is empty", out)
     return manifest
