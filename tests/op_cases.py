@@ -174,14 +174,15 @@ def attention_call(
     heads: int = 3,
     head_dim: int = 32,
     *,
+    kv_heads: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     **options: Any,
 ) -> Call:
-    kv_steps = q_steps if kv_steps is None else kv_steps
+    kv_shape = (q_steps if kv_steps is None else kv_steps, heads if kv_heads is None else kv_heads)
     q, k, v = (
-        torch.randn(batch, steps, heads, head_dim, dtype=torch.float64).to(device, dtype)
-        for steps in (q_steps, kv_steps, kv_steps)
+        torch.randn(batch, *shape, head_dim, dtype=torch.float64).to(device, dtype)
+        for shape in ((q_steps, heads), kv_shape, kv_shape)
     )
     options.setdefault("return_lse", True)
     return Call("flash_attention", {"q": q, "k": k, "v": v}, ("q", "k", "v"), options)

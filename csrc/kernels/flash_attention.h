@@ -3,10 +3,13 @@
 //   s[i,j] = scale * q[i] . k[j]          for every visible pair (i, j), else -inf
 //   lse[i] = log sum_j exp(s[i,j])        p[i,j] = exp(s[i,j] - lse[i])        out[i] = sum_j p[i,j] v[j]
 //
-// q, out (B, Tq, H, D); k, v (B, Tk, H, D); lse (B, H, Tq), natural logarithm, contiguous. Query i stands at position
-// i + Tk - Tq (the last query sees the last key), so Tq < Tk is a chunk, or one decoded step, against a key/value cache.
-// Key j is visible when causal: j <= position; window > 0: position - window < j (and, not causal, j < position +
-// window); first_key, if given: first_key[b,i] <= j. Causal needs Tq <= Tk. With window 0 there is no window.
+// q, out (B, Tq, H, D); k, v (B, Tk, H / group, D); lse (B, H, Tq), natural logarithm,
+// contiguous. Query head h reads key head h / group: grouped-query attention (group > 1) or, with
+// one key head, multi-query. Query i stands at position i + Tk - Tq (the last query sees the last
+// key), so Tq < Tk is a chunk, or one decoded step, against a key/value cache. Key j is visible
+// when causal: j <= position; window > 0: position - window < j (and, not causal, j < position +
+// window); first_key, if given: first_key[b,i] <= j. Causal needs Tq <= Tk. With window 0 there
+// is no window.
 // first_key (B, Tq) lies between 0 and the query's last visible key, and does not fall along a row. Every query of a
 // valid call sees a key.
 //
@@ -18,6 +21,7 @@
 // Backward recomputes p from lse:
 //   delta[i] = d_out[i] . out[i] - d_lse[i]      ds[i,j] = p[i,j] (d_out[i] . v[j] - delta[i])
 //   dq[i] = scale sum_j ds[i,j] k[j]     dk[j] = scale sum_i ds[i,j] q[i]     dv[j] = sum_i p[i,j] d_out[i]
+// dk and dv sum over the queries of every head of the group, head by head.
 //
 // Element types: float32, bfloat16, float16 with float32 accumulation (lse float32); float64 on CPU only (lse float64).
 // Deterministic: same inputs, same bits, for any number of threads. Memory O(T).
@@ -40,7 +44,10 @@ struct FlashAttentionShape {
   int64_t batch, q_steps, kv_steps, heads, head_dim;  // head_dim in {32, 64, 128}
   double scale;
   bool causal;
-  int64_t window;  // 0: none
+  int64_t window;     // 0: none
+  int64_t group = 1;  // consecutive query heads that share a key head; CUDA: 1
+
+  int64_t kv_heads() const { return heads / group; }
 };
 
 struct FlashAttentionForward {

@@ -30,6 +30,7 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
   }
 #ifdef WGPT_WITH_CUDA
   if (call.first_key != nullptr) fail(kOp, "first_key runs on the CPU only");
+  if (call.shape.group > 1) fail(kOp, "fewer key than query heads run on the CPU only");
   const CudaScope scope(kOp, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_forward_workspace_bytes(call.shape));
@@ -50,6 +51,7 @@ void launch(FlashAttentionBackward& call, const Tensor& where) {
   }
 #ifdef WGPT_WITH_CUDA
   if (call.first_key != nullptr) fail(kBackward, "first_key runs on the CPU only");
+  if (call.shape.group > 1) fail(kBackward, "fewer key than query heads run on the CPU only");
   const CudaScope scope(kBackward, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_backward_workspace_bytes(call.shape));
@@ -72,8 +74,13 @@ HeadsView write_view(const Tensor& tensor) {
 FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                  double scale, bool causal, int64_t window) {
   check_shape(op, "q", q, "(B, Tq, H, D)", {kAny, kAny, kAny, kAny});
-  check_shape(op, "k", k, "(B, Tk, H, D)", {q.size(0), kAny, q.size(2), q.size(3)});
-  check_shape(op, "v", v, "(B, Tk, H, D)", {q.size(0), k.size(1), q.size(2), q.size(3)});
+  check_shape(op, "k", k, "(B, Tk, Hk, D)", {q.size(0), kAny, kAny, q.size(3)});
+  check_shape(op, "v", v, "(B, Tk, Hk, D)", {q.size(0), k.size(1), k.size(2), q.size(3)});
+  const int64_t kv_heads = k.size(2), group = kv_heads == 0 ? 1 : q.size(2) / kv_heads;
+  if (group * kv_heads != q.size(2) || group == 0) {
+    fail(op, "the heads of q must be a multiple of those of k and v, got H = ", q.size(2),
+         " and Hk = ", kv_heads);
+  }
   check_dtype(op, "k", k, q.scalar_type(), " like q");
   check_dtype(op, "v", v, q.scalar_type(), " like q");
   check_same_device(op, "k", k, "q", q);
@@ -89,7 +96,8 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
                             q.size(3),
                             scale,
                             causal,
-                            window};
+                            window,
+                            group};
   if (shape.head_dim != 32 && shape.head_dim != 64 && shape.head_dim != 128) {
     fail(op, "the head dimension D must be 32, 64 or 128, got ", shape.head_dim);
   }
@@ -152,7 +160,7 @@ const int32_t* first_key_data(const std::optional<Tensor>& first_key) {
   return first_key.has_value() ? static_cast<const int32_t*>(first_key->const_data_ptr()) : nullptr;
 }
 
-// q (B, Tq, H, D), k and v (B, Tk, H, D) -> out (B, Tq, H, D), lse (B, H, Tq)
+// q (B, Tq, H, D), k and v (B, Tk, Hk, D) -> out (B, Tq, H, D), lse (B, H, Tq)
 std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                    double scale, bool causal, int64_t window,
                                    const std::optional<Tensor>& first_key_in) {
@@ -205,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in), v = with_dense_rows(v_in);
   const Tensor out = with_dense_rows(out_in), d_out = with_dense_rows(d_out_in);
   Tensor dq = empty(q, {shape.batch, shape.q_steps, shape.heads, shape.head_dim});
-  Tensor dk = empty(q, {shape.batch, shape.kv_steps, shape.heads, shape.head_dim});
-  Tensor dv = empty(q, {shape.batch, shape.kv_steps, shape.heads, shape.head_dim});
+  Tensor dk = empty(q, {shape.batch, shape.kv_steps, shape.kv_heads(), shape.head_dim});
+  Tensor dv = empty(q, {shape.batch, shape.kv_steps, shape.kv_heads(), shape.head_dim});
   if (dq.numel() == 0) return {dq, zeroed(dk), zeroed(dv)};
   call.q = read_view(q);
   call.k = read_view(k);

@@ -132,14 +132,34 @@ def _tensor(*shape: int, **options: Any) -> torch.Tensor:
             r"q must have shape \(B, Tq, H, D\) = \(\*, \*, \*, \*\), got \(2, 5, 4\)",
         ),
         (
+            (_tensor(2, 5, 4, 32), _tensor(2, 5, 4, 64), _tensor(2, 5, 4, 64)),
+            {},
+            r"k must have shape \(B, Tk, Hk, D\) = \(2, \*, \*, 32\), got \(2, 5, 4, 64\)",
+        ),
+        (
             (_tensor(2, 5, 4, 32), _tensor(2, 5, 3, 32), _tensor(2, 5, 3, 32)),
             {},
-            r"k must have shape \(B, Tk, H, D\) = \(2, \*, 4, 32\), got \(2, 5, 3, 32\)",
+            "the heads of q must be a multiple of those of k and v, got H = 4 and Hk = 3",
+        ),
+        (
+            (_tensor(2, 5, 2, 32), _tensor(2, 5, 4, 32), _tensor(2, 5, 4, 32)),
+            {},
+            "the heads of q must be a multiple of those of k and v, got H = 2 and Hk = 4",
+        ),
+        (
+            (_tensor(2, 5, 4, 32), _tensor(2, 5, 0, 32), _tensor(2, 5, 0, 32)),
+            {},
+            "the heads of q must be a multiple of those of k and v, got H = 4 and Hk = 0",
+        ),
+        (
+            (_tensor(2, 5, 4, 32), _tensor(2, 5, 2, 32), _tensor(2, 5, 4, 32)),
+            {},
+            r"v must have shape \(B, Tk, Hk, D\) = \(2, 5, 2, 32\), got \(2, 5, 4, 32\)",
         ),
         (
             (_tensor(2, 5, 4, 32), _tensor(2, 5, 4, 32), _tensor(2, 6, 4, 32)),
             {},
-            r"v must have shape \(B, Tk, H, D\) = \(2, 5, 4, 32\), got \(2, 6, 4, 32\)",
+            r"v must have shape \(B, Tk, Hk, D\) = \(2, 5, 4, 32\), got \(2, 6, 4, 32\)",
         ),
         (
             (_tensor(1, 5, 1, 48),) * 3,

@@ -84,6 +84,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("flash_attention", {"return_lse": False, "causal": False}),
     ("flash_attention", {"return_lse": False, "causal": False, "window": 3, "scale": 0.37}),
     ("flash_attention", {"return_lse": False, "q_steps": 0, "kv_steps": 5}),
+    ("flash_attention", {"heads": 4, "kv_heads": 2}),
+    ("flash_attention", {"return_lse": False, "heads": 4, "kv_heads": 2}),
     ("mel_embed", {}),
     ("mel_embed", SAMPLES["mel_embed"]),
     ("mel_embed", {"steps": 0}),

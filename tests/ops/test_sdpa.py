@@ -81,6 +81,21 @@ def test_cross_attention_runs_ours():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_run_ours(dtype, kv_heads):
+    arguments = inputs(dtype, k_shape=(2, kv_heads, 300, 64))
+    options = {"is_causal": True, "enable_gqa": True}
+    exact = attend(*(x.double() for x in arguments), **options)
+    own = attend(*arguments, **options)
+    ours, n_ours, n_torch = served(lambda: attend(*arguments, **options))
+    assert (n_ours, n_torch) == (1, 0)
+    nudged = attend(*(nudge(x.double(), dtype) for x in arguments), **options)
+    names = ("out", "dq", "dk", "dv")
+    for name, *values in zip(names, ours, own, exact, nudged, strict=True):
+        assert_as_accurate_as_torch(name, *values)
+
+
 def test_leaving_gives_torch_its_kernel_back():
     arguments = inputs()
     before = attend(*arguments, is_causal=True)

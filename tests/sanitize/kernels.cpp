@@ -205,16 +205,21 @@ void mel_embed(const Kernels& kernels, DType dtype, DType frames_dtype, int64_t 
 }
 
 void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq, int64_t tk,
-                     int64_t h, int64_t d, bool causal, int64_t window, int64_t document = 0) {
+                     int64_t h, int64_t d, bool causal, int64_t window, int64_t document = 0,
+                     int64_t group = 1) {
   const DType sum = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   // Rows as in a fused projection: three times as far apart as they are long.
-  const int64_t row = 3 * h * d, n_q = b * tq * h * d, n_k = b * tk * h * d;
-  const auto strided = [&](int64_t t) { return b == 0 ? 0 : (b * t - 1) * row + h * d; };
-  Block q(dtype, strided(tq)), k(dtype, strided(tk)), v(dtype, strided(tk));
+  const int64_t kv_h = h / group, row = 3 * h * d, n_q = b * tq * h * d, n_k = b * tk * kv_h * d;
+  const auto strided = [&](int64_t t, int64_t heads) {
+    return b == 0 ? 0 : (b * t - 1) * row + heads * d;
+  };
+  Block q(dtype, strided(tq, h)), k(dtype, strided(tk, kv_h)), v(dtype, strided(tk, kv_h));
   Block d_out(dtype, n_q), d_lse(sum, b * h * tq);
   const auto wide = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * row, row, d}; };
-  const auto dense = [&](Block& x, int64_t t) { return HeadsView{x.get(), t * h * d, h * d, d}; };
-  const FlashAttentionShape shape{dtype, b, tq, tk, h, d, 0.2, causal, window};
+  const auto dense = [&](Block& x, int64_t t, int64_t heads) {
+    return HeadsView{x.get(), t * heads * d, heads * d, d};
+  };
+  const FlashAttentionShape shape{dtype, b, tq, tk, h, d, 0.2, causal, window, group};
   // Documents of as many steps, which begin elsewhere in every item; on the heap, of exactly its size.
   std::vector<int32_t> first_key;
   for (int64_t i = 0; document > 0 && i < b * tq; ++i) {
@@ -226,7 +231,7 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
   Block out(dtype, n_q), lse(sum, b * h * tq);
   const auto forward = [&](Block& to, Block& to_lse, void* workspace, const Executor& threads) {
     kernels.flash_attention_forward({shape, wide(q, tq), wide(k, tk), wide(v, tk), first,
-                                     dense(to, tq), to_lse.get(), workspace},
+                                     dense(to, tq, h), to_lse.get(), workspace},
                                     threads);
   };
   const size_t forward_bytes = kernels.flash_attention_forward_workspace_bytes(shape);
@@ -241,9 +246,9 @@ void flash_attention(const Kernels& kernels, DType dtype, int64_t b, int64_t tq,
         kernels.flash_attention_backward_workspace_bytes(shape),
         [&](auto& to, void* scratch, const Executor& threads) {
           kernels.flash_attention_backward(
-              {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(out, tq), dense(d_out, tq),
-               first, lse.get(), b % 2 == 0 ? nullptr : d_lse.get(), dense(*to[0], tq),
-               dense(*to[1], tk), dense(*to[2], tk), scratch},
+              {shape, wide(q, tq), wide(k, tk), wide(v, tk), dense(out, tq, h), dense(d_out, tq, h),
+               first, lse.get(), b % 2 == 0 ? nullptr : d_lse.get(), dense(*to[0], tq, h),
+               dense(*to[1], tk, kv_h), dense(*to[2], tk, kv_h), scratch},
               threads);
         });
 }
@@ -380,6 +385,9 @@ void run_all(const Kernels& kernels, DType dtype) {
     flash_attention(kernels, dtype, 1, 450, 700, 1, d, true, 0, 430);  // few long documents
     flash_attention(kernels, dtype, 3, 70, 90, 1, d, true, 9, 1);
     flash_attention(kernels, dtype, 2, 3, 600, 1, d, true, 0, 598);  // decoding
+    flash_attention(kernels, dtype, 1, 3, 600, 4, d, true, 0, 0, 2);
+    flash_attention(kernels, dtype, 1, 451, 451, 3, d, true, 0, 0, 3);  // parts of the keys
+    flash_attention(kernels, dtype, 2, 200, 200, 4, d, true, 0, 67, 2);
   }
 }
 

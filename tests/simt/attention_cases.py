@@ -51,7 +51,8 @@ def reference(q, k, v, scale, causal, window):
 
 def make_shape(q, k, scale, causal, window):
     b, tq, h, d = q.shape
-    return FlashAttentionShape(DTYPE_CODES[q.dtype], b, tq, k.shape[1], h, d, scale, causal, window)
+    tk = k.shape[1]
+    return FlashAttentionShape(DTYPE_CODES[q.dtype], b, tq, tk, h, d, scale, causal, window, 1)
 
 
 def forward(emu, q, k, v, scale, causal=True, window=0):

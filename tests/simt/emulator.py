@@ -129,6 +129,7 @@ FlashAttentionShape = structure(
     scale=f64,
     causal=ctypes.c_bool,
     window=i64,
+    group=i64,
 )
 FlashAttentionForward = structure(
     "FlashAttentionForward",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
-from wgpt.ops import plain
+from wgpt.ops import plain, reference
 from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.cuda import runs_plain_torch
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
@@ -68,6 +68,8 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
 
+    Query head h reads key head h // (H / Hk): grouped-query (Hk < H) or multi-query (Hk = 1)
+    attention, without a copy of k or v per query head.
     Query i stands at position i + Tk - Tq, so Tq < Tk is a chunk, or one decoded step, against a KV
     cache. Slices of a fused projection are read in place; only a strided last axis costs a copy.
     Accumulates in float32 (float64 for float64); the same bits for any number of threads.
@@ -76,7 +78,8 @@ def flash_attention(
 
     Args:
         q: (B, Tq, H, D) with D in {32, 64, 128}; float32, bfloat16, float16, or float64 on the CPU.
-        k, v: (B, Tk, H, D), in the dtype of q.
+        k, v: (B, Tk, Hk, D), H a multiple of Hk, in the dtype of q. On CUDA they are repeated to H
+            heads first.
         scale: factor of the scores, positive and finite; None is 1 / sqrt(D).
         causal: the query at position p sees keys j <= p; needs Tq <= Tk.
         window: > 0: it sees only keys with p - window < j (not causal: also j < p + window).
@@ -103,6 +106,8 @@ def flash_attention(
         if return_lse:
             return plain.flash_attention_with_lse(*arguments)
         return plain.flash_attention(*arguments)
+    if q.is_cuda and q.dim() == k.dim() == v.dim() == 4:  # our CUDA kernels know no groups
+        k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
     out: Tensor
     lse: Tensor
     given = () if first_key is None else (first_key,)

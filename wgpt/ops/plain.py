@@ -66,6 +66,7 @@ def flash_attention(
     queries to more keys asks for it.
     """
     q_steps, kv_steps = q.shape[1], k.shape[1]
+    k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
     is_square = causal and window == 0 and first_key is None and q_steps == kv_steps
     sees_all = window == 0 and first_key is None and (not causal or q_steps == 1)
     mask = None

@@ -104,6 +104,7 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `wgpt.ops.flash_attention`; this one writes the Tq x Tk matrix of scores."""
     q_steps, kv_steps = q.shape[1], k.shape[1]
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     if scale is None:
         scale = q.shape[-1] ** -0.5
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
@@ -134,6 +135,14 @@ def visible_keys(
     if first_key is not None:
         visible = visible & (key >= first_key[:, None, :, None])
     return visible
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, T, Hk, D) with each head repeated to (B, T, heads, D), if heads is a multiple of Hk."""
+    own = x.shape[2]
+    if own in (0, heads) or heads % own != 0:
+        return x
+    return x.repeat_interleave(heads // own, dim=2)
 
 
 def add_rms_norm(

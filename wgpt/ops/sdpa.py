@@ -158,7 +158,7 @@ def _serves(
     The same answer in forward and backward: it depends on what both are given alone.
     """
     batch, heads, q_steps, head_dim = query.shape
-    k_steps = key.shape[2]
+    kv_heads, k_steps = key.shape[1:3]
     return (
         attn_mask is None
         and dropout_p == 0.0
@@ -168,7 +168,10 @@ def _serves(
         and (scale is None or 0 < scale < math.inf)
         # torch aligns a causal mask to the first key, ours to the last.
         and (q_steps == k_steps or not is_causal)
-        and key.shape == value.shape == (batch, heads, k_steps, head_dim)
+        # Fewer than query heads: enable_gqa, or torch would not have come here.
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and key.shape == value.shape == (batch, kv_heads, k_steps, head_dim)
         and batch * heads * q_steps * k_steps * head_dim >= _LEAST_WORK
     )
 
@@ -180,8 +183,9 @@ def use_for_sdpa() -> SdpaHandle:
         with wgpt.ops.use_for_sdpa(): ...       # in here
 
     Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 128}, no mask
-    but a square causal one, no dropout, as many key as query heads, and enough work; any other call
-    runs torch's own kernel, to the same bits as without this. `ops.info()["sdpa"]` counts both.
+    but a square causal one, no dropout, and enough work, with fewer key than query heads too
+    (`enable_gqa`, where torch does not repeat them first); any other call runs torch's own kernel,
+    to the same bits as without this. `ops.info()["sdpa"]` counts both.
 
     The override holds for the whole process, threads included, until every handle is closed.
 

@@ -76,8 +76,8 @@ inline void flash_attention_forward(const FlashAttentionForward& args, const Exe
   });
 }
 
-// Workspace of the backward, in floats: delta of every query, a flag per head whose gradients are not
-// all finite, and a dq per key split where there are several.
+// Workspace of the backward, in floats: delta of every query, a flag per key head of whose group
+// not all gradients are finite, and a dq per key split where there are several.
 template <typename Element, int kDim>
 struct BackwardWorkspace {
   using Backward = typename AttentionOf<Element, kDim>::Backward;
@@ -87,7 +87,7 @@ struct BackwardWorkspace {
     const int64_t n_heads = shape.batch * shape.heads,
                   n_key_splits = Backward::n_key_splits(shape, shape.kv_steps);
     has_nonfinite = n_heads * shape.q_steps;
-    dq = round_up(has_nonfinite + n_heads, 16);
+    dq = round_up(has_nonfinite + shape.batch * shape.kv_heads(), 16);
     all =
         dq + (n_key_splits == 1 ? 0 : n_heads * n_key_splits * Backward::dq_floats(shape.q_steps));
   }
@@ -123,7 +123,7 @@ inline bool segments_are_balanced(const FlashAttentionBackward& args, int64_t n_
       const int64_t n_keys = segment.keys.end - segment.keys.begin;
       const int64_t pairs = (segment.queries.end - i) * n_keys;
       longest = max_of(longest, pairs);
-      all += pairs * args.shape.heads;
+      all += pairs * args.shape.kv_heads();
       i = segment.queries.end;
     }
   }
@@ -135,13 +135,14 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
   using Backward = typename AttentionOf<Element, kDim>::Backward;
   const FlashAttentionShape& shape = args.shape;
   const int64_t n_heads = shape.batch * shape.heads, n_threads = max_of(1, executor.n_threads);
+  const int64_t group = shape.group, n_groups = shape.batch * shape.kv_heads();
   const BackwardWorkspace<Element, kDim> workspace(shape);
   float* const has_nonfinite = static_cast<float*>(args.workspace) + workspace.has_nonfinite;
-  clear_floats(has_nonfinite, n_heads);
+  clear_floats(has_nonfinite, n_groups);
   const auto run = [&](int64_t head, auto&& body) {
     Backward backward(args, head / shape.heads, head % shape.heads, false);
     const float one = 1.0f;
-    if (!body(backward)) __atomic_store(has_nonfinite + head, &one, __ATOMIC_RELAXED);
+    if (!body(backward)) __atomic_store(has_nonfinite + head / group, &one, __ATOMIC_RELAXED);
   };
   const int64_t rows = 4 * Backward::kGradientQueries, n_chunks = ceil_div(shape.q_steps, rows);
   const auto for_chunks = [&](auto&& body) {  // the last queries, which see most keys, first
@@ -156,14 +157,14 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
   };
   const bool is_packed = shape.causal && args.first_key != nullptr;
   const int64_t n_key_splits = Backward::n_key_splits(shape, shape.kv_steps),
-                n_tasks = n_heads * n_key_splits;
+                n_tasks = n_groups * n_key_splits;
   const bool is_balanced = is_packed ? segments_are_balanced(args, n_threads)
                                      : 5 * ceil_div(n_tasks, n_threads) * n_threads <= 7 * n_tasks;
   if (is_balanced && (is_packed || n_key_splits == 1)) {
     const int64_t span = is_packed ? kSegmentSpan : shape.q_steps;  // queries of a task
-    run_tasks(executor, n_heads * ceil_div(shape.q_steps, span), [&](int64_t task) {
-      const int64_t begin = task / n_heads * span;
-      run(task % n_heads, [&](auto& of_head) {
+    run_tasks(executor, n_groups * ceil_div(shape.q_steps, span), [&](int64_t task) {
+      const int64_t begin = task / n_groups * span;
+      run(task % n_groups * group, [&](auto& of_head) {
         return of_head.run_segments(begin, min_of(begin + span, shape.q_steps));
       });
     });
@@ -172,27 +173,31 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
     float* dq = static_cast<float*>(args.workspace) + workspace.dq;
     const int64_t dq_floats = Backward::dq_floats(shape.q_steps);
     run_tasks(executor, n_tasks, [&](int64_t task) {
-      run(task / n_key_splits, [&](auto& of_head) {
-        return of_head.run_key_split(task % n_key_splits, n_key_splits, dq + task * dq_floats);
+      run(task / n_key_splits * group, [&](auto& of_head) {
+        return of_head.run_key_split(task % n_key_splits, n_key_splits,
+                                     dq + task * group * dq_floats);
       });
     });
     for_chunks([&](auto& of_head, int64_t head, int64_t begin, int64_t end) {
-      return of_head.add_key_splits(begin, end, n_key_splits, dq + head * n_key_splits * dq_floats);
+      const int64_t first = head / group * n_key_splits * group + head % group;
+      return of_head.add_key_splits(begin, end, n_key_splits, dq + first * dq_floats);
     });
   } else {
     for_chunks(write_delta);
     const int64_t keys = Backward::kGradientKeys;
-    run_tasks(executor, n_heads * ceil_div(shape.kv_steps, keys), [&](int64_t task) {
-      const int64_t begin = task / n_heads * keys;  // the first keys, seen by most queries, first
-      run(task % n_heads, [&](auto& of_head) { return of_head.run_keys(begin, begin + keys); });
+    run_tasks(executor, n_groups * ceil_div(shape.kv_steps, keys), [&](int64_t task) {
+      const int64_t begin = task / n_groups * keys;  // the first keys, seen by most queries, first
+      run(task % n_groups * group,
+          [&](auto& of_head) { return of_head.run_keys(begin, begin + keys); });
     });
     for_chunks([&](auto& of_head, int64_t, int64_t begin, int64_t end) {
       return of_head.run_queries(begin, end);
     });
   }
   if constexpr (AttentionDot<Element>::Type::kTerms > 1) {
-    run_tasks(executor, n_heads, [&](int64_t head) {
-      if (has_nonfinite[head] == 0.0f) return;
+    run_tasks(executor, n_groups, [&](int64_t task) {
+      if (has_nonfinite[task] == 0.0f) return;
+      const int64_t head = task * group;
       VectorBackward<Element, kDim, FloatDot> fallback(args, head / shape.heads, head % shape.heads,
                                                        true);
       fallback.run_segments(0, shape.q_steps);

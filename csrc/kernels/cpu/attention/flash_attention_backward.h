@@ -2,7 +2,7 @@
 //
 //   for each segment (a packed document; without first_key there is one), for each key block
 //                                      k, v packed transposed, k by rows; dk, dv in L2
-//     for each query block             q, d_out packed by rows (and by row pairs)
+//     for each query head of the group, query block    q, d_out packed by rows (and by row pairs)
 //       for each strip of keys, group of rows    p = exp(scale q k^T - lse)
 //                                                ds = p * (d_out v^T - delta)
 //       for each group of keys                   dv += p^T d_out, dk += ds^T q
@@ -11,12 +11,13 @@
 // The part that the vector kernel (flash_attention_backward_vector.h) and the AMX kernel
 // (flash_attention_backward_amx.h) share.
 //
-// Gradients accumulate in ascending order of queries (dk, dv) or keys (dq). A task is a head's segments, or
-// a key split of a head: all of its keys where there are many heads; with few, each split has a dq of its
-// own, and these are added in order (five GEMMs). Where that gives too few tasks for the threads, a task is
-// first a key block (dk, dv) and then a chunk of queries (dq): seven GEMMs. All add the same numbers in the
-// same order, and the number of splits does not depend on the threads, so the bits are the same. Key and
-// query blocks begin where their segment begins.
+// Gradients accumulate in ascending order of query heads and queries (dk, dv) or keys (dq). A
+// task is a key head's segments, or a key split of it, with all query heads of its group: all of
+// its keys where there are many heads; with few, each split has a dq of its own, and these are
+// added in order (five GEMMs). Where that gives too few tasks for the threads, a task is first a
+// key block (dk, dv) and then a chunk of queries of a head (dq): seven GEMMs. All add the same
+// numbers in the same order, and the number of splits does not depend on the threads, so the bits
+// are the same. Key and query blocks begin where their segment begins.
 #pragma once
 
 #include <math.h>
@@ -45,19 +46,17 @@ class GradientTask {
   static constexpr int kPairStride =
       kTerms > 1 ? kLanes : 1;  // between the two keys of a pair in ds
 
+  // Of query head h; what runs over keys serves the whole group of heads that h is in.
   // With fp32_fallback, rows that are finite already are left as they are.
   GradientTask(const FlashAttentionBackward& args, int64_t b, int64_t h, bool fp32_fallback)
       : args_(args),
         shape_(args.shape),
         mask_(args.shape, args.first_key, b),
         b_(b),
-        h_(h),
+        kv_h_(h / args.shape.group),
         fp32_fallback_(fp32_fallback),
         segment_(segment_of(mask_, 0)) {
-    const int64_t offset = (b * shape_.heads + h) * shape_.q_steps;
-    lse_ = static_cast<const float*>(args.lse) + offset;
-    d_lse_ = args.d_lse == nullptr ? nullptr : static_cast<const float*>(args.d_lse) + offset;
-    delta_ = static_cast<float*>(args.workspace) + offset;
+    select_head(h);
   }
 
   bool write_delta(int64_t begin, int64_t end) {
@@ -71,9 +70,9 @@ class GradientTask {
     return true;
   }
 
-  // Key splits of a segment of n_keys in every head: enough for eight tasks in all.
+  // Key splits of a segment of n_keys in every key head: enough for eight tasks in all.
   static int64_t n_key_splits(const FlashAttentionShape& shape, int64_t n_keys) {
-    const int64_t n_heads = max_of<int64_t>(1, shape.batch * shape.heads);
+    const int64_t n_heads = max_of<int64_t>(1, shape.batch * shape.kv_heads());
     const int64_t n_blocks = ceil_div(n_keys, kGradientKeys);
     return max_of<int64_t>(1, min_of(ceil_div(8, n_heads), n_blocks / 2));
   }
@@ -90,31 +89,35 @@ class GradientTask {
     for_segments(begin, end, [&] {
       const Range& rows = segment_.queries;
       if (rows.begin < begin) return;
-      write_delta(rows.begin, rows.end);
-      add_over_splits(rows, segment_.keys,
-                      [&](int64_t key_block, float* dq) { run_key_block<true>(key_block, dq); });
+      for_group([&](int64_t) { write_delta(rows.begin, rows.end); });
+      const float* dq = add_over_splits(
+          rows, segment_.keys, shape_.group,
+          [&](int64_t key_block, float* sums) { run_key_block<true>(key_block, sums); });
+      for_group([&](int64_t g) {
+        write_dq(rows.begin, rows.end, dq + g * dq_floats(rows.end - rows.begin));
+      });
     });
     return all_finite_;
   }
 
-  // Where there is one segment: the split's share of dq goes to dq_floats(q_steps) floats at dq.
+  // Where there is one segment: the split's share goes to dq, dq_floats(q_steps) for each head.
   bool run_key_split(int64_t key_split, int64_t n_key_splits, float* dq) {
     [[maybe_unused]] const typename Dot::Scope scope;
     reserve();
-    clear_floats(dq, dq_floats(shape_.q_steps));
+    clear_floats(dq, shape_.group * dq_floats(shape_.q_steps));
     for (int64_t key_block = 0; key_block < shape_.kv_steps; key_block += kGradientKeys) {
       if (is_in_split(key_block, key_split, n_key_splits)) run_key_block<true>(key_block, dq);
     }
     return all_finite_;
   }
 
-  // Queries [begin, end) of dq, summed over all key splits, which lie side by side.
+  // Queries [begin, end) of dq, summed over all key splits, the first of which is at dq.
   bool add_key_splits(int64_t begin, int64_t end, int64_t n_key_splits, const float* dq) {
     float* sum = reserve_dq(end - begin);
     clear_floats(sum, (end - begin) * kDim);
     for (int64_t key_split = 0; key_split < n_key_splits; ++key_split)
-      add_floats(dq + key_split * dq_floats(shape_.q_steps) + begin * kDim, (end - begin) * kDim,
-                 sum);
+      add_floats(dq + key_split * shape_.group * dq_floats(shape_.q_steps) + begin * kDim,
+                 (end - begin) * kDim, sum);
     write_dq(begin, end, sum);
     return all_finite_;
   }
@@ -144,12 +147,13 @@ class GradientTask {
       if (rows.begin >= rows.end) return;
       const Range keys =
           rows_visibility(mask_, rows.begin, rows.end - rows.begin, rows.end - 1).any;
-      add_over_splits(rows, keys, [&](int64_t key_block, float* dq) {
+      const float* dq = add_over_splits(rows, keys, 1, [&](int64_t key_block, float* sums) {
         pack_key_block(key_block);
         for (int64_t query_block = rows.begin; query_block < rows.end;
              query_block += kGradientQueries)
-          run_query_block<false, true>(query_block, dq + (query_block - rows.begin) * kDim);
+          run_query_block<false, true>(query_block, sums + (query_block - rows.begin) * kDim);
       });
+      write_dq(rows.begin, rows.end, dq);
     });
     return all_finite_;
   }
@@ -161,6 +165,23 @@ class GradientTask {
                            kScoreFloats = int64_t{kGradientQueries} * kGradientKeys / kPer;
 
   Derived* derived() { return static_cast<Derived*>(this); }
+
+  void select_head(int64_t h) {
+    h_ = h;
+    const int64_t offset = (b_ * shape_.heads + h) * shape_.q_steps;
+    lse_ = static_cast<const float*>(args_.lse) + offset;
+    d_lse_ = args_.d_lse == nullptr ? nullptr : static_cast<const float*>(args_.d_lse) + offset;
+    delta_ = static_cast<float*>(args_.workspace) + offset;
+  }
+
+  // Calls body(g) with query head g of the group selected.
+  template <typename Body>
+  WGPT_INLINE void for_group(Body&& body) {
+    for (int64_t g = 0; g < shape_.group; ++g) {
+      select_head(kv_h_ * shape_.group + g);
+      body(g);
+    }
+  }
 
   void reserve() {
     const int64_t n_floats = kTerms * (3 * kKeyFloats + 5 * kQueryFloats + 3 * kScoreFloats) +
@@ -212,21 +233,23 @@ class GradientTask {
   void clear_unseen_keys(int64_t begin, int64_t end) {
     for (int64_t j = begin; j < min_of(end, segment_of(mask_, 0).keys.begin); ++j) {
       for (int c = 0; c < kDim; c += kLanes) {
-        store(head_row<Element>(args_.dk, b_, h_, j) + c, splat(0.0f));
-        store(head_row<Element>(args_.dv, b_, h_, j) + c, splat(0.0f));
+        store(head_row<Element>(args_.dk, b_, kv_h_, j) + c, splat(0.0f));
+        store(head_row<Element>(args_.dv, b_, kv_h_, j) + c, splat(0.0f));
       }
     }
   }
 
-  // dq of consecutive rows of the segment, which see `keys`: body(key_block, dq) adds the share of one key
-  // block to the rows at dq. Key splits are summed each by itself, then added in order.
+  // dq of consecutive rows of the segment, which see `keys`, for n_heads, each in dq_floats():
+  // body(key_block, dq) adds the share of one key block to the rows at dq. Key splits are summed
+  // each by itself, then added in order.
   template <typename Body>
-  void add_over_splits(const Range& rows, const Range& keys, Body&& body) {
+  const float* add_over_splits(const Range& rows, const Range& keys, int64_t n_heads, Body&& body) {
     const Range& all = segment_.keys;
     const int64_t first = all.begin + (keys.begin - all.begin) / kGradientKeys * kGradientKeys;
-    const int64_t n_rows = rows.end - rows.begin, n_floats = dq_floats(n_rows);
+    const int64_t n_rows = n_heads * round_up(rows.end - rows.begin, kGradientQueries);
+    const int64_t n_floats = n_rows * kDim;
     const int64_t n_splits = fp32_fallback_ ? 1 : n_key_splits(shape_, all.end - all.begin);
-    float* dq = reserve_dq(n_splits == 1 ? n_rows : 2 * round_up(n_rows, kGradientQueries));
+    float* dq = reserve_dq(n_splits == 1 ? n_rows : 2 * n_rows);
     float* of_split = n_splits == 1 ? dq : dq + n_floats;
     if (n_splits > 1) clear_floats(dq, n_floats);
     for (int64_t key_split = 0; key_split < n_splits; ++key_split) {
@@ -236,7 +259,7 @@ class GradientTask {
       }
       if (n_splits > 1) add_floats(of_split, n_floats, dq);
     }
-    write_dq(rows.begin, rows.end, dq);
+    return dq;
   }
 
   // Zig-zag assignment of key blocks (causal load balance): later blocks are seen by fewer queries.
@@ -253,24 +276,27 @@ class GradientTask {
     key_block_ = key_block;
     n_keys_ = min_of<int64_t>(kGradientKeys, segment_.keys.end - key_block);
     const int64_t n_packed = min_of<int64_t>(kGradientKeys, round_up(n_keys_, kStrip));
-    const Rows<Element> k = head_rows<Element>(args_.k, b_, h_, key_block);
+    const Rows<Element> k = head_rows<Element>(args_.k, b_, kv_h_, key_block);
     pack_columns<Dot, kDim>(k, n_keys_, n_packed, k_columns_, kKeyFloats);
-    pack_columns<Dot, kDim>(head_rows<Element>(args_.v, b_, h_, key_block), n_keys_, n_packed,
+    pack_columns<Dot, kDim>(head_rows<Element>(args_.v, b_, kv_h_, key_block), n_keys_, n_packed,
                             v_columns_, kKeyFloats);
     pack_row_pairs<Dot, kDim, kPairStride>(k, n_keys_, n_packed, k_rows_, kKeyFloats);
   }
 
-  // dk and dv of a key block, and its share of the segment's dq.
+  // dk and dv of a key block, and its share of the segment's dq, that of every head of the group.
   template <bool kDq>
   void run_key_block(int64_t key_block, float* dq) {
     pack_key_block(key_block);
     clear_floats(dk_, 2 * kGradientKeys * kDim);
-    const auto [first, last] = segment_.queries;
+    const int64_t first = segment_.queries.begin, last = segment_.queries.end;
     const int64_t begin = seeing_queries(mask_, key_block, first, last).begin,
                   end = seeing_queries(mask_, key_block + n_keys_ - 1, first, last).end;
-    for (int64_t row = (begin - first) / kGradientQueries * kGradientQueries; first + row < end;
-         row += kGradientQueries)
-      run_query_block<true, kDq>(first + row, kDq ? dq + row * kDim : nullptr);
+    for_group([&](int64_t g) {
+      float* of_head = kDq ? dq + g * dq_floats(last - first) : nullptr;
+      for (int64_t row = (begin - first) / kGradientQueries * kGradientQueries; first + row < end;
+           row += kGradientQueries)
+        run_query_block<true, kDq>(first + row, kDq ? of_head + row * kDim : nullptr);
+    });
     derived()->write_key_gradients();
   }
 
@@ -364,10 +390,11 @@ class GradientTask {
   const FlashAttentionBackward& args_;
   const FlashAttentionShape& shape_;
   const Mask mask_;
-  const int64_t b_, h_;
+  const int64_t b_, kv_h_;
   const bool fp32_fallback_;
   Segment segment_;
   bool all_finite_ = true;
+  int64_t h_;  // the query head, with its rows of lse_, d_lse_ and delta_
   const float *lse_, *d_lse_;
   float* delta_;
   int64_t key_block_ = 0, n_keys_ = 0, query_block_ = 0, n_rows_ = 0;

@@ -209,7 +209,7 @@ class AmxBackward : public GradientTask<AmxBackward<Element, kDim, Dot>, Element
                         kDim);
       for (int64_t i = j; i < min_of(j + kLanes, this->n_keys_); ++i) {
         this->write_row(rows + (i - j) * kDim, factor,
-                        head_row<Element>(out, this->b_, this->h_, this->key_block_ + i));
+                        head_row<Element>(out, this->b_, this->kv_h_, this->key_block_ + i));
       }
     }
   }

@@ -127,9 +127,9 @@ class VectorBackward
     for (int64_t j = 0; j < this->n_keys_; ++j) {
       const int64_t key = this->key_block_ + j;
       this->write_row(this->dk_ + j * kDim, scale,
-                      head_row<Element>(this->args_.dk, this->b_, this->h_, key));
+                      head_row<Element>(this->args_.dk, this->b_, this->kv_h_, key));
       this->write_row(this->dv_ + j * kDim, 1.0f,
-                      head_row<Element>(this->args_.dv, this->b_, this->h_, key));
+                      head_row<Element>(this->args_.dv, this->b_, this->kv_h_, key));
     }
   }
 };

@@ -38,7 +38,7 @@ class DecodeSpan {
         shape_(args.shape),
         mask_(args.shape, args.first_key, b),
         b_(b),
-        h_(h),
+        kv_h_(h / shape_.group),
         partial_(partial),
         n_rows_(static_cast<int>(shape_.q_steps)) {
     for (int r = 0; r < n_rows_; ++r) {
@@ -66,7 +66,7 @@ class DecodeSpan {
   void score(int64_t key, int n) {
     const float scale = static_cast<float>(shape_.scale) * kLog2E;
     for (int j = 0; j < n; ++j) {
-      const Element* k = head_row<Element>(args_.k, b_, h_, key + j);
+      const Element* k = head_row<Element>(args_.k, b_, kv_h_, key + j);
       Floats row[kVectorsOfRow];
       WGPT_UNROLL for (int v = 0; v < kVectorsOfRow; ++v) row[v] = load(k + v * kLanes);
       for (int r = 0; r < n_rows_; ++r) {
@@ -114,7 +114,7 @@ class DecodeSpan {
       const int64_t begin = max_of<int64_t>(0, seen.begin - key),
                     end = min_of<int64_t>(n, seen.end - key);
       for (int64_t j = begin; j < end; ++j) {
-        const Element* row = head_row<Element>(args_.v, b_, h_, key + j);
+        const Element* row = head_row<Element>(args_.v, b_, kv_h_, key + j);
         const Floats p = splat(p_[r * kDecodeKeys + j]);
         WGPT_UNROLL for (int v = 0; v < kVectorsOfRow; ++v) sums[v] =
             fma(p, load(row + v * kLanes), sums[v]);
@@ -126,7 +126,7 @@ class DecodeSpan {
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
   const Mask mask_;
-  const int64_t b_, h_;
+  const int64_t b_, kv_h_;
   float* partial_;
   const int n_rows_;
   alignas(64) float q_[kDecodeRows * kDim];
@@ -180,9 +180,11 @@ void decode(const FlashAttentionForward& args, const Executor& executor) {
     const Range of_item = DecodeKeys(args, b).spans;
     spans = {min_of(spans.begin, of_item.begin), max_of(spans.end, of_item.end)};
   }
-  const int64_t n_spans = spans.end - spans.begin;
+  const int64_t n_spans = spans.end - spans.begin, group = shape.group;
   run_tasks(executor, n_heads * n_spans, [&](int64_t task) {
-    const int64_t head = task / n_spans, span = spans.begin + task % n_spans;
+    // The heads of a group one after the other: they read the same keys.
+    const int64_t head = task / (group * n_spans) * group + task % group;
+    const int64_t span = spans.begin + task / group % n_spans;
     const DecodeKeys of_item(args, head / shape.heads);
     const int64_t begin = of_item.origin + span * kDecodeSpan;
     const Range keys{max_of(of_item.keys.begin, begin),

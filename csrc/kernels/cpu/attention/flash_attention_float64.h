@@ -37,7 +37,7 @@ template <typename Element>
 void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t i) {
   using Sum = Arithmetic<Element>;
   const FlashAttentionShape& shape = args.shape;
-  const int64_t d = shape.head_dim;
+  const int64_t d = shape.head_dim, kv_h = h / shape.group;
   const Element* q = head_row<Element>(args.q, b, h, i);
   Sum scaled_q[kMaxHeadDim], out[kMaxHeadDim] = {}, p[kKeysPerBlock], sum = 0, maximum = -INFINITY;
   for (int64_t c = 0; c < d; ++c) scaled_q[c] = widen(q[c]) * static_cast<Sum>(shape.scale);
@@ -46,7 +46,7 @@ void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t
     const int64_t n = min_of(kKeysPerBlock, keys.end - j0);
     Sum new_maximum = maximum;
     for (int64_t j = 0; j < n; ++j) {
-      p[j] = dot(scaled_q, head_row<Element>(args.k, b, h, j0 + j), d);
+      p[j] = dot(scaled_q, head_row<Element>(args.k, b, kv_h, j0 + j), d);
       new_maximum = max_of(new_maximum, p[j]);
     }
     const Sum base = new_maximum == -INFINITY ? Sum(0) : new_maximum;
@@ -56,7 +56,7 @@ void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t
     for (int64_t j = 0; j < n; ++j) {
       p[j] = exp_of(p[j] - base);
       sum += p[j];
-      add_scaled(p[j], head_row<Element>(args.v, b, h, j0 + j), d, out);
+      add_scaled(p[j], head_row<Element>(args.v, b, kv_h, j0 + j), d, out);
     }
     maximum = new_maximum;
   }
@@ -69,21 +69,22 @@ constexpr int64_t kRowsPerTask = 16;
 
 // Calls body(b, h, row) for every row of every head, the last rows (the longest when causal) first.
 template <typename Body>
-void for_each_row(const FlashAttentionShape& shape, int64_t n_rows, const Executor& executor,
+void for_each_row(int64_t batch, int64_t heads, int64_t n_rows, const Executor& executor,
                   Body&& body) {
-  const int64_t n_heads = shape.batch * shape.heads, n_blocks = ceil_div(n_rows, kRowsPerTask);
+  const int64_t n_heads = batch * heads, n_blocks = ceil_div(n_rows, kRowsPerTask);
   run_tasks(executor, n_blocks * n_heads, [&](int64_t task) {
     const int64_t block = n_blocks - 1 - task / n_heads, head = task % n_heads;
     for (int64_t row = block * kRowsPerTask; row < min_of((block + 1) * kRowsPerTask, n_rows);
          ++row) {
-      body(head / shape.heads, head % shape.heads, row);
+      body(head / heads, head % heads, row);
     }
   });
 }
 
 template <typename Element>
 void attend_float64(const FlashAttentionForward& args, const Executor& executor) {
-  for_each_row(args.shape, args.shape.q_steps, executor,
+  const FlashAttentionShape& shape = args.shape;
+  for_each_row(shape.batch, shape.heads, shape.q_steps, executor,
                [&](int64_t b, int64_t h, int64_t i) { attend_row<Element>(args, b, h, i); });
 }
 
@@ -93,6 +94,7 @@ struct BackwardRow {
   const FlashAttentionBackward& args;
   Sum* delta;  // (B, H, Tq), in the workspace
   int64_t b, h;
+  int64_t kv_h = h / args.shape.group;
   Mask mask{args.shape, args.first_key, b};
 
   Sum p(int64_t i, int64_t j) const {
@@ -100,14 +102,15 @@ struct BackwardRow {
     const Element* row = head_row<Element>(args.q, b, h, i);
     for (int64_t c = 0; c < args.shape.head_dim; ++c)
       q[c] = widen(row[c]) * static_cast<Sum>(args.shape.scale);
-    return exp_of(dot(q, head_row<Element>(args.k, b, h, j), args.shape.head_dim) - lse()[i]);
+    return exp_of(dot(q, head_row<Element>(args.k, b, kv_h, j), args.shape.head_dim) - lse()[i]);
   }
   Sum ds(int64_t i, int64_t j, Sum p_ij) const {
     Sum d_out[kMaxHeadDim];
     const Element* row = head_row<Element>(args.d_out, b, h, i);
     for (int64_t c = 0; c < args.shape.head_dim; ++c) d_out[c] = widen(row[c]);
     return p_ij *
-           (dot(d_out, head_row<Element>(args.v, b, h, j), args.shape.head_dim) - head_delta()[i]) *
+           (dot(d_out, head_row<Element>(args.v, b, kv_h, j), args.shape.head_dim) -
+            head_delta()[i]) *
            static_cast<Sum>(args.shape.scale);
   }
   const Sum* lse() const { return static_cast<const Sum*>(args.lse) + head_offset(); }
@@ -128,13 +131,13 @@ struct BackwardRow {
     const int64_t d = args.shape.head_dim;
     const Range keys = visible_keys(mask, i);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
-      add_scaled(ds(i, j, p(i, j)), head_row<Element>(args.k, b, h, j), d, dq);
+      add_scaled(ds(i, j, p(i, j)), head_row<Element>(args.k, b, kv_h, j), d, dq);
     }
     Element* out = head_row<Element>(args.dq, b, h, i);
     for (int64_t c = 0; c < d; ++c) out[c] = narrow<Element>(dq[c]);
   }
-  void write_dk_dv(int64_t j) const {
-    Sum dk[kMaxHeadDim] = {}, dv[kMaxHeadDim] = {};
+  // Adds this head's share of key j's gradients.
+  void add_dk_dv(int64_t j, Sum* dk, Sum* dv) const {
     const int64_t d = args.shape.head_dim;
     const Range queries = seeing_queries(mask, j, 0, args.shape.q_steps);
     for (int64_t i = queries.begin; i < queries.end; ++i) {
@@ -142,26 +145,31 @@ struct BackwardRow {
       add_scaled(p_ij, head_row<Element>(args.d_out, b, h, i), d, dv);
       add_scaled(ds(i, j, p_ij), head_row<Element>(args.q, b, h, i), d, dk);
     }
-    Element *dk_row = head_row<Element>(args.dk, b, h, j),
-            *dv_row = head_row<Element>(args.dv, b, h, j);
-    for (int64_t c = 0; c < d; ++c) {
-      dk_row[c] = narrow<Element>(dk[c]);
-      dv_row[c] = narrow<Element>(dv[c]);
-    }
   }
 };
 
 template <typename Element>
 void attend_backward_float64(const FlashAttentionBackward& args, const Executor& executor) {
   using Row = BackwardRow<Element>;
+  const FlashAttentionShape& shape = args.shape;
   auto* delta = static_cast<typename Row::Sum*>(args.workspace);
   const auto row_of = [&](int64_t b, int64_t h) { return Row{args, delta, b, h}; };
-  for_each_row(args.shape, args.shape.q_steps, executor,
+  for_each_row(shape.batch, shape.heads, shape.q_steps, executor,
                [&](int64_t b, int64_t h, int64_t i) { row_of(b, h).write_delta(i); });
-  for_each_row(args.shape, args.shape.q_steps, executor,
+  for_each_row(shape.batch, shape.heads, shape.q_steps, executor,
                [&](int64_t b, int64_t h, int64_t i) { row_of(b, h).write_dq(i); });
-  for_each_row(args.shape, args.shape.kv_steps, executor,
-               [&](int64_t b, int64_t h, int64_t j) { row_of(b, h).write_dk_dv(j); });
+  for_each_row(shape.batch, shape.kv_heads(), shape.kv_steps, executor,
+               [&](int64_t b, int64_t kv_h, int64_t j) {
+                 typename Row::Sum dk[kMaxHeadDim] = {}, dv[kMaxHeadDim] = {};
+                 for (int64_t g = 0; g < shape.group; ++g)
+                   row_of(b, kv_h * shape.group + g).add_dk_dv(j, dk, dv);
+                 Element *dk_row = head_row<Element>(args.dk, b, kv_h, j),
+                         *dv_row = head_row<Element>(args.dv, b, kv_h, j);
+                 for (int64_t c = 0; c < shape.head_dim; ++c) {
+                   dk_row[c] = narrow<Element>(dk[c]);
+                   dv_row[c] = narrow<Element>(dv[c]);
+                 }
+               });
 }
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -124,6 +124,7 @@ class ForwardChunk {
 
   // Queries [begin, end) of one segment, whose keys begin at key_origin.
   bool run_rows(int64_t b, int64_t h, int64_t begin, int64_t end, int64_t key_origin) {
+    const int64_t kv_h = h / shape_.group;
     begin_ = begin;
     n_rows_ = end - begin;
     const int64_t n_padded = round_up(n_rows_, kChunkStep);
@@ -138,14 +139,14 @@ class ForwardChunk {
          key_block_ < keys.end; key_block_ += kBlockKeys) {
       const int64_t n_keys = min_of<int64_t>(kBlockKeys, keys.end - key_block_);
       const int64_t n_packed = min_of<int64_t>(kBlockKeys, round_up(n_keys, kStrip));
-      pack_columns<Dot, kDim>(head_rows<Element>(args_.k, b, h, key_block_), n_keys, n_packed, k_,
-                              kKTerm);
-      pack_row_pairs<Dot, kDim, kPairStride>(head_rows<Element>(args_.v, b, h, key_block_), n_keys,
-                                             n_packed, v_, kVTerm);
+      pack_columns<Dot, kDim>(head_rows<Element>(args_.k, b, kv_h, key_block_), n_keys, n_packed,
+                              k_, kKTerm);
+      pack_row_pairs<Dot, kDim, kPairStride>(head_rows<Element>(args_.v, b, kv_h, key_block_),
+                                             n_keys, n_packed, v_, kVTerm);
       const int64_t next = key_block_ + kBlockKeys;
       const int64_t n_next = max_of<int64_t>(0, min_of<int64_t>(kBlockKeys, keys.end - next));
-      prefetch_rows<kDim>(head_rows<Element>(args_.k, b, h, next), n_next);
-      prefetch_rows<kDim>(head_rows<Element>(args_.v, b, h, next), n_next);
+      prefetch_rows<kDim>(head_rows<Element>(args_.k, b, kv_h, next), n_next);
+      prefetch_rows<kDim>(head_rows<Element>(args_.v, b, kv_h, next), n_next);
       static_cast<Derived*>(this)->attend_block();
     }
     bool all_finite = true;
