@@ -54,6 +54,13 @@ def test_equal_names_of_several_inputs_get_numbers(tmp_path: Path) -> None:
     assert list(named(folders)) == ["voices-2/1.wav", "voices/1.wav"]
 
 
+@pytest.mark.parametrize("name", ["a\\u0000.wav", "\\ud800.wav"])
+def test_a_name_that_no_file_bears_is_refused_by_line(name, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"path": "b.wav"}}\n{{"path": "{name}"}}\n')
+    with pytest.raises(DataError, match=r"list\.jsonl: line 2: path must be a file's name, got"):
+        collect([tmp_path / "list.jsonl"], [], [], NOWHERE)
+
+
 def test_a_plain_list_is_read_from_its_folder(tmp_path: Path) -> None:
     touch(tmp_path, "sound/a.wav", "sound/b.wav")
     (tmp_path / "list.txt").write_text("# mine\nsound/a.wav\n\nsound/missing.wav\n")

@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_the_most_frequent_token_by_hand(tmp_path: Path) -> None:
     options = {"keep_silence": True, "keep_loudness": True, "valid_fraction": 0.0}
     found = prepare(tmp_path, tmp_path / "data", codec=FakeCodec(), **options)["report"]
     assert found["most_frequent_token"]["share"] == 0.25
+
+
+def test_a_name_of_any_bytes_is_in_the_account_and_on_the_page(tmp_path: Path) -> None:
+    recordings = tmp_path / "r"
+    recordings.mkdir()
+    soundfile.write(recordings / "good.wav", noise(2), RATE)
+    odd = os.fsdecode(b"caf\xe9\x1b[2J.wav")
+    for name in (odd, f"sound-{odd}"):
+        (recordings / name).write_text("no sound")
+    soundfile.write(os.fsencode(recordings / odd), noise(2, 1), RATE, format="WAV")
+    found = prepare(recordings, tmp_path / "data", codec=FakeCodec(), valid_fraction=0.0)
+    assert found["account"]["used"] == 2 and found["account"]["skipped"] == 1
+    assert any(f"sound-{odd}" in line for line in report_lines(found))
+    text = (tmp_path / "data" / "report.html").read_text(encoding="utf-8")
+    assert text.count("caf\ufffd") >= 2  # as a player's name, and skipped
 
 
 def test_plain_words_say_what_is_wrong(manifest) -> None:

@@ -240,4 +240,10 @@ def _with_path(path: Path, line: int, row: Any) -> dict[str, Any]:
     named = [row[key] for key in PATH_COLUMNS if row.get(key)] if isinstance(row, dict) else []
     if not named or not isinstance(named[0], str):
         raise DataError(f"{path}: line {line}: must have a path, got {row}")
+    try:
+        holds = b"\0" not in os.fsencode(named[0])
+    except UnicodeEncodeError:
+        holds = False
+    if not holds:
+        raise DataError(f"{path}: line {line}: path must be a file's name, got {named[0]!r}")
     return row | {"path": named[0]}

@@ -48,7 +48,7 @@ def page(manifest: dict[str, Any], heard: list[Heard], rate_hz: int) -> str:
     n_said = len(found["warnings"])
     lines = report_lines(manifest)[: -n_said or None]
     said = "<br>\n".join(html.escape(line) for line in lines)
-    return (
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>Prepared recordings</title><style>{_STYLE}</style></head><body>\n"
@@ -56,6 +56,7 @@ def page(manifest: dict[str, Any], heard: list[Heard], rate_hz: int) -> str:
         f'<h2>How they are spread</h2>\n<div class="charts">{"".join(charts)}</div>\n'
         f"{_players(heard, rate_hz)}{_skipped(manifest)}</body></html>\n"
     )
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # any bytes in a name
 
 
 def _players(heard: list[Heard], rate_hz: int) -> str:
@@ -69,7 +70,7 @@ def _players(heard: list[Heard], rate_hz: int) -> str:
     for clip in chosen:
         waves = [clip.wave, *(clip.decoded[k] for k in counts)]
         cells = "".join(f"<td>{_player(wave, rate_hz)}</td>" for wave in waves)
-        rows.append(f"<tr><td>{html.escape(_shown(clip.path))}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{html.escape(clip.path)}</td>{cells}</tr>")
     return (
         "<h2>What the codec makes of them</h2>\n<p>No model over its tokens can sound better than "
         "the right column.</p>\n<table><tr><th>file</th><th>recording, trimmed</th>"
@@ -91,17 +92,12 @@ def _skipped(manifest: dict[str, Any]) -> str:
     if not manifest["skipped"]:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(_shown(e['path']))}</td><td>{html.escape(e['reason'])}</td></tr>\n"
+        f"<tr><td>{html.escape(e['path'])}</td><td>{html.escape(e['reason'])}</td></tr>\n"
         for e in manifest["skipped"][:200]
     )
     more = len(manifest["skipped"]) - 200
     rest = f"<p>and {more} more in manifest.json</p>" if more > 0 else ""
     return f"<h2>Skipped</h2>\n<table>{rows}</table>{rest}\n"
-
-
-def _shown(path: str) -> str:
-    """A name of any bytes as text."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def histogram(title: str, values: list[float], log: bool = False, n_bins: int = 20) -> str:
