@@ -1,7 +1,8 @@
-"""Trained listeners whose weights come inside a package: PESQ, a speaker embedding, a recogniser.
+"""Trained listeners whose weights come inside a package.
 
-None of them had a part in any training here. Each is optional: pip install pesq; pip install
-pocketsphinx; pip install librosa, then pip install --no-deps resemblyzer webrtcvad-wheels.
+PESQ, a speaker embedding, a recogniser of English, a music tagger. None of them had a part in any
+training here. Each is optional: pip install pesq; pip install pocketsphinx; pip install librosa,
+then pip install --no-deps resemblyzer webrtcvad-wheels musicnn.
 """
 
 from __future__ import annotations
@@ -73,6 +74,19 @@ class Listeners:
                     best[i, j] + 1 if word == other else max(best[i, j + 1], best[i + 1, j])
                 )
         return float(best[-1, -1]) / len(heard)
+
+    def confidence(self, wave: Wave) -> tuple[float, float] | None:
+        """How sure pocketsphinx is of the English it hears, None without it.
+
+        Returns:
+            the mean posterior probability of its words, 0 if it hears none; words a second.
+        """
+        if "pocketsphinx" in self.missing:
+            return None
+        self._heard(wave)
+        found = [s.prob for s in self._recogniser.seg() or () if s.word[0] not in "<["]
+        seconds = len(wave) / SAMPLE_RATE_HZ
+        return float(np.mean(found)) if found else 0.0, len(found) / seconds
 
     def _heard(self, wave: Wave) -> list[str]:
         from pocketsphinx import Decoder

@@ -12,13 +12,19 @@ Each case lays out a folder of recordings of a held-out set of recordings.py and
     one-file  the same, joined to a single WAV
     actor     15 minutes of one of the two actors
     music     held-out orchestral tracks
-    starter   no training: the packaged model, or --models, on 3 s of 16 clips of speech and music
+    starter   no training: the packaged model, or --models, on 3 s of 16 clips of speech, of music
+              and of English words
 
 Judged are continuations of 4 s, by 16 clips of scenes (or tracks) that no case trains on, the whole
 clip and its first 2 s as the prompt, beside the true recordings and the codec's own round trip:
 share of silent 100 ms frames, periodicity (wgpt/evaluation/frechet.py), the cosine of
 resemblyzer's speaker embeddings to the whole clip, and the Frechet distance of log-mel slices to
 other real clips. Recordings are treated as prepare treats them (silence cut, -18 LUFS).
+
+The case `starter` adds a Frechet audio distance on the embeddings of a music tagger (tagger.py; 16
+clips give 64 embeddings of 128 numbers, so the row of real recordings is far from 0), and how sure
+a recogniser of English is of the words it hears, and how many they are, in Dutch and after prompts
+of ktuberling's English words, joined in the order of their names.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ import soundfile
 import torch
 from listeners import Listeners
 from spectrograms import draw_spectrograms
+from tagger import Tagger, is_installed
 
 import wgpt
 from wgpt import audio
@@ -50,7 +57,13 @@ from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
 from wgpt.data.treatment import PIECE_SECONDS, Plan, Treatment, measure
 from wgpt.errors import AudioError
 from wgpt.evaluation.codec_ceiling import DB_PER_NEPER
-from wgpt.evaluation.frechet import frechet_db, periodicity, statistics
+from wgpt.evaluation.frechet import (
+    Statistics,
+    frechet_db,
+    periodicity,
+    squared_frechet,
+    statistics,
+)
 from wgpt.files import write_atomically
 from wgpt.generation import AudioGenerator, Sampling
 from wgpt.generation.listener import silent_share
@@ -65,6 +78,7 @@ CLIP_S = (2.5, 8.0)  # of the clips that prompt
 CONTINUE_S = 4.0
 SHORT = 2 * SAMPLE_RATE_HZ  # samples of a short prompt
 COMPARED = {"speech": (SPEECH,), "music": ("wesnoth-1.16-music", "sonic-pi-samples")}
+ENGLISH = "ktuberling-data/en"  # a group: single words
 SPOKEN, ACTOR = re.compile(r"-[mv]-[^/]*$"), re.compile(r"-m-[^/]*$")  # names say who speaks
 
 Wave = np.ndarray  # float32 (L,), 24 kHz
@@ -250,6 +264,30 @@ class Judge:
         return {"speaker": float(np.mean([self.listeners.speaker(*pair) for pair in pairs]))}
 
 
+class TaggerDistance:
+    """Frechet audio distance to other real clips, on the embeddings of a music tagger."""
+
+    def __init__(self, reference: list[Wave]) -> None:
+        self._tagger = Tagger()
+        self._real = self._statistics(reference)
+
+    def _statistics(self, waves: list[Wave]) -> Statistics:
+        rows = np.concatenate([self._tagger.embed(wave) for wave in waves]).astype(np.float64)
+        return Statistics(rows.mean(0), np.cov(rows.T))
+
+    def __call__(self, waves: list[Wave]) -> float:
+        return squared_frechet(self._statistics(waves), self._real)
+
+
+def sureness(waves: list[Wave], listeners: Listeners) -> dict[str, float]:
+    """Confidence and words/s of a recogniser of English, means; none without pocketsphinx."""
+    heard = [pair for wave in waves if (pair := listeners.confidence(wave)) is not None]
+    if not heard:
+        return {}
+    confidence, words_per_s = np.mean(heard, axis=0)
+    return {"confidence": float(confidence), "words_per_s": float(words_per_s)}
+
+
 def round_trip(generator: AudioGenerator, wave: Wave) -> Wave:
     """The wave through the codec, all codebooks."""
     wave = wave[: len(wave) // HOP_SAMPLES * HOP_SAMPLES]
@@ -311,6 +349,7 @@ def compare(models: list[str], table: Path, sampling: Sampling) -> dict[str, dic
             chosen = long[:: max(len(long) * len(packages) // N_CLIPS, 1)]
             clips += chosen[: N_CLIPS // len(packages)]
             reference += [c for c in pieces if not any(np.shares_memory(c, d) for d in clips)]
+        distance = TaggerDistance(reference) if is_installed() else None
         for name in models:
             generator = wgpt.load(name)
             judges = Judge(clips, reference, generator.frontend)
@@ -326,7 +365,40 @@ def compare(models: list[str], table: Path, sampling: Sampling) -> dict[str, dic
                 spectra = [np.abs(judges.mel(a).mean(0) - judges.mel(b[n_prompt:]).mean(0)).mean()
                            for a, b in zip(waves_of, clips, strict=True)]  # fmt: skip
                 found[title]["spectrum_db"] = float(DB_PER_NEPER * np.mean(spectra))
+                if kind == "speech":
+                    found[title] |= sureness(waves_of, judges.listeners)
+                if distance is not None:
+                    found[title]["tagger_fad"] = distance(waves_of)
     return found
+
+
+def english_clips(table: Path, folder: Path, n_samples: int) -> list[Wave]:
+    """16 clips that overlap, of ktuberling's English words one after the other."""
+    with open(table, newline="") as file:
+        rows = sorted(row["path"] for row in csv.DictReader(file) if row["group"] == ENGLISH)
+    waves = [audio.read(table.parent / path, SAMPLE_RATE_HZ) for path in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    audio.write(folder / "english.wav", np.concatenate(waves))
+    joined = np.concatenate(treated(folder / "english.wav"))
+    starts = [(len(joined) - n_samples) * i // (N_CLIPS - 1) for i in range(N_CLIPS)]
+    return [joined[start : start + n_samples] for start in starts]
+
+
+def recognised(
+    models: list[str], table: Path, folder: Path, sampling: Sampling
+) -> dict[str, dict[str, float]]:
+    """What pocketsphinx makes of 4 s after 3 s of English words."""
+    n_prompt = round(3.0 * SAMPLE_RATE_HZ)
+    n_rest = round(CONTINUE_S * SAMPLE_RATE_HZ) // HOP_SAMPLES * HOP_SAMPLES
+    clips, listeners = english_clips(table, folder, n_prompt + n_rest), Listeners()
+    sounds = {"English, real recordings": [clip[n_prompt:] for clip in clips]}
+    for name in models:
+        generator = wgpt.load(name)
+        copies = [round_trip(generator, clip) for clip in clips]
+        sounds[f"English, codec of {name}"] = [copy[n_prompt:] for copy in copies]
+        prompts = [clip[:n_prompt] for clip in clips]
+        sounds[f"English, {name}"] = continued(generator, prompts, sampling)
+    return {title: sureness(waves, listeners) for title, waves in sounds.items()}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -345,13 +417,15 @@ def markdown(results: dict[str, Any]) -> str:
             f"{found['best_step']} | {nll['bigram']:.2f} | {model:.2f} | "
             f"{nll['bigram'] - model:.2f} |"
         )
-    lines += ["", "| case | sound | silent | periodicity | speaker | Frechet, dB | spectrum, dB |",
-              "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines += ["", "| case | sound | silent | periodicity | speaker | Frechet, dB | spectrum, dB "
+              "| FAD of a tagger | confidence | words/s |",
+              "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for case, found in results.items():
         for name, row in found["heard"].items():
             cells = (f"{row[key]:{form}}" if key in row else "" for key, form in (
                 ("silent", ".0%"), ("periodicity", ".2f"), ("speaker", ".3f"),
-                ("frechet_db", ".2f"), ("spectrum_db", ".2f")))  # fmt: skip
+                ("frechet_db", ".2f"), ("spectrum_db", ".2f"), ("tagger_fad", ".2f"),
+                ("confidence", ".2f"), ("words_per_s", ".1f")))  # fmt: skip
             lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -408,6 +482,7 @@ def main(argv: list[str] | None = None) -> int:
     for case in args.cases:
         if case == "starter":
             found = {"heard": compare(args.models, table, sampling)}
+            found["heard"] |= recognised(args.models, table, args.work / case, sampling)
         else:
             found = own_recordings(case, table, args.work / case, args.threads, sampling)
         results[case] = found

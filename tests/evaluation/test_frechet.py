@@ -9,7 +9,7 @@ from wgpt.audio.mel import MelFrontend
 from wgpt.codec.training.synth import render_music
 from wgpt.config import MelConfig
 from wgpt.evaluation import frechet
-from wgpt.evaluation.frechet import Statistics, distances, frechet_db, statistics
+from wgpt.evaluation.frechet import Statistics, distances, frechet_db, squared_frechet, statistics
 from wgpt.evaluation.tables import distance_table
 from wgpt.generation import AudioGenerator, Step
 from wgpt.generation.sampling import Sampling
@@ -18,7 +18,7 @@ from wgpt.generation.sampling import Sampling
 def test_frechet_of_known_gaussians():
     a = Statistics(np.zeros(2), np.diag([4.0, 9.0]))
     b = Statistics(np.array([3.0, 4.0]), np.diag([1.0, 16.0]))
-    # 25 + (2 - 1)^2 + (3 - 4)^2 = 27 over two features
+    assert squared_frechet(a, b) == pytest.approx(27)  # 25 + (2 - 1)^2 + (3 - 4)^2
     assert frechet_db(a, b) == pytest.approx(10 / np.log(10) * np.sqrt(27 / 2))
     assert frechet_db(a, a) == pytest.approx(0, abs=1e-6)
     turn = np.array([[0.6, -0.8], [0.8, 0.6]])

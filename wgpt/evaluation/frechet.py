@@ -36,7 +36,10 @@ FRAME_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Statistics:
-    """Gaussian of the features of some sound: mean (2M,) and covariance (2M, 2M), float64."""
+    """Gaussian of the features of some sound: mean (D,) and covariance (D, D), float64.
+
+    D is 2M for log-mel slices (`statistics`).
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -65,13 +68,18 @@ def _spectra(mels: Sequence[np.ndarray], prompt_steps: int) -> np.ndarray:
     return DB_PER_NEPER * np.stack([_clipped(m, prompt_steps)[prompt_steps:].mean(0) for m in mels])
 
 
-def frechet_db(a: Statistics, b: Statistics) -> float:
-    """sqrt of (|mean a - mean b|^2 + trace(A + B - 2 (A B)^1/2)) / 2M, in dB a feature."""
+def squared_frechet(a: Statistics, b: Statistics) -> float:
+    """|mean a - mean b|^2 + trace(A + B - 2 (A B)^1/2), of any features."""
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
     square = np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance) - 2 * cross
-    return float(DB_PER_NEPER * np.sqrt(max(square, 0.0) / len(a.mean)))
+    return float(max(square, 0.0))
+
+
+def frechet_db(a: Statistics, b: Statistics) -> float:
+    """Root of the mean over features of `squared_frechet`, in dB."""
+    return float(DB_PER_NEPER * np.sqrt(squared_frechet(a, b) / len(a.mean)))
 
 
 def periodicity(wave: np.ndarray, prompt_samples: int) -> float:
