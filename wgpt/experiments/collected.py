@@ -24,6 +24,7 @@ from wgpt.runs.run import facts_of
 log = logging.getLogger(__name__)
 
 MOST_GROUPS_SHOWN = 8
+TABLES = ("study.json", "study.md", "study.html", "loss.png")  # what `collect` makes
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:

@@ -29,13 +29,13 @@ from wgpt import codec as codecs
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ, TrainConfig
 from wgpt.data.dataset import SHUFFLED, Dataset, Split
-from wgpt.errors import ConfigError
+from wgpt.errors import ConfigError, TrainError
 from wgpt.evaluation.codec_ceiling import with_decoded_mel
 from wgpt.evaluation.scores import Score, score
 from wgpt.experiments import collected
 from wgpt.experiments.arms import Arm, Plan, plan_named
 from wgpt.experiments.leak_check import leak_check
-from wgpt.files import read_json, write_sealed
+from wgpt.files import read_json, remove_leftovers, write_sealed
 from wgpt.model import HybridModel
 from wgpt.model.presets import preset as preset_shape
 from wgpt.ops.runtime import resolve_device
@@ -86,11 +86,19 @@ def study(
         if dry_run:
             return {"plan": job.plan.name, "runs": [f"{arm.name}:{seed}" for arm, seed in chosen],
                     "step_s": times}  # fmt: skip
-        job.begin()
-        job.check_leaks(chosen)
-        for arm, seed in chosen:
-            job.run(arm, seed, times)
-    return collected.collect(job.out, job.plan, job.data, job.split)
+    try:
+        for name in ("plan.json", *collected.TABLES):
+            remove_leftovers(job.out, name)
+        if not collect:
+            job.begin()
+            job.check_leaks(chosen)
+            for arm, seed in chosen:
+                job.run(arm, seed, times)
+        return collected.collect(job.out, job.plan, job.data, job.split)
+    except OSError as error:
+        raise TrainError(
+            f"{out}: {error}; what is done is kept: the same command goes on from there"
+        ) from error
 
 
 class _Study:
@@ -243,6 +251,7 @@ class _Study:
             split = self._closed()
             rows["closed"] = score(arm.name, model, split, mel_source="decoded-1", **options)
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
         write_sealed(path, {
             "format": _FORMAT,
             "arm": arm.name,
