@@ -181,7 +181,7 @@ def _check_cuda(info: Mapping[str, Any]) -> Iterator[Finding]:
         if failures:
             yield _problem(subject, f"{missing or name}: {'; '.join(failures)} ({kernels})")
         elif missing is not None:
-            yield _note(subject, f"{missing}. Until then plain torch runs, and agrees")
+            yield _note(subject, f"{missing}; until then plain torch runs, and agrees")
         else:
             yield _ok(subject, f"{name}; every op agrees with its reference ({kernels})")
 

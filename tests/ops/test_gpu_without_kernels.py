@@ -188,11 +188,11 @@ def test_device_is_judged_before_anything_starts(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("wgpt.ops.runtime._torch_can_use_gpu", lambda: True)
-    monkeypatch.setattr(cuda, "missing_kernels", lambda index: "Tesla T4 (sm_75): too old")
+    monkeypatch.setattr(cuda, "missing_kernels", lambda index: "Tesla T4: too old")
     cuda._warn_once.cache_clear()
     for _ in range(2):
         assert resolve_device(name).startswith("cuda")
-    words = "Tesla T4 (sm_75): too old. The same formulas run in plain torch, more slowly"
+    words = "Tesla T4: too old; until then the same formulas run in plain torch, more slowly"
     assert caplog.record_tuples == [("wgpt.ops.cuda", logging.WARNING, words)]
 
 

@@ -24,7 +24,7 @@ DEVICE_TYPE = "cuda"
 # The oldest driver of each major CUDA version (CUDA Toolkit Release Notes, table of minimum
 # drivers for minor version compatibility).
 _OLDEST_DRIVER = {12: "525", 13: "580"}
-_RUNS_INSTEAD = "The same formulas run in plain torch, more slowly"
+_RUNS_INSTEAD = "until then the same formulas run in plain torch, more slowly"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def is_required() -> bool:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    log.warning("%s. %s", reason, _RUNS_INSTEAD)
+    log.warning("%s; %s", reason, _RUNS_INSTEAD)
 
 
 def _runs_plain_torch(index: int) -> bool:
