@@ -22,7 +22,7 @@ _BACKWARD = f"{_FORWARD}_backward"
 _HEAD_DIMS = (32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many multiply-adds of q k^T the call into Python costs more than our kernel gains
-# (benchmarks/bench_sdpa.py: about 40 us, both kernels near 100 GFLOP/s).
+# (about 40 us, both kernels near 100 GFLOP/s).
 _LEAST_WORK = 1 << 24
 
 
