@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numerics import assert_as_accurate_as_torch, nudge
+from numerics import assert_as_accurate_as_torch, attention_roundings, nudge
 from torch import Tensor
 
 from wgpt import ops
@@ -97,22 +97,6 @@ def _output_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
-def _round_attention_backward(
-    d_outputs: list[Tensor], out: Tensor, lse: Tensor, dtype: torch.dtype
-) -> None:
-    """Moves the output gradients (float64) by what a backward without a T x T matrix must round.
-
-    It subtracts d_out . out, a sum over D that is rounded; to the gradients that is an error of
-    d_lse. And it recomputes exp(s - lse) from a rounded lse, which is a relative error like one of
-    d_out, |lse| roundings large.
-    """
-    d_out, d_lse = d_outputs
-    magnitude = (d_out * out).abs().sum(-1).transpose(1, 2)  # (B, H, Tq)
-    d_lse += nudge(magnitude, dtype) - magnitude
-    scale = (1 + lse.abs()).transpose(1, 2)[..., None]  # (B, Tq, H, 1)
-    d_out += (nudge(d_out, dtype) - d_out) * scale
-
-
 def run(
     function: Callable[..., Any], call: Call, nudged_as: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -132,7 +116,8 @@ def run(
     outputs = result if isinstance(result, tuple) else (result,)
     d_outputs = _output_gradients(outputs)
     if nudged_as and call.name == "flash_attention" and len(outputs) == 2:
-        _round_attention_backward(d_outputs, outputs[0].detach(), outputs[1].detach(), nudged_as)
+        d_out, moved = attention_roundings(d_outputs[0], *(y.detach() for y in outputs), nudged_as)
+        d_outputs = [d_out, d_outputs[1] + moved]
     wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
     grads = torch.autograd.grad(outputs, list(wanted.values()), d_outputs)
     values = dict(zip(("y", "lse"), (y.detach() for y in outputs), strict=False))

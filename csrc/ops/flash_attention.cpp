@@ -29,7 +29,6 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
     return kernels.flash_attention_forward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
-  if (call.first_key != nullptr) fail(kOp, "first_key runs on the CPU only");
   if (call.shape.group > 1) fail(kOp, "fewer key than query heads run on the CPU only");
   const CudaScope scope(kOp, where);
   const Tensor scratch =
@@ -50,7 +49,6 @@ void launch(FlashAttentionBackward& call, const Tensor& where) {
     return kernels.flash_attention_backward(call, torch_executor());
   }
 #ifdef WGPT_WITH_CUDA
-  if (call.first_key != nullptr) fail(kBackward, "first_key runs on the CPU only");
   if (call.shape.group > 1) fail(kBackward, "fewer key than query heads run on the CPU only");
   const CudaScope scope(kBackward, where);
   const Tensor scratch =

@@ -255,6 +255,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t source_by
     fail("cp.async: %zu source bytes for a copy of %zu", source_bytes, bytes);
   check_access(shared, bytes, true, bytes, "cp.async");
   if (source_bytes > 0) {
+    ++machine.counters.copies;
     check_access(global, source_bytes, false, bytes, "cp.async");
     note_read(global, source_bytes);
   }

@@ -59,7 +59,8 @@ void free_all();
 
 struct Counters {
   uint64_t launches, blocks, switches, collectives, mmas,
-      bank_conflicts;  // conflicts: extra ldmatrix passes
+      bank_conflicts,  // extra ldmatrix passes
+      copies;          // cp.async that read a tensor
 };
 const Counters& counters();
 void reset_counters();

@@ -272,9 +272,12 @@ class Emulator:
             raise RuntimeError(error.decode())
 
     def counters(self):
-        values = (ctypes.c_uint64 * 6)()
+        values = (ctypes.c_uint64 * 7)()
         self.lib.simt_counters(values)
-        names = ("launches", "blocks", "switches", "collectives", "mmas", "bank_conflicts")
+        names = (
+            *("launches", "blocks", "switches", "collectives", "mmas"),
+            *("bank_conflicts", "copies"),
+        )
         return dict(zip(names, values, strict=True))
 
 

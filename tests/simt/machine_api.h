@@ -12,11 +12,11 @@ void simt_set_policy(int order, int copies, uint64_t seed, int cores) {
 }
 void simt_set_multiprocessors(int n) { simt::multiprocessors = n; }
 void simt_reset_counters() { simt::reset_counters(); }
-// launches, blocks, switches, collectives, mmas, bank_conflicts
-void simt_counters(uint64_t out[6]) {
+// launches, blocks, switches, collectives, mmas, bank_conflicts, copies
+void simt_counters(uint64_t out[7]) {
   const simt::Counters& c = simt::counters();
-  const uint64_t values[6] = {c.launches,    c.blocks, c.switches,
-                              c.collectives, c.mmas,   c.bank_conflicts};
-  for (int i = 0; i < 6; ++i) out[i] = values[i];
+  const uint64_t values[7] = {c.launches, c.blocks,         c.switches, c.collectives,
+                              c.mmas,     c.bank_conflicts, c.copies};
+  for (int i = 0; i < 7; ++i) out[i] = values[i];
 }
 }

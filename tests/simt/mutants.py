@@ -121,6 +121,77 @@ MUTANTS = [
         "  __syncwarp();\n  constexpr int kW",
         "  constexpr int kW",
     ),
+    Mutant("none_flash_backward", "flash_attention_backward", "flash_attention.cuh", "", ""),
+    Mutant(
+        "border_of_documents_one_late",
+        "flash_attention",
+        "flash_attention_common.cuh",
+        "return from + __ffs(static_cast<int>(begins)) - 1;",
+        "return from + __ffs(static_cast<int>(begins));",
+    ),
+    Mutant(
+        "keys_of_the_next_document_loaded",
+        "flash_attention",
+        "flash_attention_common.cuh",
+        "key_end(int last_query) const { return keys_of(last_query).hi; }",
+        "key_end(int) const { return kv_steps; }",
+    ),
+    Mutant(
+        "first_key_off_by_one",
+        "flash_attention",
+        "flash_attention_common.cuh",
+        "if (first > keys.lo) keys.lo = first < keys.hi ? first : keys.hi - 1;",
+        "if (first > keys.lo) keys.lo = first - 1;",
+    ),
+    Mutant(
+        "tile_before_the_first_key_skipped",
+        "flash_attention",
+        "flash_attention.cuh",
+        "const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;",
+        "const int tile_begin = ceil_div(visible.keys_of(last_row).lo - key_origin, kKeys);",
+    ),
+    Mutant(
+        "tiles_before_the_first_key_visited",
+        "flash_attention",
+        "flash_attention.cuh",
+        "const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;",
+        "const int tile_begin = -key_origin / kKeys;",
+    ),
+    Mutant(
+        "no_mask_before_the_first_key",
+        "flash_attention",
+        "flash_attention.cuh",
+        "key < row_span[i / 2].lo || ",
+        "",
+    ),
+    Mutant(
+        "last_query_of_a_document_skipped",
+        "flash_attention_backward",
+        "flash_attention_common.cuh",
+        "mine < hi && first_key[mine] <= key",
+        "mine < hi && first_key[mine] < key",
+    ),
+    Mutant(
+        "tiles_of_the_next_document_visited",
+        "flash_attention_backward",
+        "flash_attention_common.cuh",
+        "    queries.hi = first_blind(last, queries.lo, queries.hi);\n",
+        "",
+    ),
+    Mutant(
+        "last_key_hears_the_query_before",
+        "flash_attention_backward",
+        "flash_attention_backward.cuh",
+        "warp_last >= first_span.hi;",
+        "warp_last > first_span.hi;",
+    ),
+    Mutant(
+        "no_mask_before_the_first_key_in_dk",
+        "flash_attention_backward",
+        "flash_attention_backward.cuh",
+        "key < span.lo || ",
+        "",
+    ),
     Mutant(
         "wrong_swizzle",
         "flash_attention",
@@ -162,6 +233,12 @@ CALLS = {
         ("const char*", "flash_attention_forward", "FlashAttentionForward"),
         ("size_t", "flash_attention_forward_workspace_bytes", "FlashAttentionShape"),
     ],
+    "flash_attention_backward": [
+        ("const char*", "flash_attention_forward", "FlashAttentionForward"),
+        ("size_t", "flash_attention_forward_workspace_bytes", "FlashAttentionShape"),
+        ("const char*", "flash_attention_backward", "FlashAttentionBackward"),
+        ("size_t", "flash_attention_backward_workspace_bytes", "FlashAttentionShape"),
+    ],
 }
 
 
@@ -193,6 +270,8 @@ def write_mutant(mutant, folder):
         text = text.replace('"kernels/cuda/', f'"{mutant.name}/kernels/cuda/')
         path.write_text(text)
     lines = [f'#include "{mutant.name}/kernels/cuda/{mutant.op}.cuh"']
+    if mutant.op == "flash_attention_backward":
+        lines.append(f'#include "{mutant.name}/kernels/cuda/flash_attention.cuh"')
     for result, function, argument in CALLS[mutant.op]:
         stream = "" if result == "size_t" else ", nullptr"
         lines.append(

@@ -151,7 +151,9 @@ def test_flash_attention_16_bit_kernels_have_the_expected_registers():
     limits = {
         "14forward_kernelINS0_4Bf16ELi64E": 168,
         "14forward_kernelINS0_4Bf16ELi32E": 128,
-        "21key_value_grad_kernelINS0_4Bf16ELi64E": 168,
+        "21packed_forward_kernelINS0_4Bf16ELi64E": 168,
+        "21packed_forward_kernelINS0_4Bf16ELi32E": 128,
+        "21key_value_grad_kernelINS0_4Bf16ELi64ELb0E": 168,
         "17query_grad_kernelINS0_4Bf16ELi64E": 168,
     }
     kernels = {**kernels_of(forward), **kernels_of(backward)}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import FORWARD, forward, inputs, reference
+from attention_cases import backward, compare, forward, inputs, worst_of_rows
 from embed_cases import (
     CONCAT_ERROR,
     MEL_ERROR,
@@ -13,6 +13,7 @@ from embed_cases import (
 )
 from emulator import CACHE, POLICIES, Emulator, MelEmbedForward, address, relative_error
 from mutants import MUTANTS, build_mutants
+from numerics import worst_row
 
 BF16, F32 = torch.bfloat16, torch.float32
 SEEDS = [1, 2, 3]
@@ -24,10 +25,56 @@ def flash_error(emu, _):
     conflicts = emu.counters()["bank_conflicts"]
     if conflicts:
         raise RuntimeError(f"{conflicts} bank conflicts in ldmatrix")
-    return (
-        relative_error(out, reference(q.double(), k.double(), v.double(), 0.2, True, 0)[0])
-        / FORWARD[BF16]
+    errors = [worst_of_rows([out], q, k, v, 0.2)]
+    for first_key, spoiled in first_keys():
+        q, k, v = inputs(emu, 1, 150, 150, 1, 32, BF16)
+        clean = [x.clone() for x in (q, k, v)]
+        k[:, spoiled], v[:, spoiled] = float("nan"), float("inf")
+        out, _ = forward(emu, q, k, v, 0.2, first_key=first_key)
+        values = compare([out], *clean, 0.2, first_key=first_key)["out"]
+        errors.append(worst_row(*(x[:, ~spoiled] for x in values))[0])
+    hold_to_work_alone(emu, False)
+    return max(errors)
+
+
+def hold_to_work_alone(emu, with_backward):
+    """Two documents in one row load what each loads by itself, and no tile more."""
+
+    def copies(steps, first_key=None):
+        before = emu.counters()["copies"]
+        q, k, v, d_out = inputs(emu, 1, steps, steps, 1, 32, BF16, n=4)
+        out, lse = forward(emu, q, k, v, 0.2, first_key=first_key)
+        if with_backward:
+            backward(emu, q, k, v, out, lse, d_out, 0.2, first_key=first_key)
+        return emu.counters()["copies"] - before
+
+    both = torch.tensor([0, 64]).repeat_interleave(64)[None].int()
+    packed, alone = copies(128, both), 2 * copies(64)
+    if packed != alone:
+        raise RuntimeError(f"{packed} copies, of which {alone} are needed: tiles in vain")
+
+
+def first_keys():
+    """first_key of packed documents, and of a window that moves; and which keys to spoil."""
+    position = torch.arange(150)
+    documents = torch.tensor([0, 1, 40, 103, 104]).repeat_interleave(
+        torch.tensor([1, 39, 63, 1, 46])
     )
+    spoiled = (position >= 40) & (position < 103)
+    yield documents[None].int(), spoiled
+    yield (position - 30).clamp(min=0)[None].int(), torch.zeros(150, dtype=torch.bool)
+
+
+def flash_backward_error(emu, _):
+    errors = []
+    for first_key in [None, *(first_key for first_key, _ in first_keys())]:
+        steps = 130 if first_key is None else 150
+        q, k, v, d_out = inputs(emu, 1, steps, steps, 1, 32, BF16, n=4)
+        out, lse = forward(emu, q, k, v, 0.2, first_key=first_key)
+        grads = backward(emu, q, k, v, out, lse, d_out, 0.2, first_key=first_key)
+        errors.append(worst_of_rows([out, *grads], q, k, v, 0.2, first_key=first_key, d_out=d_out))
+    hold_to_work_alone(emu, True)
+    return max(errors)
 
 
 def mel_error(emu, dtype):
@@ -73,7 +120,12 @@ def concat_error(emu, _):
     return relative_error(d_table, expected) / CONCAT_ERROR[BF16]
 
 
-ERRORS = {"flash_attention": flash_error, "mel_embed": mel_error, "token_concat": concat_error}
+ERRORS = {
+    "flash_attention": flash_error,
+    "flash_attention_backward": flash_backward_error,
+    "mel_embed": mel_error,
+    "token_concat": concat_error,
+}
 
 
 @pytest.fixture(scope="module", params=["fast", "race"])

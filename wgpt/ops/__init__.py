@@ -11,8 +11,8 @@ elsewhere it is the same formula in plain torch, which `reference` holds for eve
 
 On a GPU that our CUDA kernels do not serve (a build without nvcc, a GPU older than sm_80, a driver
 older than the kernels) the first group is plain torch too: `wgpt.ops.plain`. One logged warning
-says why and what to install; with `WGPT_REQUIRE_CUDA=1` it is a ConfigError. So is flash_attention
-with `first_key` on every GPU. Arguments that do not fit raise the same OpError everywhere.
+says why and what to install; with `WGPT_REQUIRE_CUDA=1` it is a ConfigError. Arguments that do not
+fit raise the same OpError everywhere.
 
 On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.

@@ -86,7 +86,7 @@ def flash_attention(
         first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
             last key that the query sees without it, non-decreasing along a row. Causal attention
             over packed documents: the start of the query's document (`first_key_of`). No gradient.
-            The kernels for it run on the CPU; on CUDA torch's attention with a mask does.
+            On CUDA in float32 at D = 128 torch's attention with a mask runs.
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -99,8 +99,7 @@ def flash_attention(
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    # Our CUDA kernels do not know first_key yet.
-    if (first_key is not None and q.device.type != "cpu") or runs_plain_torch(q.device):
+    if runs_plain_torch(q.device) or (first_key is not None and _has_no_packed_kernel(q)):
         arguments = (q, k, v, scale, causal, window, first_key)
         _check(*arguments)
         if return_lse:
@@ -113,6 +112,11 @@ def flash_attention(
     given = () if first_key is None else (first_key,)
     out, lse = _flash_attention(q, k, v, scale, causal, window, *given)
     return (out, lse) if return_lse else out
+
+
+def _has_no_packed_kernel(q: Tensor) -> bool:
+    """Whether the CUDA kernels know no first_key for this type and size: registers would spill."""
+    return q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[-1] == 128
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:

@@ -9,7 +9,8 @@
 //   16 rows   |                 | warp 1             P never leaves the registers: the accumulators of S are the A
 //    ...      +-----------------+                    fragments of P V.
 //
-// Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
+// Rows of a block that belong to several packed documents (first_key) are taken one document after the other, each with
+// its own key tiles. Only tiles with an invisible pair are masked, tiles that a warp does not see at all are not computed, and blocks with
 // the longest rows start first. float32 is 3xTF32, which keeps float32 accuracy. O, max and sums are float32;
 // deterministic (no atomics, fixed order). FLOPs: 4 D per visible pair; limit: the tensor cores, and for D = 32 the
 // exponentials (16 per clock and multiprocessor on sm_80 to sm_90).
@@ -28,7 +29,7 @@ struct ForwardParams {
   Heads<const T> q, k, v;
   Heads<T> out;
   float* lse;
-  Visibility visible;
+  PackedVisibility visible;  // first_key nullptr: not packed
   int n_heads, n_batch_heads, n_tiles;
   float scale, scale_log2;
   bool aligned;
@@ -45,13 +46,13 @@ constexpr size_t forward_shared_bytes() {
   return sizeof(T) * SmemTile<T, D>::elements(16 * kWarps + 4 * kForwardKeys<T, D>);
 }
 
-template <typename T, int D, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
+// The queries of a block in [row0, q_end), which have no border of documents between them.
+template <typename T, int D, int kWarps, typename V>
+WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, const V& visible, T* base, int batch_head,
+                              int row0, int q_end) {
   constexpr int kRows = 16 * kWarps, kKeys = kForwardKeys<T, D>, kThreads = kWarps * kWarp,
                 kN = kKeys / 8;
   using HeadTile = SmemTile<T, D>;
-  WGPT_DYNAMIC_SHARED(shared);
-  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile q_tile = {base};
   const auto k_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(kRows + 2 * stage * kKeys)};
@@ -60,29 +61,33 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T>
     return HeadTile{base + HeadTile::elements(kRows + (2 * stage + 1) * kKeys)};
   };
 
-  // Blocks are numbered with the head fastest, so that the last (for causal: longest) rows of all heads start first.
-  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
-  const int row0 = (p.n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
   const Rows<const T> q = p.q.head(b, h), k = p.k.head(b, h), v = p.v.head(b, h);
-  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
-  const int last_row = row0 + kRows < q_steps ? row0 + kRows - 1 : q_steps - 1;
-  const int tile_begin = p.visible.keys_of(row0).lo / kKeys;
-  const int tile_end = ceil_div(p.visible.keys_of(last_row).hi, kKeys);
+  const int last_row = row0 + kRows < q_end ? row0 + kRows - 1 : q_end - 1;
+  const int q_steps = visible.q_steps;
+  const int key_origin = visible.key_origin(row0);
+  const int key_end = visible.key_end(last_row);
+  const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;
+  const int tile_end = ceil_div(visible.keys_of(last_row).hi - key_origin, kKeys);
 
   // This warp's rows, and what each lane must know of its two.
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row0 = row0 + 16 * warp;
-  const int warp_last = warp_row0 + 16 < q_steps ? warp_row0 + 15 : q_steps - 1;
-  const Span first_span = p.visible.keys_of(warp_row0), last_span = p.visible.keys_of(warp_last);
-  const Span row_span[2] = {p.visible.keys_of(warp_row0 + g), p.visible.keys_of(warp_row0 + g + 8)};
+  const int warp_last = warp_row0 + 16 < q_end ? warp_row0 + 15 : q_end - 1;
+  const Span first_span = visible.keys_of(warp_row0), last_span = visible.keys_of(warp_last);
+  const Span row_span[2] = {visible.keys_of(warp_row0 + g), visible.keys_of(warp_row0 + g + 8)};
 
-  q_tile.template load<kRows, kThreads>(q, row0, q_steps, p.aligned);
-  k_tile(0).template load<kKeys, kThreads>(k, tile_begin * kKeys, kv_steps, p.aligned);
-  v_tile(0).template load<kKeys, kThreads>(v, tile_begin * kKeys, kv_steps, p.aligned);
-  copy_async_commit();
+  const auto load_keys = [=](int stage, int tile) {
+    const int key0 = key_origin + tile * kKeys;
+    k_tile(stage).template load<kKeys, kThreads>(k, key0, key_end, p.aligned);
+    v_tile(stage).template load<kKeys, kThreads>(v, key0, key_end, p.aligned);
+    copy_async_commit();
+  };
+  q_tile.template load<kRows, kThreads>(q, row0, q_end, p.aligned);
+  load_keys(0, tile_begin);
 
-  LeftRows<T, D, sizeof(T) == 2> q_rows = {q_tile, 16 * warp, {}};
+  // In registers, but not beside the borders of documents where D > 32: sm_100 and sm_120 spill.
+  LeftRows<T, D, sizeof(T) == 2 && (!V::kPacked || D == 32)> q_rows = {q_tile, 16 * warp, {}};
   float out[D / 8][4], row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
   clear(out);
 
@@ -90,14 +95,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T>
     const int stage = (tile - tile_begin) % 2;
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) {
-      k_tile(1 - stage).template load<kKeys, kThreads>(k, (tile + 1) * kKeys, kv_steps, p.aligned);
-      v_tile(1 - stage).template load<kKeys, kThreads>(v, (tile + 1) * kKeys, kv_steps, p.aligned);
-      copy_async_commit();
-    }
+    if (tile + 1 < tile_end) load_keys(1 - stage, tile + 1);
     if (tile == tile_begin) q_rows.prepare();
-    const int key0 = tile * kKeys;
-    if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
+    const int key0 = key_origin + tile * kKeys;
+    if (warp_row0 >= q_end || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
 
     float s[kN][4];
     gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
@@ -150,13 +151,43 @@ __global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T>
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
     inverse[half] = sum > 0.f ? 1.f / sum : 0.f;
     const int row = warp_row0 + g + 8 * half;
-    if (t == 0 && row < q_steps) {
+    if (t == 0 && row < q_end) {
       p.lse[static_cast<int64_t>(batch_head) * q_steps + row] = row_max[half] * p.scale + logf(sum);
     }
   }
   // The warp's own rows of Q are read no more, and carry its output.
-  store_rows<T, D>(out, inverse, q_tile, 16 * warp, p.out.head(b, h), warp_row0, q_steps,
-                   p.aligned);
+  store_rows<T, D>(out, inverse, q_tile, 16 * warp, p.out.head(b, h), warp_row0, q_end, p.aligned);
+}
+
+template <typename T, int D, int kWarps, bool kPacked>
+WGPT_DEVICE void forward_block(const ForwardParams<T>& p) {
+  constexpr int kRows = 16 * kWarps;
+  WGPT_DYNAMIC_SHARED(shared);
+  // Blocks are numbered with the head fastest, so that the last (for causal: longest) rows of all heads start first.
+  const int batch_head = blockIdx.x % p.n_batch_heads;
+  const auto& visible = visibility_of_item<kPacked>(p.visible, batch_head / p.n_heads);
+  const int row0 = (p.n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
+  for_each_run<kRows>(visible, row0, [&](int begin, int end) {
+    forward_rows<T, D, kWarps>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
+  });
+}
+
+template <typename T, int D, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp) forward_kernel(ForwardParams<T> p) {
+  forward_block<T, D, kWarps, false>(p);
+}
+
+// With packed documents, whose borders seldom leave 128 rows together. Bounds on the registers of their own: the
+// compiler's choice spills on some architectures.
+constexpr int kPackedWarps = 4;
+template <typename T, int D>
+constexpr int kPackedMinBlocks = sizeof(T) == 4 || D == 128 ? 2
+                                 : D == 64                  ? 3
+                                                            : 4;
+template <typename T, int D>
+__global__ void __launch_bounds__(kPackedWarps* kWarp, kPackedMinBlocks<T, D>)
+    packed_forward_kernel(ForwardParams<T> p) {
+  forward_block<T, D, kPackedWarps, true>(p);
 }
 
 // Warps of a block: 8 (128 rows share each tile of keys) once that still gives every multiprocessor kWavesFor8 blocks,
@@ -170,33 +201,36 @@ inline int forward_warps(int64_t batch_heads, int64_t q_steps, int multiprocesso
 template <typename T, int D>
 const char* forward(const FlashAttentionForward& a, Stream stream) {
   const FlashAttentionShape& s = a.shape;
-  if (s.q_steps <= kDecodeSteps) return decode<T, D>(a, visibility(s), stream);
+  if (s.q_steps <= kDecodeSteps) return decode<T, D>(a, stream);
   ForwardParams<T> p;
   p.q = heads<const T>(a.q);
   p.k = heads<const T>(a.k);
   p.v = heads<const T>(a.v);
   p.out = heads<T>(a.out);
   p.lse = static_cast<float*>(a.lse);
-  p.visible = visibility(s);
+  p.visible = visibility(s, a.first_key);
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
   p.scale = static_cast<float>(s.scale);
   p.scale_log2 = static_cast<float>(s.scale * kLog2E);
   p.aligned = rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) &&
               rows_aligned<T>(a.out);
-  const auto start = [&](auto warps) {
+  const auto start = [&](auto kernel, auto warps) {
     constexpr int kWarps = decltype(warps)::value;
     static_assert(forward_shared_bytes<T, D, kWarps>() <= kSharedLimit);
     p.n_tiles = static_cast<int>(ceil_div(s.q_steps, int64_t{16 * kWarps}));
-    return launch(forward_kernel<T, D, kWarps>, static_cast<unsigned>(p.n_batch_heads) * p.n_tiles,
-                  kWarps * kWarp, forward_shared_bytes<T, D, kWarps>(), stream, p);
+    return launch(kernel, static_cast<unsigned>(p.n_batch_heads) * p.n_tiles, kWarps * kWarp,
+                  forward_shared_bytes<T, D, kWarps>(), stream, p);
   };
+  if (a.first_key != nullptr) {
+    return start(packed_forward_kernel<T, D>, std::integral_constant<int, kPackedWarps>{});
+  }
   if constexpr (sizeof(T) == 2) {
     if (forward_warps(p.n_batch_heads, s.q_steps, multiprocessor_count()) == 8) {
-      return start(std::integral_constant<int, 8>{});
+      return start(forward_kernel<T, D, 8>, std::integral_constant<int, 8>{});
     }
   }
-  return start(std::integral_constant<int, 4>{});
+  return start(forward_kernel<T, D, 4>, std::integral_constant<int, 4>{});
 }
 
 }  // namespace flash

@@ -11,6 +11,8 @@
 // S and dP are computed in both passes: 7 GEMMs, 14 D FLOPs per visible pair, instead of 5 and an unordered or
 // serialised addition into dQ. Every gradient has one owner and a fixed order, so the bits are always the same. float32
 // accumulators; P and dS are rounded to the element type for the second GEMMs (float32 keeps them: 3xTF32).
+// A block's rows that belong to several packed documents (first_key) are taken one document after the other; not in
+// float32 at D = 128, where the registers do not suffice.
 // The limit is the tensor cores. Memory: delta, 4 bytes per row.
 #pragma once
 
@@ -24,8 +26,8 @@ struct BackwardParams {
   Heads<const T> q, k, v, out, d_out;
   Heads<T> dq, dk, dv;
   const float *lse, *d_lse;
-  float* delta;  // (B, H, Tq)
-  Visibility visible;
+  float* delta;              // (B, H, Tq)
+  PackedVisibility visible;  // first_key nullptr: not packed
   int n_heads, n_batch_heads;
   float scale, scale_log2;
   bool aligned;
@@ -40,24 +42,27 @@ constexpr int kStreamedKeys = sizeof(T) == 4 ? (D == 128 ? 16 : 32)
                               : D == 128     ? 32
                                              : 2048 / D;
 
-template <typename T, int D, int kStreamedRows>
+template <typename T, int D, int kStreamedRows, int kFactsPerRow, bool kPacked>
 struct BackwardTiles {
   static constexpr int kWarps = sizeof(T) == 4 && D == 128 ? 2 : 4;
   static constexpr int kOwned = 16 * kWarps;
   static constexpr int kStreamed = kStreamedRows;
   static constexpr int kThreads = kWarps * kWarp;
-  // Blocks that a multiprocessor must hold, which bounds the registers; 0: as the compiler likes.
-  static constexpr int kMinBlocks = D == 128 ? 8 / kWarps : (sizeof(T) == 4 ? 3 : 0);
+  // Blocks that a multiprocessor must hold, which bounds the registers; 0: as the compiler likes. The borders of
+  // documents take registers: three blocks then spill.
+  static constexpr int kMinBlocks = D == 128 ? 8 / kWarps : kPacked ? 2 : sizeof(T) == 4 ? 3 : 0;
   // Whether the fragments of the owned rows stay in registers.
   static constexpr bool kKeep = sizeof(T) == 2 && D == 32;
-  // Two owned tiles, two streamed ones in two stages; lse and delta of the streamed queries in two stages.
+  // Numbers of 4 bytes that go with each streamed row.
+  static constexpr int kFacts = kFactsPerRow;
+  // Two owned tiles; two streamed ones and the facts in two stages.
   static constexpr int kElements = SmemTile<T, D>::elements(2 * kOwned + 4 * kStreamed);
-  static constexpr size_t kSharedBytes = sizeof(T) * kElements + sizeof(float) * 4 * kStreamed;
+  static constexpr size_t kSharedBytes = sizeof(T) * kElements + 4 * 2 * kFacts * kStreamed;
 };
-template <typename T, int D>
-using KeyValueGradTiles = BackwardTiles<T, D, kStreamedQueries<T, D>>;
-template <typename T, int D>
-using QueryGradTiles = BackwardTiles<T, D, kStreamedKeys<T, D>>;
+template <typename T, int D, bool kPacked>
+using KeyValueGradTiles = BackwardTiles<T, D, kStreamedQueries<T, D>, kPacked ? 3 : 2, kPacked>;
+template <typename T, int D, bool kPacked>
+using QueryGradTiles = BackwardTiles<T, D, kStreamedKeys<T, D>, 0, kPacked>;
 
 constexpr int kDeltaThreads = 256;
 
@@ -88,16 +93,14 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(BackwardParams<T> 
   if (row < n_rows && column == 0) p.delta[at] = sum - (p.d_lse != nullptr ? p.d_lse[at] : 0.f);
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
-                                  KeyValueGradTiles<T, D>::kMinBlocks)
-    key_value_grad_kernel(BackwardParams<T> p) {
-  using Sizes = KeyValueGradTiles<T, D>;
+// The keys of a block in [key0, key_end), which have no border of documents between them.
+template <typename T, int D, typename V>
+WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const V& visible, T* base,
+                                     int batch_head, int key0, int key_end) {
+  using Sizes = KeyValueGradTiles<T, D, V::kPacked>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kKeys = Sizes::kOwned, kQueries = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kQueries / 8;
-  WGPT_DYNAMIC_SHARED(shared);
-  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile k_tile = {base}, v_tile = {base + HeadTile::elements(kKeys)};
   const auto q_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kKeys + 2 * stage * kQueries)};
@@ -105,42 +108,45 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
   const auto d_out_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kKeys + (2 * stage + 1) * kQueries)};
   };
-  float* const row_facts =
-      reinterpret_cast<float*>(base + Sizes::kElements);  // [stage][log2 e lse | delta][query]
+  // [stage][log2 e lse | delta | first key, where packed][query]
+  float* const row_facts = reinterpret_cast<float*>(base + Sizes::kElements);
 
-  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
-  const int key0 =
-      static_cast<int>(blockIdx.x / p.n_batch_heads) * kKeys;  // for causal, the longest come first
   const Rows<const T> q = p.q.head(b, h), d_out = p.d_out.head(b, h);
-  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
-  const int last_key = key0 + kKeys < kv_steps ? key0 + kKeys - 1 : kv_steps - 1;
-  const Span queries = p.visible.queries_of(key0, last_key);
-  const int tile_begin = queries.lo / kQueries, tile_end = ceil_div(queries.hi, kQueries);
+  const int last_key = key0 + kKeys < key_end ? key0 + kKeys - 1 : key_end - 1;
+  const Span queries = visible.queries_of(key0, last_key);
+  const int query_origin = visible.query_origin(key0);
+  const int tile_begin = (queries.lo - query_origin) / kQueries,
+            tile_end = ceil_div(queries.hi - query_origin, kQueries);
+  const int q_end = visible.query_end(queries);
 
   const auto load_queries = [&](int stage, int tile) {
-    q_tile(stage).template load<kQueries, kThreads>(q, tile * kQueries, q_steps, p.aligned);
-    d_out_tile(stage).template load<kQueries, kThreads>(d_out, tile * kQueries, q_steps, p.aligned);
+    const int query0 = query_origin + tile * kQueries;
+    q_tile(stage).template load<kQueries, kThreads>(q, query0, q_end, p.aligned);
+    d_out_tile(stage).template load<kQueries, kThreads>(d_out, query0, q_end, p.aligned);
     if (threadIdx.x < kQueries) {
-      const int query = tile * kQueries + threadIdx.x;
-      const int64_t at = static_cast<int64_t>(batch_head) * q_steps + query;
-      float* facts = row_facts + 2 * stage * kQueries + threadIdx.x;
-      facts[0] = query < q_steps ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
-      facts[kQueries] = query < q_steps ? p.delta[at] : 0.f;
+      const int query = query0 + threadIdx.x;
+      const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + query;
+      float* facts = row_facts + Sizes::kFacts * stage * kQueries + threadIdx.x;
+      facts[0] = query < q_end ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
+      facts[kQueries] = query < q_end ? p.delta[at] : 0.f;
+      if constexpr (V::kPacked) {
+        reinterpret_cast<int*>(facts)[2 * kQueries] = visible.keys_of(query).lo;
+      }
     }
     copy_async_commit();
   };
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_first = key0 + 16 * warp,
-            warp_last = warp_first + 15 < kv_steps ? warp_first + 15 : kv_steps - 1;
+            warp_last = warp_first + 15 < key_end ? warp_first + 15 : key_end - 1;
   LeftRows<T, D, Sizes::kKeep> k_rows = {k_tile, 16 * warp, {}}, v_rows = {v_tile, 16 * warp, {}};
   float dk[D / 8][4], dv[D / 8][4];
   clear(dk);
   clear(dv);
 
-  k_tile.template load<kKeys, kThreads>(p.k.head(b, h), key0, kv_steps, p.aligned);
-  v_tile.template load<kKeys, kThreads>(p.v.head(b, h), key0, kv_steps, p.aligned);
+  k_tile.template load<kKeys, kThreads>(p.k.head(b, h), key0, key_end, p.aligned);
+  v_tile.template load<kKeys, kThreads>(p.v.head(b, h), key0, key_end, p.aligned);
   if (tile_begin < tile_end) {
     load_queries(0, tile_begin);
   } else {
@@ -157,16 +163,25 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
       k_rows.prepare();
       v_rows.prepare();
     }
-    const int query0 = tile * kQueries;
-    const int last_query = query0 + kQueries < q_steps ? query0 + kQueries - 1 : q_steps - 1;
-    const Span first_span = p.visible.keys_of(query0), last_span = p.visible.keys_of(last_query);
-    if (warp_first >= kv_steps || warp_first >= last_span.hi || warp_last < first_span.lo) continue;
+    const int query0 = query_origin + tile * kQueries;
+    const int last_query = query0 + kQueries < q_end ? query0 + kQueries - 1 : q_end - 1;
+    // What a query of this tile sees; its first key is in shared memory where packed.
+    const auto keys_of = [=](int query) {
+      Span keys = visible.Visibility::keys_of(query);
+      if constexpr (V::kPacked) {
+        keys.lo = reinterpret_cast<const int*>(
+            row_facts)[(Sizes::kFacts * stage + 2) * kQueries + query - query0];
+      }
+      return keys;
+    };
+    const Span first_span = keys_of(query0), last_span = keys_of(last_query);
+    if (warp_first >= key_end || warp_first >= last_span.hi || warp_last < first_span.lo) continue;
     const bool masked = warp_first < last_span.lo || warp_last >= first_span.hi;
 
     float s[kN][4], ds[kN][4];  // rows: keys, columns: queries
     gemm_by_rows<T, D>(s, k_rows, q_tile(stage));
     gemm_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
-    const float* facts = row_facts + 2 * stage * kQueries;
+    const float* facts = row_facts + Sizes::kFacts * stage * kQueries;
     WGPT_UNROLL
     for (int n = 0; n < kN; ++n) {
       const int column = 8 * n + 2 * t;
@@ -177,9 +192,12 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
         for (int half = 0; half < 2; ++half) {
           float weight = exp2_approx(s[n][2 * half + c] * p.scale_log2 - lse_log2);
           if (masked) {
-            const Span span = p.visible.keys_of(query0 + column + c);
+            const Span span = keys_of(query0 + column + c);
             const int key = warp_first + g + 8 * half;
-            if (key < span.lo || key >= span.hi) weight = 0.f;
+            if (key < span.lo || key >= span.hi) {
+              weight = 0.f;
+              if constexpr (V::kPacked) ds[n][2 * half + c] = delta;  // 0 times NaN is not 0
+            }
           }
           s[n][2 * half + c] = weight;
           ds[n][2 * half + c] = weight * (ds[n][2 * half + c] - delta);
@@ -190,21 +208,37 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D>::kThreads,
     add_weighted_rows<T, D>(dk, ds, q_tile(stage));
   }
   // Only this warp reads these rows of K and V, so it may write their gradients through them.
-  store_rows<T, D>(dk, {p.scale, p.scale}, k_tile, 16 * warp, p.dk.head(b, h), warp_first, kv_steps,
+  store_rows<T, D>(dk, {p.scale, p.scale}, k_tile, 16 * warp, p.dk.head(b, h), warp_first, key_end,
                    p.aligned);
-  store_rows<T, D>(dv, {1.f, 1.f}, v_tile, 16 * warp, p.dv.head(b, h), warp_first, kv_steps,
+  store_rows<T, D>(dv, {1.f, 1.f}, v_tile, 16 * warp, p.dv.head(b, h), warp_first, key_end,
                    p.aligned);
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles<T, D>::kMinBlocks)
-    query_grad_kernel(BackwardParams<T> p, int n_tiles) {
-  using Sizes = QueryGradTiles<T, D>;
+template <typename T, int D, bool kPacked>
+__global__ void __launch_bounds__(KeyValueGradTiles<T, D, kPacked>::kThreads,
+                                  KeyValueGradTiles<T, D, kPacked>::kMinBlocks)
+    key_value_grad_kernel(BackwardParams<T> p) {
+  constexpr int kKeys = KeyValueGradTiles<T, D, kPacked>::kOwned;
+  WGPT_DYNAMIC_SHARED(shared);
+  const int batch_head = blockIdx.x % p.n_batch_heads;
+  const auto& visible = visibility_of_item<kPacked>(p.visible, batch_head / p.n_heads);
+  const int key0 =
+      static_cast<int>(blockIdx.x / p.n_batch_heads) * kKeys;  // for causal, the longest come first
+  const int offset = visible.kv_steps - visible.q_steps;  // from a query to the key at its position
+  for_each_run<kKeys>(visible, key0 - offset, [&](int begin, int end) {
+    key_value_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin + offset,
+                              end + offset);
+  });
+}
+
+// The queries of a block in [row0, q_end), which have no border of documents between them.
+template <typename T, int D, typename V>
+WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const V& visible, T* base,
+                                 int batch_head, int row0, int q_end) {
+  using Sizes = QueryGradTiles<T, D, V::kPacked>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kRows = Sizes::kOwned, kKeys = Sizes::kStreamed, kThreads = Sizes::kThreads,
                 kN = kKeys / 8;
-  WGPT_DYNAMIC_SHARED(shared);
-  T* const base = reinterpret_cast<T*>(shared);
   const HeadTile q_tile = {base}, d_out_tile = {base + HeadTile::elements(kRows)};
   const auto k_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kRows + 2 * stage * kKeys)};
@@ -213,54 +247,53 @@ __global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles
     return HeadTile{base + HeadTile::elements(2 * kRows + (2 * stage + 1) * kKeys)};
   };
 
-  const int batch_head = blockIdx.x % p.n_batch_heads;
   const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
-  const int row0 = (n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
   const Rows<const T> k = p.k.head(b, h), v = p.v.head(b, h);
-  const int q_steps = p.visible.q_steps, kv_steps = p.visible.kv_steps;
-  const int last_row = row0 + kRows < q_steps ? row0 + kRows - 1 : q_steps - 1;
-  const int tile_begin = p.visible.keys_of(row0).lo / kKeys;
-  const int tile_end = ceil_div(p.visible.keys_of(last_row).hi, kKeys);
+  const int last_row = row0 + kRows < q_end ? row0 + kRows - 1 : q_end - 1;
+  const int key_origin = visible.key_origin(row0);
+  const int key_end = visible.key_end(last_row);
+  const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;
+  const int tile_end = ceil_div(visible.keys_of(last_row).hi - key_origin, kKeys);
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row0 = row0 + 16 * warp,
-            warp_last = warp_row0 + 16 < q_steps ? warp_row0 + 15 : q_steps - 1;
-  const Span first_span = p.visible.keys_of(warp_row0), last_span = p.visible.keys_of(warp_last);
+            warp_last = warp_row0 + 16 < q_end ? warp_row0 + 15 : q_end - 1;
+  const Span first_span = visible.keys_of(warp_row0), last_span = visible.keys_of(warp_last);
   Span row_span[2];
   float lse_log2[2], delta[2];
   WGPT_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row0 + g + 8 * half;
-    const int64_t at = static_cast<int64_t>(batch_head) * q_steps + row;
-    row_span[half] = p.visible.keys_of(row);
-    lse_log2[half] = row < q_steps ? p.lse[at] * kLog2E : INFINITY;
-    delta[half] = row < q_steps ? p.delta[at] : 0.f;
+    const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + row;
+    row_span[half] = visible.keys_of(row);
+    lse_log2[half] = row < q_end ? p.lse[at] * kLog2E : INFINITY;
+    delta[half] = row < q_end ? p.delta[at] : 0.f;
   }
   LeftRows<T, D, Sizes::kKeep> q_rows = {q_tile, 16 * warp, {}},
                                d_out_rows = {d_out_tile, 16 * warp, {}};
   float dq[D / 8][4];
   clear(dq);
 
-  q_tile.template load<kRows, kThreads>(p.q.head(b, h), row0, q_steps, p.aligned);
-  d_out_tile.template load<kRows, kThreads>(p.d_out.head(b, h), row0, q_steps, p.aligned);
-  k_tile(0).template load<kKeys, kThreads>(k, tile_begin * kKeys, kv_steps, p.aligned);
-  v_tile(0).template load<kKeys, kThreads>(v, tile_begin * kKeys, kv_steps, p.aligned);
-  copy_async_commit();
+  const auto load_keys = [&](int stage, int tile) {
+    const int key0 = key_origin + tile * kKeys;
+    k_tile(stage).template load<kKeys, kThreads>(k, key0, key_end, p.aligned);
+    v_tile(stage).template load<kKeys, kThreads>(v, key0, key_end, p.aligned);
+    copy_async_commit();
+  };
+  q_tile.template load<kRows, kThreads>(p.q.head(b, h), row0, q_end, p.aligned);
+  d_out_tile.template load<kRows, kThreads>(p.d_out.head(b, h), row0, q_end, p.aligned);
+  load_keys(0, tile_begin);
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     const int stage = (tile - tile_begin) % 2;
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) {
-      k_tile(1 - stage).template load<kKeys, kThreads>(k, (tile + 1) * kKeys, kv_steps, p.aligned);
-      v_tile(1 - stage).template load<kKeys, kThreads>(v, (tile + 1) * kKeys, kv_steps, p.aligned);
-      copy_async_commit();
-    }
+    if (tile + 1 < tile_end) load_keys(1 - stage, tile + 1);
     if (tile == tile_begin) {
       q_rows.prepare();
       d_out_rows.prepare();
     }
-    const int key0 = tile * kKeys;
-    if (warp_row0 >= q_steps || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
+    const int key0 = key_origin + tile * kKeys;
+    if (warp_row0 >= q_end || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
     const bool masked = key0 < last_span.lo || key0 + kKeys > first_span.hi;
 
     float s[kN][4], ds[kN][4];
@@ -273,22 +306,39 @@ __global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles
         float weight = exp2_approx(s[n][i] * p.scale_log2 - lse_log2[i / 2]);
         if (masked) {
           const int key = key0 + 8 * n + 2 * t + i % 2;
-          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) weight = 0.f;
+          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) {
+            weight = 0.f;
+            if constexpr (V::kPacked) ds[n][i] = delta[i / 2];
+          }
         }
         ds[n][i] = weight * (ds[n][i] - delta[i / 2]);
       }
     }
     add_weighted_rows<T, D>(dq, ds, k_tile(stage));
   }
-  store_rows<T, D>(dq, {p.scale, p.scale}, q_tile, 16 * warp, p.dq.head(b, h), warp_row0, q_steps,
+  store_rows<T, D>(dq, {p.scale, p.scale}, q_tile, 16 * warp, p.dq.head(b, h), warp_row0, q_end,
                    p.aligned);
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kPacked>
+__global__ void __launch_bounds__(QueryGradTiles<T, D, kPacked>::kThreads,
+                                  QueryGradTiles<T, D, kPacked>::kMinBlocks)
+    query_grad_kernel(BackwardParams<T> p, int n_tiles) {
+  constexpr int kRows = QueryGradTiles<T, D, kPacked>::kOwned;
+  WGPT_DYNAMIC_SHARED(shared);
+  const int batch_head = blockIdx.x % p.n_batch_heads;
+  const auto& visible = visibility_of_item<kPacked>(p.visible, batch_head / p.n_heads);
+  const int row0 = (n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
+  for_each_run<kRows>(visible, row0, [&](int begin, int end) {
+    query_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
+  });
+}
+
+template <typename T, int D, bool kPacked>
 const char* backward(const FlashAttentionBackward& a, Stream stream) {
   const FlashAttentionShape& s = a.shape;
-  using KeyTiles = KeyValueGradTiles<T, D>;
-  using QueryTiles = QueryGradTiles<T, D>;
+  using KeyTiles = KeyValueGradTiles<T, D, kPacked>;
+  using QueryTiles = QueryGradTiles<T, D, kPacked>;
   static_assert(KeyTiles::kSharedBytes <= kSharedLimit && QueryTiles::kSharedBytes <= kSharedLimit);
   BackwardParams<T> p;
   p.q = heads<const T>(a.q);
@@ -302,7 +352,7 @@ const char* backward(const FlashAttentionBackward& a, Stream stream) {
   p.lse = static_cast<const float*>(a.lse);
   p.d_lse = static_cast<const float*>(a.d_lse);
   p.delta = static_cast<float*>(a.workspace);
-  p.visible = visibility(s);
+  p.visible = visibility(s, a.first_key);
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
   p.scale = static_cast<float>(s.scale);
@@ -318,12 +368,14 @@ const char* backward(const FlashAttentionBackward& a, Stream stream) {
              kDeltaThreads, 0, stream, p, n_rows);
   if (error != nullptr) return error;
   const int key_tiles = static_cast<int>(ceil_div(s.kv_steps, int64_t{KeyTiles::kOwned}));
-  error = launch(key_value_grad_kernel<T, D>, static_cast<unsigned>(p.n_batch_heads) * key_tiles,
-                 KeyTiles::kThreads, KeyTiles::kSharedBytes, stream, p);
+  error = launch(key_value_grad_kernel<T, D, kPacked>,
+                 static_cast<unsigned>(p.n_batch_heads) * key_tiles, KeyTiles::kThreads,
+                 KeyTiles::kSharedBytes, stream, p);
   if (error != nullptr) return error;
   const int query_tiles = static_cast<int>(ceil_div(s.q_steps, int64_t{QueryTiles::kOwned}));
-  return launch(query_grad_kernel<T, D>, static_cast<unsigned>(p.n_batch_heads) * query_tiles,
-                QueryTiles::kThreads, QueryTiles::kSharedBytes, stream, p, query_tiles);
+  return launch(query_grad_kernel<T, D, kPacked>,
+                static_cast<unsigned>(p.n_batch_heads) * query_tiles, QueryTiles::kThreads,
+                QueryTiles::kSharedBytes, stream, p, query_tiles);
 }
 
 }  // namespace flash
@@ -333,7 +385,15 @@ const char* flash_attention_backward(const FlashAttentionBackward& a, Stream str
   if (error != nullptr || a.shape.batch * a.shape.heads == 0) return error;
   with_element_type(a.shape.dtype, [&](auto element) {
     flash::with_head_dim(a.shape.head_dim, [&](auto head_dim) {
-      error = flash::backward<decltype(element), decltype(head_dim)::value>(a, stream);
+      using T = decltype(element);
+      constexpr int D = decltype(head_dim)::value;
+      if (a.first_key == nullptr) {
+        error = flash::backward<T, D, false>(a, stream);
+      } else if constexpr (sizeof(T) == 4 && D == 128) {  // dK, dV would spill
+        error = "flash_attention: CUDA knows no first_key in float32 at head_dim 128";
+      } else {
+        error = flash::backward<T, D, true>(a, stream);
+      }
     });
   });
   return error;

@@ -16,7 +16,9 @@ struct Span {
   int lo, hi;
 };
 
+// Without first_key: one document, whose tiles begin at key 0 and query 0.
 struct Visibility {
+  static constexpr bool kPacked = false;
   int q_steps, kv_steps, window;
   bool causal;
 
@@ -43,7 +45,105 @@ struct Visibility {
     hi = hi > 0 ? hi : 0;
     return {lo, hi};
   }
+
+  WGPT_DEVICE int key_origin(int) const { return 0; }
+  WGPT_DEVICE int key_end(int) const { return kv_steps; }
+  WGPT_DEVICE int query_origin(int) const { return 0; }
+  WGPT_DEVICE int query_end(const Span&) const { return q_steps; }
 };
+
+// With first_key. A template argument of the matrix kernels, so that calls without it run code that knows nothing of it.
+struct PackedVisibility : Visibility {
+  static constexpr bool kPacked = true;
+  const int32_t* first_key;  // (B, Tq), or of one item
+
+  // Nobody has checked the values on the device: whatever they are, a query sees a key, and no key that is not there.
+  WGPT_DEVICE Span keys_of(int query) const {
+    Span keys = Visibility::keys_of(query);
+    const int first = first_key[query < q_steps ? query : q_steps - 1];
+    if (first > keys.lo) keys.lo = first < keys.hi ? first : keys.hi - 1;
+    return keys;
+  }
+
+  WGPT_DEVICE Span queries_of(int first, int last) const {
+    Span queries = Visibility::queries_of(first, last);
+    queries.hi = first_blind(last, queries.lo, queries.hi);
+    return queries;
+  }
+
+  // Where a grid of key tiles begins for a run of queries that begins with this one: a packed document gets the tiles,
+  // and so the bits, that it gets alone.
+  WGPT_DEVICE int key_origin(int query) const {
+    const int first = first_key[query], last = Visibility::keys_of(query).hi - 1;
+    return first < 0 ? 0 : first < last ? first : last;
+  }
+
+  // Keys from here on are not loaded for queries that end with this one: those of another document.
+  WGPT_DEVICE int key_end(int last_query) const { return keys_of(last_query).hi; }
+
+  // The same for a run of keys: where its grid of query tiles begins, and from where on queries are not loaded.
+  WGPT_DEVICE int query_origin(int key) const {
+    const int query = key - (kv_steps - q_steps);
+    if (!causal || query < 0) return 0;
+    const int first = key_origin(query) - (kv_steps - q_steps);
+    return first > 0 ? first : 0;
+  }
+  WGPT_DEVICE int query_end(const Span& queries) const { return queries.hi; }
+
+  // The first query in (query, end) whose first key is its own position, else `end`: no query from there on shares a key
+  // with one before, so tiles that cross this border are taken apart. 0 times an infinite value of another document
+  // would be NaN. The whole warp calls it.
+  WGPT_DEVICE int segment_end(int query, int end) const {
+    if (!causal) return end;
+    for (int from = query + 1 > 0 ? query + 1 : 0; from < end; from += kWarp) {
+      const int mine = from + lane_id();
+      const unsigned begins =
+          __ballot_sync(kFullWarp, mine < end && first_key[mine] >= mine + kv_steps - q_steps);
+      if (begins != 0) return from + __ffs(static_cast<int>(begins)) - 1;
+    }
+    return end;
+  }
+
+  // The first query in [lo, hi) whose first key comes after `key`, else hi: each step asks a warp's 32 lanes, which all
+  // must call it.
+  WGPT_DEVICE int first_blind(int key, int lo, int hi) const {
+    while (lo < hi) {
+      const int step = ceil_div(hi - lo, kWarp), mine = lo + (lane_id() + 1) * step - 1;
+      const unsigned sees = __ballot_sync(kFullWarp, mine < hi && first_key[mine] <= key);
+      lo += __popc(sees) * step;
+      hi = lo + step - 1 < hi ? lo + step - 1 : hi;
+    }
+    return hi;
+  }
+};
+
+// What the queries of item b see.
+template <bool kPacked>
+WGPT_DEVICE decltype(auto) visibility_of_item(const PackedVisibility& all, int64_t b) {
+  if constexpr (kPacked) {
+    PackedVisibility item = all;
+    item.first_key += b * all.q_steps;
+    return item;
+  } else {
+    return static_cast<const Visibility&>(all);
+  }
+}
+
+// Calls f(begin, end) for each run of queries of a block, which owns kRows from `first` on: no border of packed
+// documents lies within a run. Without packing there is one, whose end is that of all queries.
+template <int kRows, typename V, typename F>
+WGPT_DEVICE void for_each_run(const V& visible, int first, F&& f) {
+  if constexpr (V::kPacked) {
+    const int end = first + kRows < visible.q_steps ? first + kRows : visible.q_steps;
+    for (int begin = first, next; begin < end; begin = next) {
+      next = visible.segment_end(begin, end);
+      if (begin > first) __syncthreads();  // every warp has done with the tiles of the run before
+      f(begin, next);
+    }
+  } else {
+    f(first, visible.q_steps);
+  }
+}
 
 template <typename T>
 struct Heads {
@@ -190,9 +290,10 @@ inline const char* check(const FlashAttentionShape& s) {
   return nullptr;
 }
 
-inline Visibility visibility(const FlashAttentionShape& s) {
-  return {static_cast<int>(s.q_steps), static_cast<int>(s.kv_steps), static_cast<int>(s.window),
-          s.causal};
+inline PackedVisibility visibility(const FlashAttentionShape& s, const int32_t* first_key) {
+  return {{static_cast<int>(s.q_steps), static_cast<int>(s.kv_steps), static_cast<int>(s.window),
+           s.causal},
+          first_key};
 }
 
 // Calls f(integral_constant<int, D>).

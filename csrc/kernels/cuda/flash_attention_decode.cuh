@@ -47,7 +47,7 @@ struct DecodeParams {
   float* lse;
   // (B, H, Tq, splits, D + 2): output, maximum, sum of each split; nullptr when there is one split.
   float* partial;
-  Visibility visible;
+  PackedVisibility visible;  // first_key nullptr: not packed
   int n_heads, n_splits, keys_per_split;
   float scale_log2;
   bool aligned;
@@ -89,8 +89,14 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(DecodeParam
   const int i = static_cast<int>(row % p.visible.q_steps);
   const int64_t batch_head = row / p.visible.q_steps, b = batch_head / p.n_heads,
                 h = batch_head % p.n_heads;
-  const Span all = p.visible.keys_of(i);
-  const int from = p.visible.keys_of(0).lo + static_cast<int>(blockIdx.y) * p.keys_per_split;
+  Span all = p.visible.Visibility::keys_of(i);
+  int from = p.visible.Visibility::keys_of(0).lo;
+  if (p.visible.first_key != nullptr) {  // one kernel for both: the test is little beside the keys
+    const PackedVisibility visible = visibility_of_item<true>(p.visible, b);
+    all.lo = visible.keys_of(i).lo;
+    from = visible.keys_of(0).lo;
+  }
+  from += static_cast<int>(blockIdx.y) * p.keys_per_split;
   const int begin = from > all.lo ? from : all.lo;
   const int end = from + p.keys_per_split < all.hi ? from + p.keys_per_split : all.hi;
   const int group = threadIdx.x / kGroup, column = threadIdx.x % kGroup * kW;
@@ -169,7 +175,7 @@ __global__ void __launch_bounds__(D) merge_splits_kernel(DecodeParams<T> p) {
 }
 
 template <typename T, int D>
-const char* decode(const FlashAttentionForward& a, const Visibility& visible, Stream stream) {
+const char* decode(const FlashAttentionForward& a, Stream stream) {
   const FlashAttentionShape& s = a.shape;
   const DecodeSplits splits = decode_splits(s);
   DecodeParams<T> p;
@@ -179,7 +185,7 @@ const char* decode(const FlashAttentionForward& a, const Visibility& visible, St
   p.out = heads<T>(a.out);
   p.lse = static_cast<float*>(a.lse);
   p.partial = splits.n == 1 ? nullptr : static_cast<float*>(a.workspace);
-  p.visible = visible;
+  p.visible = visibility(s, a.first_key);
   p.n_heads = static_cast<int>(s.heads);
   p.n_splits = splits.n;
   p.keys_per_split = splits.keys;
