@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                         default=["speech", "music"])  # fmt: skip
     parser.add_argument("--out", type=Path, help="file of results to write or to add to")
     args, more = parser.parse_known_args(argv)
-    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    results = {}
     for corpus in args.corpora:
         folder = args.work / f"{corpus}-{args.plan}"
         data = folder / "data"
@@ -83,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
                                 "--json", *more))  # fmt: skip
         found["data"] = f"{corpus}: {', '.join(CORPORA[args.plan][corpus])}"
         results[f"{corpus}, {args.plan}"] = found
-        if args.out and "arms" in found:
-            write_atomically(args.out, json.dumps(results, indent=1) + "\n")
+        if args.out and "arms" in found:  # beside what another machine has written by now
+            others = json.loads(args.out.read_text()) if args.out.exists() else {}
+            write_atomically(args.out, json.dumps({**others, **results}, indent=1) + "\n")
     print(json.dumps(results))
     return 0
 

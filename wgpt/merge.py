@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parts", nargs="+", metavar="PART", help="all folders of wgpt prepare --shard, in any order"
     )
     parser.add_argument("--out", required=True, metavar="DATA", help="folder to write")
+    parser.add_argument("--codec", help="that of the parts, where it lies elsewhere by now")
     parser.add_argument("--overwrite", action="store_true", help="replace data that are there")
     parser.add_argument(
         "--json", action="store_true", help="print account and totals as one line of JSON"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`wgpt merge`."""
-    manifest = merge(args.parts, args.out, overwrite=args.overwrite)
+    manifest = merge(args.parts, args.out, codec=args.codec, overwrite=args.overwrite)
     if args.json:
         shown = ("account", "totals", "split_by", "report")
         sys.stdout.write(json.dumps({"out": args.out, **{n: manifest[n] for n in shown}}) + "\n")

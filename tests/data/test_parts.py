@@ -11,7 +11,7 @@ import soundfile
 from fake_codec import FakeCodec, make_audio, tree
 
 from wgpt.cli import main
-from wgpt.data import Dataset, encode, merge, prepare
+from wgpt.data import Dataset, assemble, encode, merge, prepare
 from wgpt.errors import ConfigError, DataError
 
 N = 4
@@ -80,6 +80,28 @@ def test_parts_may_lie_in_the_folder_that_they_become(made, plain, tmp_path: Pat
     merge(parts, tmp_path / "data", codec=FakeCodec(), overwrite=True)
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_merge_that_failed_is_merged_again(made, plain, tmp_path: Path, fault) -> None:
+    """In the middle of writing, into a folder of its own and into that of the parts."""
+    for out in (tmp_path / "data", made[0].parent):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def failing(*args, **kwargs):
+                raise fault
+
+            patch.setattr(assemble, "write_sealed", failing)
+            with pytest.raises((KeyboardInterrupt, DataError)):
+                merge(made, out, codec=FakeCodec())
+        merge(made, out, codec=FakeCodec())
+        got = tree(out)
+        assert {name: got[name] for name in plain} == plain
+        assert not (out / ".partial").exists() and not (out / ".building").exists()
+        for name in plain:
+            (out / name).unlink()
+        for name in ("train", "valid", "test"):
+            shutil.rmtree(out / name)
+
+
 def test_a_part_that_was_interrupted_resumes(
     audio_dir, made, plain, tmp_path: Path, monkeypatch
 ) -> None:
@@ -123,6 +145,13 @@ def flipped(parts, audio_dir):
     path.write_bytes(content)
 
 
+def other_recordings(parts, audio_dir):
+    shutil.copytree(audio_dir, other := parts[0].parent / "other")
+    shutil.rmtree(parts[1])
+    (other / "speech" / "notes.txt").unlink()  # or a folder that one machine could not read
+    prepare_part(other, parts[1], 2)
+
+
 def flipped_record(parts, audio_dir):
     path = parts[2] / "part.json"
     path.write_text(path.read_text().replace('"n_hidden": 0', '"n_hidden": 1'))
@@ -136,6 +165,7 @@ def flipped_record(parts, audio_dir):
         (flipped, r"part-3: is damaged: its finished file of .* is missing or changed; delete"),
         (flipped_record, r"part-3/part\.json"),
         (other_settings, r"part-2: was prepared with other settings than .*: treatment"),
+        (other_recordings, r"part-2: was made of other recordings than .*part-1.*--overwrite"),
         (other_number, r"part-2: is part 2 of 5, .*part-1 is one of 4"),
         (lambda parts, _: parts.clear(), "at least one part is needed"),
     ],
@@ -150,6 +180,18 @@ def test_merge_names_the_part_at_fault(parts, audio_dir, tmp_path: Path, harm, w
 def test_merge_refuses_another_codec(parts, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"parts were encoded by the codec .*fake.* is .*other"):
         merge(parts, tmp_path / "data", codec=FakeCodec("other"))
+
+
+def test_a_part_is_not_replaced_by_another(parts, audio_dir) -> None:
+    before = tree(parts[1])
+    for i, changes in ((3, {}), (2, {"keep_silence": True})):
+        with pytest.raises(DataError, match=r"holds part 2 of 4.*name another --out for part"):
+            prepare_part(audio_dir, parts[1], i, **changes)
+        assert tree(parts[1]) == before
+    prepare_part(audio_dir, parts[1], 2)  # the same again: nothing to do
+    assert tree(parts[1]) == before
+    prepare_part(audio_dir, parts[1], 3, overwrite=True)
+    assert json.loads((parts[1] / "part.json").read_text())["shard"] == [3, 4]
 
 
 def test_a_part_is_not_taken_for_data(parts, audio_dir) -> None:

@@ -113,6 +113,15 @@ def test_paired_difference_draws_whole_groups():
     assert widths[0] == pytest.approx(widths[1] * 40**0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_paired_difference_of_few_clips_has_no_interval(n):
+    n_tokens = np.full(n, 100)
+    a, b = (Score(k, np.full(n, v), n_tokens, n_tokens, ["g"] * n) for k, v in (("a", 9), ("b", 8)))
+    found = paired_difference([a], [b])
+    assert found["nll_nats"] == pytest.approx(0.01) and found["n_drawn"] == n
+    assert (found["low"] is None) == (found["high"] is None) == (n < 5)
+
+
 def test_paired_difference_knows_that_seeds_differ():
     n_tokens, groups = np.full(40, 100), ["g"] * 40
     twin = [Score("t", np.full(40, nll), n_tokens, n_tokens, groups) for nll in (390.0, 410.0)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +50,15 @@ def check_shard(shard: tuple[int, int], given: object) -> None:
         )
 
 
-def keep_shard(inputs: Inputs, shard: tuple[int, int]) -> None:
-    """Leaves the entries of a shard: those whose name hashes to it, wherever the others are."""
+def keep_shard(inputs: Inputs, shard: tuple[int, int]) -> str:
+    """Leaves the entries of a shard: those whose name hashes to it, wherever the others are.
+
+    Returns the sha256 of all inputs' names, groups and splits: that of every part must be the same.
+    """
     check_shard(shard, shard)
+    seen = [[(entry.name, entry.split, entry.group) for entry in inputs.entries],
+            inputs.other, inputs.unreadable]  # fmt: skip
+    inputs_sha256 = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     i, n = shard
 
     def number(entry: Entry) -> int:
@@ -59,6 +66,20 @@ def keep_shard(inputs: Inputs, shard: tuple[int, int]) -> None:
         return int.from_bytes(digest[:8], "big") % n + 1
 
     inputs.entries = [entry for entry in inputs.entries if number(entry) == i]
+    return inputs_sha256
+
+
+def check_part(out: Path, shard: tuple[int, int], settings: dict[str, Any]) -> None:
+    """Raises DataError where `out` holds another part, or one with other settings."""
+    if not (out / PART).exists():
+        return
+    record = read_json(out / PART, DataError, _LIMIT_BYTES)
+    if record.get("shard") != list(shard) or record.get("settings") != settings:
+        i, n = record.get("shard", ("?", "?"))
+        raise DataError(
+            f"{out}: holds part {i} of {n}, perhaps with other settings; name another --out for "
+            f"part {shard[0]} of {shard[1]}, or --overwrite to replace it"
+        )
 
 
 def write_part(
@@ -66,6 +87,7 @@ def write_part(
     shard: tuple[int, int],
     settings: dict[str, Any],
     inputs: Inputs,
+    inputs_sha256: str,
     found: Found,
     reasons: dict[str, str],
 ) -> dict[str, Any]:
@@ -88,6 +110,7 @@ def write_part(
         "format": _FORMAT,
         "shard": list(shard),
         "settings": settings,
+        "inputs_sha256": inputs_sha256,
         "entries": entries,
         "reasons": reasons,
         "unreadable_files": found.unreadable[len(inputs.unreadable) :],
@@ -123,16 +146,18 @@ class Merged:
         )
 
     def encoder(self, codec: Any) -> Encoder:
-        """What encoded the files. codec: None for that which the settings name.
+        """What encoded the files. codec: a name, a path or a codec; None for what the settings
+        name.
 
-        Raises CodecError where the name stands for other weights by now.
+        Raises DataError where that is another codec, CodecError where there is none.
         """
         settings, expected = self.settings, self.settings["codec"]["identity"]
-        loaded = codec or load_codec(self.settings["codec"]["source"], False)
+        named = codec or settings["codec"]["source"]
+        loaded = load_codec(named, False)
         if loaded.identity != expected:
             raise DataError(
                 f"merge: the parts were encoded by the codec {expected}, "
-                f"{settings['codec']['source']} is {loaded.identity} here"
+                f"{getattr(named, 'identity', named)} is {loaded.identity}; name theirs by --codec"
             )
         limit = settings["max_seconds"]
         return Encoder(
@@ -161,10 +186,17 @@ def read_parts(parts: Sequence[Path]) -> Merged:
             raise DataError(f"{part}: is part {i} of {of}, {parts[0]} is one of {n}")
         if i in by_number:
             raise DataError(f"{part}: is part {i} of {n}, and so is {by_number[i]}; name one")
-        changed = [k for k, v in record["settings"].items() if records[0]["settings"].get(k) != v]
+        settings, expected = (_shaping(r["settings"]) for r in (record, records[0]))
+        changed = [name for name, value in settings.items() if expected.get(name) != value]
         if changed:
             raise DataError(
                 f"{part}: was prepared with other settings than {parts[0]}: {', '.join(changed)}"
+            )
+        if record["inputs_sha256"] != records[0]["inputs_sha256"]:
+            raise DataError(
+                f"{part}: was made of other recordings than {parts[0]}: files came or went, or a "
+                "folder could not be read on one machine; give all parts the same inputs and "
+                "prepare the one that is wrong again, with --overwrite"
             )
         by_number[i] = part
     missing = [str(i) for i in range(1, n + 1) if i not in by_number]
@@ -174,6 +206,11 @@ def read_parts(parts: Sequence[Path]) -> Merged:
             f"wgpt prepare ... --shard {missing[0]}/{n}"
         )
     return _joined(parts, records)
+
+
+def _shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that must be equal; where the codec lies is none of them."""
+    return {**settings, "codec": {**settings["codec"], "source": ""}}
 
 
 def _joined(parts: Sequence[Path], records: list[dict[str, Any]]) -> Merged:

@@ -39,7 +39,7 @@ from wgpt.data.folder import (
 )
 from wgpt.data.inputs import Inputs, collect
 from wgpt.data.page import page
-from wgpt.data.parts import keep_shard, read_parts, write_part
+from wgpt.data.parts import check_part, keep_shard, read_parts, write_part
 from wgpt.data.progress import Progress
 from wgpt.data.report import report
 from wgpt.data.scan import Found, hash_all, list_sources
@@ -118,9 +118,7 @@ def prepare(
         check_ours(out)
     inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
     if shard is not None:
-        keep_shard(inputs, shard)
-        if overwrite:
-            (out / PART).unlink(missing_ok=True)
+        inputs_sha256 = keep_shard(inputs, shard)
     before = read_before(out)
     if shard is not None and before is not None:
         raise DataError(f"{out}: holds prepared data; name another --out for part {shard[0]}")
@@ -151,13 +149,17 @@ def prepare(
             if is_done(out, before, settings, found, command):
                 return before
         with locked(out):
+            if shard is not None and overwrite:
+                (out / PART).unlink(missing_ok=True)
+            elif shard is not None:
+                check_part(out, shard, settings)
             open_partial(out / PARTIAL, settings)
             kept = keep_splits(out / PARTIAL, before, overwrite)
             if before is not None:
                 logger.info("%d files are kept", reopen(out, before, settings, found))
             facts, reasons = _encode(found, spec, encoder, jobs, progress)
             if shard is not None:
-                return write_part(out, shard, settings, inputs, found, reasons)
+                return write_part(out, shard, settings, inputs, inputs_sha256, found, reasons)
             return _build(out, inputs, encoder, settings, found, facts, reasons, rule, kept)
     except OSError as error:
         raise DataError(
@@ -170,7 +172,7 @@ def merge(
     parts: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    codec: CodecProtocol | None = None,
+    codec: str | Path | CodecProtocol | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Join the parts that `prepare(..., shard=(i, n))` made into the data folder `out`.
@@ -181,7 +183,7 @@ def merge(
     Args:
         parts: all n, in any order.
         out: new, empty, the folder that holds the parts, or with overwrite one with old data.
-        codec: that of the parts, by default what their settings name.
+        codec: that of the parts, a name, a path or a codec; by default what their settings name.
 
     Returns:
         The manifest, as written to out/manifest.json.
@@ -192,13 +194,14 @@ def merge(
         AudioError: a recording of the report is gone.
     """
     out = Path(out)
-    merged = read_parts(_paths(parts))
     check_ours(out)
     if read_before(out) is not None and not overwrite:
         raise DataError(f"{out}: holds prepared data; use another --out, or --overwrite")
-    encoder = merged.encoder(codec)
     try:
+        merged = read_parts(_paths(parts))
+        encoder = merged.encoder(codec)
         with locked(out):
+            open_partial(out / PARTIAL, merged.settings)  # which says that it is ours, if this ends
             return _build(
                 out, merged.inputs, encoder, merged.settings, merged.found, merged.facts,
                 merged.reasons, merged.rule, {},

@@ -18,6 +18,7 @@ from wgpt.model import HybridModel
 
 N_DRAWS = 2000
 LEAST_GROUPS = 8  # below, the bootstrap draws clips
+LEAST_DRAWN = 5  # below, an interval would mean nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,8 @@ def paired_difference(
         group: only these clips; None: all.
         seed: of the draws.
 
-    Returns {nll_nats, low, high, drawn: "groups" or "clips", n_drawn, n_seeds: of a and b}.
+    Returns {nll_nats, low, high, drawn: "groups" or "clips", n_drawn, n_seeds: of a and b}; low and
+    high are None for fewer than LEAST_DRAWN of them.
     """
     groups = np.array(a[0].groups)
     chosen = np.ones(len(groups), bool) if group is None else groups == group
@@ -170,11 +172,12 @@ def paired_difference(
         of_a, of_b = (values[rng.integers(0, len(values), len(values))].mean(0)
                       for values in (nll_a, nll_b))  # fmt: skip
         draws[i] = weights @ (of_a - of_b) / (weights @ n_tokens)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = map(float, np.quantile(draws, [0.025, 0.975]))
+    is_enough = n_units >= LEAST_DRAWN
     return {
         "nll_nats": float((nll_a.mean(0) - nll_b.mean(0)).sum() / n_tokens.sum()),
-        "low": float(low),
-        "high": float(high),
+        "low": low if is_enough else None,
+        "high": high if is_enough else None,
         "drawn": drawn,
         "n_drawn": n_units,
         "n_seeds": [len(a), len(b)],

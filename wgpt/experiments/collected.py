@@ -41,9 +41,8 @@ def collect(out: Path, plan: Plan, data: Dataset, split: Split) -> dict[str, Any
     """Makes study.json, study.md, study.html and loss.png from the scores in a study's folder.
 
     Returns {data, split, plan, rows, gaps, arms, missing, conclusions}: `rows` of Score.row(), mean
-    over seeds; `gaps` of gaps(); `arms` by name {purpose, n_parameters, flops_per_step, seeds,
-    nll_nats_by_seed, steps, best_step, minutes, minutes_to_twin, closed_loop_nll_nats};
-    `missing` the runs of the plan that are not there.
+    over seeds; `gaps` of gaps(); `arms` by name what each is, scored, and cost; `missing` the runs
+    of the plan that are not there; beside them the plan's settings.
 
     Raises ConfigError where there is no score, or one of other data.
     """
@@ -210,6 +209,10 @@ def conclusions(found: list[dict[str, Any]], twin: str) -> list[str]:
     said = []
     for gap in found:
         if gap["group"] != "all":
+            continue
+        if gap["low"] is None:
+            said.append(f"Too few {gap['drawn']}, {gap['n_drawn']}, to compare {gap['arm']} with "
+                        f"{twin}: {gap['nll_nats']:+.3f} nats.")  # fmt: skip
             continue
         size = f"{abs(gap['nll_nats']):.3f} nats ({gap['low']:+.3f} to {gap['high']:+.3f})"
         if gap["high"] < 0:

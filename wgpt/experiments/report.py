@@ -15,6 +15,7 @@ from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ
 from wgpt.data.dataset import Dataset
 from wgpt.experiments.html_parts import inline, page, table, text
+from wgpt.experiments.study_tables import shown_gap
 from wgpt.files import write_atomically
 from wgpt.runs import plots
 
@@ -139,8 +140,7 @@ def _scores(rows: Sequence[dict[str, Any]], gaps: Sequence[dict[str, Any]]) -> s
 
 def _gap(gap: dict[str, Any]) -> str:
     """`-0.262 (-0.275 to -0.249)`, with minus signs."""
-    shown = f"{gap['nll_nats']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
-    return shown.replace("-", "\u2212")
+    return shown_gap(gap).replace("-", "\u2212")
 
 
 def _distances(likeness: dict[str, dict[str, dict[str, float]]]) -> str:

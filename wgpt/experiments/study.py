@@ -29,7 +29,7 @@ from wgpt import codec as codecs
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ, TrainConfig
 from wgpt.data.dataset import SHUFFLED, Dataset, Split
-from wgpt.errors import ConfigError, TrainError
+from wgpt.errors import ConfigError, Interrupted, TrainError
 from wgpt.evaluation.codec_ceiling import with_decoded_mel
 from wgpt.evaluation.scores import Score, score
 from wgpt.experiments import collected
@@ -81,6 +81,7 @@ def study(
     """
     job = _Study(Path(data), Path(out), plan, arms, model or {}, settings)
     chosen = job.runs(only)
+    job.compare()
     if not collect:
         times = job.describe(chosen)
         if dry_run:
@@ -93,11 +94,21 @@ def study(
             job.begin()
             job.check_leaks(chosen)
             for arm, seed in chosen:
-                job.run(arm, seed, times)
+                try:
+                    job.run(arm, seed, times)
+                except Interrupted:
+                    raise Interrupted(
+                        f"stopped in {arm.name}, seed {seed}; the same `wgpt study` command resumes"
+                    ) from None
+                except TrainError as error:
+                    raise TrainError(
+                        f"{arm.name}, seed {seed}: {error}. Other arms: the same `wgpt study` "
+                        "command with --only"
+                    ) from error
         return collected.collect(job.out, job.plan, job.data, job.split)
     except OSError as error:
         raise TrainError(
-            f"{out}: {error}; what is done is kept: the same command goes on from there"
+            f"{out}: {error}; what is done is kept: the same command resumes"
         ) from error
 
 
@@ -181,7 +192,8 @@ class _Study:
             )  # fmt: skip
         for arm in self.left_out:
             log.info(
-                "%s: left out; prepare the data with --mel-sources ... %s to have it",
+                "%s: left out; prepare the data with --mel-sources ... %s, and study them in a new "
+                "--out, to have it",
                 arm.name, arm.mel_source,
             )  # fmt: skip
         log.info(
@@ -191,9 +203,8 @@ class _Study:
         )  # fmt: skip
         return times
 
-    def begin(self) -> None:
-        """Writes plan.json, or compares with it. Raises ConfigError where they differ."""
-        path = self.out / "plan.json"
+    def facts(self) -> dict[str, Any]:
+        """What holds for the whole study."""
         facts = {
             "format": _FORMAT,
             "plan": self.plan.name,
@@ -201,12 +212,20 @@ class _Study:
             "train": {k: v for k, v in self.plan.train.items() if k != "device"},
             "manifest_sha256": facts_of(self.data)["manifest_sha256"],
         }
-        if not path.exists():
+        return dict(json.loads(json.dumps(facts)))
+
+    def begin(self) -> None:
+        """Writes plan.json, if there is none."""
+        if not (self.out / "plan.json").exists():
             self.out.mkdir(parents=True, exist_ok=True)
-            write_sealed(path, facts)
+            write_sealed(self.out / "plan.json", self.facts())
+
+    def compare(self) -> None:
+        """Raises ConfigError where the folder holds a study of another plan, or of other data."""
+        if not (self.out / "plan.json").exists():
             return
-        kept = {k: v for k, v in read_json(path).items() if k in facts}
-        for name, new in json.loads(json.dumps(facts)).items():
+        kept = read_json(self.out / "plan.json")
+        for name, new in self.facts().items():
             if kept.get(name) != new:
                 raise ConfigError(
                     f"{self.out}: holds a study whose {name} is {kept.get(name)}, this one's is "

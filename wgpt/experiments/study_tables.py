@@ -16,6 +16,17 @@ _ARM_HEADER = [
 ]  # fmt: skip
 
 
+def shown_gap(gap: dict[str, Any]) -> str:
+    """`-0.262 (-0.275 to -0.249)`; too few clips have no interval."""
+    return f"{gap['nll_nats']:+.3f} ({_interval(gap)})"
+
+
+def _interval(gap: dict[str, Any]) -> str:
+    if gap["low"] is None:
+        return f"{gap['n_drawn']} {gap['drawn']}: too few"
+    return f"{gap['low']:+.3f} to {gap['high']:+.3f}"
+
+
 def _arm_cells(result: dict[str, Any]) -> list[list[str]]:
     """The table of arms: what each is, scored, and cost."""
     nats = {row["model"]: row for row in result["rows"] if row["group"] == "all"}
@@ -30,8 +41,7 @@ def _arm_cells(result: dict[str, Any]) -> list[list[str]]:
             f"{len(arm['seeds'])}",
             f"{nats[name]['nll_nats']:.3f}",
             "" if closed is None else f"{closed:.3f}",
-            "" if gap is None else
-            f"{gap['nll_nats']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})",
+            "" if gap is None else shown_gap(gap),
             f"{nats[name]['bits_per_s']:.0f}",
             f"{arm['flops_per_step'] / 1e6:.1f}",
             f"{arm['minutes_to_best']:.0f}",
@@ -45,9 +55,11 @@ def _drawn(result: dict[str, Any]) -> str:
     if not result["gaps"]:
         return ""
     gap = result["gaps"][0]
+    n_seeds = max(max(one["n_seeds"]) for one in result["gaps"])
+    over_seeds = f" and over up to {n_seeds} seeds" if n_seeds > 1 else "; of one seed each"
     return (
         f"Differences to {result['twin']}, the token-only twin; intervals of a bootstrap over "
-        f"{gap['n_drawn']} {gap['drawn']} and over seeds."
+        f"{gap['n_drawn']} {gap['drawn']}{over_seeds}."
     )
 
 
@@ -75,8 +87,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     if by_group:
         lines += ["", "| arm | group | minus the twin (nats) | interval |", "|---|---|---:|---|"]
         lines += [
-            f"| {gap['arm']} | {gap['group']} | {gap['nll_nats']:+.3f} "
-            f"| {gap['low']:+.3f} to {gap['high']:+.3f} |"
+            f"| {gap['arm']} | {gap['group']} | {gap['nll_nats']:+.3f} | {_interval(gap)} |"
             for gap in by_group
         ]
     lines += ["", "The paper (arXiv 2412.11449), nats:", ""]

@@ -84,7 +84,7 @@ class ProcessGroup:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """The module under DistributedDataParallel: its backward sums the gradients of all
-        processes, bucket by bucket while it goes on; alone the module itself."""
+        processes, bucket by bucket while it runs; alone the module itself."""
         if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         # Buffers are constants. torch 2.13 renamed the argument.
@@ -119,16 +119,17 @@ class ProcessGroup:
         if self.size == 1 or isinstance(error, WgptError):
             return None
         said = str(error)
-        if "out waiting" in said or "imed out" in said or "imeout" in said:
-            return (
-                f"process {self.rank} waited {_timeout_s():g} s for the others, which validate, "
-                f"save or hang; {TIMEOUT}=SECONDS lets it wait longer"
-            )
-        if not isinstance(error, dist.DistError) and "onnection" not in said:
+        is_late = "out waiting" in said or "imed out" in said or "imeout" in said
+        if not (is_late or isinstance(error, dist.DistError) or "onnection" in said):
             return None
         with contextlib.suppress(RuntimeError):
             self.store.wait([_BOARD], timedelta(seconds=_BOARD_S))
             return str(self.store.get(_BOARD).decode())
+        if is_late:
+            return (
+                f"process {self.rank} waited {_timeout_s():g} s for the others, which validate, "
+                f"save or hang; {TIMEOUT}=SECONDS lets it wait longer"
+            )
         return "another process ended without a word (killed?); torchrun says which"
 
 

@@ -274,7 +274,8 @@ def _trainer(job: Job) -> Trainer:
 def _time_steps(job: Job) -> tuple[float, int]:
     """Seconds of a step by a trainer of its own, and in how many parts a batch fits in memory."""
     trainer = _trainer(job)
-    return trainer.seconds_per_step(), trainer.step.n_parts
+    with trainer.peers():
+        return trainer.seconds_per_step(), trainer.step.n_parts
 
 
 def facts_about(data: Dataset) -> plans.Facts:

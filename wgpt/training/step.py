@@ -114,7 +114,7 @@ class TrainingStep:
         """Gradients of all parts and processes; returns NLL, share correct and NLL of residual
         codebooks of this one.
 
-        The last part's backward sums gradients over processes while it goes on. In the first step,
+        The last part's backward sums gradients over processes while it runs. In the first step,
         where a part may run out of memory in one process alone, they are summed behind it.
         """
         processes, n_rows = self.processes, len(batch.tokens)

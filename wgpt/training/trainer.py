@@ -15,7 +15,7 @@ from wgpt import commits
 from wgpt.data.augment import MelAugment
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
 from wgpt.data.dataset import Dataset
-from wgpt.errors import Interrupted, TrainError, is_out_of_memory
+from wgpt.errors import Interrupted, TrainError, WgptError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.ops.runtime import StopSignal, warn_of_changes
 from wgpt.runs import checkpoint, plots
@@ -121,7 +121,7 @@ class Trainer:
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         began = time.monotonic()
         try:
-            with self.stop, self._peers():
+            with self.stop, self.peers():
                 if self.record and not committed:
                     with self._way_on():
                         self.record.validate(0, 0.0)
@@ -153,16 +153,24 @@ class Trainer:
         }
 
     @contextlib.contextmanager
-    def _peers(self) -> Iterator[None]:
-        """A TrainError that says which other process ended, for the torch error that it causes."""
+    def peers(self) -> Iterator[None]:
+        """What ends one process ends all: this one leaves word of its error, and says which other
+        ended instead of the torch error that this causes."""
         try:
             yield
+        except Interrupted:
+            raise
+        except WgptError as error:
+            self.processes.tell(error)
+            raise
         except RuntimeError as error:
             why = self.processes.explain(error)
             if why is None:
+                self.processes.tell(error)
                 raise
-            command = resume_command(self.run)
-            raise TrainError(f"{why}. What is committed is safe: {command}") from error
+            has_begun = (self.run.folder / "config.json").exists()
+            safe = f". What is committed is safe: {resume_command(self.run)}" if has_begun else ""
+            raise TrainError(f"{why}{safe}") from error
 
     @contextlib.contextmanager
     def _way_on(self) -> Iterator[None]:
