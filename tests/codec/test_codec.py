@@ -252,13 +252,26 @@ def test_folder_written_by_us_is_one_that_transformers_reads(tmp_path):
     assert torch.equal(mini.encode(wave), expected)
 
 
+def assert_equal_tokens(ours, theirs, wave):
+    """Equal wherever rounding does not decide: where two entries are as near as each other, sums in
+    another order, as on another CPU, give the other. Such frames change with a millionth of level.
+    """
+    tokens, expected = ours.encode(wave), theirs.encode(wave)
+    settled = torch.ones(tokens.shape[1], dtype=torch.bool)
+    for gain in (1 - 3e-6, 1 - 1e-6, 1 + 1e-6, 1 + 3e-6):
+        for one, of in ((ours, tokens), (theirs, expected)):
+            settled &= (one.encode(wave * gain) == of).all(0)
+    assert settled.float().mean() > 0.95
+    assert torch.equal(tokens[:, settled], expected[:, settled])
+    return tokens
+
+
 def test_released_architecture_gives_the_tokens_of_transformers(original):
     wave = _music()
     ours, theirs = codec.load(original), codec.load(original, implementation="transformers")
     assert (ours.n_codebooks, ours.identity["lead_frames"]) == (32, 8)
-    tokens = ours.encode(wave)
+    tokens = assert_equal_tokens(ours, theirs, wave)
     assert tokens.unique().numel() > 50
-    assert torch.equal(tokens, theirs.encode(wave))
     torch.testing.assert_close(ours.decode(tokens), theirs.decode(tokens), rtol=0, atol=1e-5)
     with pytest.raises(codec.CodecError, match="only implementation='wgpt' can stream"):
         theirs.stream_encoder()
@@ -296,9 +309,8 @@ def test_encodec_package_gives_equal_tokens(original, reflecting):
     for path in (original, reflecting):
         ours = codec.load(path)
         theirs = codec.load(path, implementation="encodec")
-        tokens = ours.encode(wave)
+        tokens = assert_equal_tokens(ours, theirs, wave)
         assert tokens.unique().numel() > 10
-        assert torch.equal(tokens, theirs.encode(wave))
         torch.testing.assert_close(ours.decode(tokens), theirs.decode(tokens))
     assert "torchaudio" not in sys.modules or sys.modules["torchaudio"].__file__
 

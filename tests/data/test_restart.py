@@ -71,7 +71,7 @@ def test_killed_and_restarted_gives_the_same_bytes(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (out / "manifest.json").exists()
-    with pytest.raises(DataError, match="again, if it was interrupted"):
+    with pytest.raises(DataError, match="if prepare was interrupted, run it again"):
         dataset_module.Dataset(out)
     time.sleep(0.5)  # workers notice the death and leave
     finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}

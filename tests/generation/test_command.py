@@ -80,7 +80,7 @@ def test_generate_command_writes_numbered_files(tiny_run, tmp_path, capsys):
         (["--out", "x.wav", "--stream"], "one of --out AUDIO and --stream"),
         (["--out", "x.wav"], "--out needs --seconds"),
         (["--stream", "--n", "2"], "--n and --json need --out"),
-        (["--out", "x.wav", "--seconds", "1", "--n", "0"], "--n must be at least 1, got 0"),
+        (["--out", "x.wav", "--seconds", "1", "--n", "0"], "--n must be in [1, 1024], got 0"),
         (
             ["--out", "x.wav", "--seconds", "1", "--fine-temperature", "-1"],
             "fine_temperature must be finite and at least 0, got -1",
