@@ -215,10 +215,11 @@ def conclusions(found: list[dict[str, Any]], twin: str) -> list[str]:
                         f"{twin}: {gap['nll_nats']:+.3f} nats.")  # fmt: skip
             continue
         size = f"{abs(gap['nll_nats']):.3f} nats ({gap['low']:+.3f} to {gap['high']:+.3f})"
+        doubt = "" if min(gap["n_seeds"]) > 1 else "; what another seed would give is not known"
         if gap["high"] < 0:
-            said.append(f"{gap['arm']} is better than {twin} by {size}.")
+            said.append(f"{gap['arm']} is better than {twin} by {size}{doubt}.")
         elif gap["low"] > 0:
-            said.append(f"{gap['arm']} is worse than {twin} by {size}.")
+            said.append(f"{gap['arm']} is worse than {twin} by {size}{doubt}.")
         else:
             said.append(f"Between {gap['arm']} and {twin} no difference is shown: "
                         f"{gap['nll_nats']:+.3f} nats ({gap['low']:+.3f} to "
