@@ -228,8 +228,8 @@ def test_conclusions_say_what_the_interval_allows():
     )  # fmt: skip
     assert said == [
         "hybrid is better than twin by 0.100 nats (-0.120 to -0.080).",
-        "leaky is worse than twin by 0.200 nats (+0.100 to +0.300); what another seed would give is "
-        "not known.",
+        "leaky is worse than twin by 0.200 nats (+0.100 to +0.300); what another seed would give "
+        "is not known.",
         "Between x and twin no difference is shown: +0.100 nats (-0.100 to +0.300).",
         "Too few clips, 3, to compare y with twin: +0.100 nats.",
     ]
