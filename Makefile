@@ -7,7 +7,7 @@
 #   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on the sound in the package: prepare, train, evaluate, generate
-#   make study   what mel is worth on real recordings (needs apt; an hour, then tables and pages)
+#   make study   what mel is worth on real recordings (needs apt; never timed as a whole)
 #   make faults  every command that writes, hit at every file-system event, run again, compared
 #                (some 2800 cases, more than an hour; ARGS="-k prepare" for one command)
 #   make fuzz    what reads files of others, with what coverage leads to (SECONDS=120 a target)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan",
         default="quick",
         choices=tuple(PLANS),
-        help="quick: models of 1.1 M, one seed, within an hour on two cores (default); paper: "
+        help="quick: models of 1.1 M, one seed, some minutes an arm on two cores (default); paper: "
         "those of 4 and 40 M with three seeds, days on a CPU",
     )
     data.add_argument("--arms", nargs="+", metavar="ARM", help="some of the plan's; default: all")
