@@ -11,7 +11,7 @@ import soundfile
 from fake_codec import FakeCodec, make_audio, tree
 
 from wgpt.cli import main
-from wgpt.data import Dataset, assemble, encode, merge, prepare
+from wgpt.data import Dataset, assemble, encode, merge, pipeline, prepare
 from wgpt.errors import ConfigError, DataError
 
 N = 4
@@ -192,6 +192,20 @@ def test_a_part_is_not_replaced_by_another(parts, audio_dir) -> None:
     assert tree(parts[1]) == before
     prepare_part(audio_dir, parts[1], 3, overwrite=True)
     assert json.loads((parts[1] / "part.json").read_text())["shard"] == [3, 4]
+
+
+def test_a_merge_keeps_an_interrupted_preparation(parts, audio_dir, tmp_path, monkeypatch) -> None:
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(audio_dir, tmp_path / "data", codec=FakeCodec())
+    before = tree(tmp_path / "data")
+    with pytest.raises(DataError, match=r"holds an interrupted preparation.*use another --out"):
+        merge(parts, tmp_path / "data", codec=FakeCodec())
+    assert tree(tmp_path / "data") == before
 
 
 def test_a_part_is_not_taken_for_data(parts, audio_dir) -> None:

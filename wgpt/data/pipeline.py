@@ -197,6 +197,11 @@ def merge(
     check_ours(out)
     if read_before(out) is not None and not overwrite:
         raise DataError(f"{out}: holds prepared data; use another --out, or --overwrite")
+    if any((out / PARTIAL).glob("*.safetensors")):
+        raise DataError(
+            f"{out}: holds an interrupted preparation, whose finished files a merge would delete; "
+            "use another --out"
+        )
     try:
         merged = read_parts(_paths(parts))
         encoder = merged.encoder(codec)
