@@ -97,15 +97,11 @@ def gpu_without_kernels(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Iterator[SimulatedGpu]:
     """A Tesla T4, on CPU tensors."""
-    from wgpt import ops
-    from wgpt.model import hybrid, transformer
     from wgpt.ops import cuda
 
     monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(cuda, "gpu", lambda index: cuda.Gpu("Tesla T4", (7, 5), (13, 0)))
     monkeypatch.setattr(cuda, "build", lambda: cuda.Build(("80",), ("80",), "13.0"))
-    for module in (hybrid, transformer):
-        monkeypatch.setattr(module, "op_for", lambda name, x: getattr(ops.reference, name))
     simulated = SimulatedGpu(caplog)
     simulated.forget()
     yield simulated

@@ -21,7 +21,7 @@ constexpr const char* kOp = "flash_attention";
 constexpr const char* kBackward = "flash_attention_backward";
 
 void launch(FlashAttentionForward& call, const Tensor& where) {
-  if (!where.is_cuda()) {
+  if (!on_cuda(where)) {
     const auto& kernels = cpu::active();
     const size_t n_bytes = kernels.flash_attention_forward_workspace_bytes(call.shape);
     const Tensor scratch = workspace(where, n_bytes);
@@ -41,7 +41,7 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
 }
 
 void launch(FlashAttentionBackward& call, const Tensor& where) {
-  if (!where.is_cuda()) {
+  if (!on_cuda(where)) {
     const auto& kernels = cpu::active();
     const size_t n_bytes = kernels.flash_attention_backward_workspace_bytes(call.shape);
     const Tensor scratch = workspace(where, n_bytes);
@@ -141,7 +141,7 @@ std::optional<Tensor> checked_first_key(const char* op, const std::optional<Tens
   check_dtype(op, "first_key", *first_key, ScalarType::Int);
   check_same_device(op, "first_key", *first_key, "q", q);
   const Tensor dense = contiguous(*first_key);
-  if (!q.is_cpu()) return dense;
+  if (!on_cpu(q)) return dense;
   const auto* keys = static_cast<const int32_t*>(dense.const_data_ptr());
   check_first_key_values(op, keys, shape);
   const bool is_zero =

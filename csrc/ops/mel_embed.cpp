@@ -19,7 +19,7 @@ constexpr const char* kOp = "mel_embed";
 constexpr const char* kBackward = "mel_embed_backward";
 
 void launch(const MelEmbedForward& call, const Tensor& where) {
-  if (!where.is_cuda()) return cpu::active().mel_embed_forward(call, torch_executor());
+  if (!on_cuda(where)) return cpu::active().mel_embed_forward(call, torch_executor());
 #ifdef WGPT_WITH_CUDA
   const CudaScope scope(kOp, where);
   check_launch(kOp, cuda::mel_embed_forward(call, scope.stream()));
@@ -29,7 +29,7 @@ void launch(const MelEmbedForward& call, const Tensor& where) {
 }
 
 void launch(MelEmbedBackward& call, const Tensor& where) {
-  if (!where.is_cuda()) {
+  if (!on_cuda(where)) {
     const auto& kernels = cpu::active();
     const Tensor scratch = workspace(where, kernels.mel_embed_backward_workspace_bytes(call.shape));
     call.workspace = scratch.mutable_data_ptr();

@@ -8,6 +8,7 @@
 
 #include <initializer_list>
 #include <new>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -60,6 +61,11 @@ inline Tensor workspace(const Tensor& like, size_t n_bytes) {
 // torch's intra-op thread pool. It cuts [0, n) into at most one contiguous range per thread.
 Executor torch_executor();
 
+// Whether the CUDA kernels take `tensor`. This and CudaScope are ops/device.cpp, in whose place tests put a
+// file that lets the SIMT emulator stand for a GPU.
+bool on_cuda(const Tensor& tensor);
+inline bool on_cpu(const Tensor& tensor) { return tensor.is_cpu() && !on_cuda(tensor); }
+
 // The device of `tensor` made current for a scope, and torch's stream there.
 class CudaScope {
  public:
@@ -67,7 +73,7 @@ class CudaScope {
   void* stream() const { return stream_; }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   void* stream_ = nullptr;
 };
 

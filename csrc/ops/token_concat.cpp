@@ -35,7 +35,7 @@ void check_tokens_in_range(const char* op, const Tensor& tokens, int64_t vocab) 
 }
 
 void launch(const TokenConcatForward& call, const Tensor& where) {
-  if (!where.is_cuda()) return cpu::active().token_concat_forward(call, torch_executor());
+  if (!on_cuda(where)) return cpu::active().token_concat_forward(call, torch_executor());
 #ifdef WGPT_WITH_CUDA
   const CudaScope scope(kOp, where);
   check_launch(kOp, cuda::token_concat_forward(call, scope.stream()));
@@ -45,7 +45,7 @@ void launch(const TokenConcatForward& call, const Tensor& where) {
 }
 
 void launch(TokenConcatBackward& call, const Tensor& where) {
-  if (!where.is_cuda()) {
+  if (!on_cuda(where)) {
     const auto& kernels = cpu::active();
     const Tensor scratch =
         workspace(where, kernels.token_concat_backward_workspace_bytes(call.shape));
@@ -94,7 +94,7 @@ TokenConcatShape check_inputs(const Tensor& tokens, const Tensor& table,
 void check(const Tensor& tokens, const Tensor& table, const std::optional<Tensor>& mel,
            const std::optional<Tensor>& pos) {
   const TokenConcatShape shape = check_inputs(tokens, table, mel, pos);
-  if (tokens.is_cpu()) check_tokens_in_range(kOp, contiguous(tokens), shape.vocab);
+  if (on_cpu(tokens)) check_tokens_in_range(kOp, contiguous(tokens), shape.vocab);
 }
 
 // tokens (B, T) int64; table (V, Ct); mel_hidden (B, T, Cm) or none; pos (>= T, Ct + Cm) or none ->
@@ -116,7 +116,7 @@ Tensor forward(const Tensor& tokens_in, const Tensor& table_in, const std::optio
     call.pos = pos->const_data_ptr();
   }
   const Tensor tokens = contiguous(tokens_in), table = contiguous(table_in);
-  if (tokens.is_cpu()) check_tokens_in_range(kOp, tokens, shape.vocab);
+  if (on_cpu(tokens)) check_tokens_in_range(kOp, tokens, shape.vocab);
 
   Tensor y = empty(table, {shape.batch, shape.steps, shape.token_channels + shape.mel_channels});
   if (y.numel() == 0) return y;
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& tokens_i
   check_at_least(kBackward, "token_channels", token_channels, 0);
   check_at_least(kBackward, "the number of channels of d_y", channels, token_channels);
   if (pos_rows >= 0) check_at_least(kBackward, "pos_rows", pos_rows, tokens.size(1));
-  if (tokens.is_cpu()) check_tokens_in_range(kBackward, tokens, vocab);
+  if (on_cpu(tokens)) check_tokens_in_range(kBackward, tokens, vocab);
 
   TokenConcatBackward call{};
   call.shape.dtype = element_type(kBackward, "d_y", d_y);

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wgpt import ops
 from wgpt.model.cache import LayerCache
+from wgpt.ops.cuda import is_cpu
 
 
 def op_for(name: str, x: Tensor) -> Any:
@@ -17,7 +18,7 @@ def op_for(name: str, x: Tensor) -> Any:
     On the CPU it is wgpt's own op. Five of them have no CUDA kernel, and everywhere else the same
     formula in plain torch runs, from wgpt.ops.reference.
     """
-    return getattr(ops if x.device.type == "cpu" else ops.reference, name)
+    return getattr(ops if is_cpu(x.device) else ops.reference, name)
 
 
 def add_norm(

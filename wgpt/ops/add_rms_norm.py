@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import autocast_type, statistic_dtype
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -38,7 +39,7 @@ def add_rms_norm(
     """
     dtype = dtype or autocast_type(x)
     weight = weight.to(statistic_dtype(x))
-    if x.device.type != "cpu":
+    if not is_cpu(x.device):
         _check(x, delta, weight, dtype)
         return reference.add_rms_norm(x, delta, weight, eps=eps, dtype=dtype)
     total, y, _ = _add_rms_norm(x, delta, weight, eps, dtype)

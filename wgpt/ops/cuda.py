@@ -141,10 +141,20 @@ def _runs_plain_torch(index: int) -> bool:
 _runs_plain_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether `device` is of the type that is judged here."""
+    return device.type == DEVICE_TYPE
+
+
+def is_cpu(device: torch.device) -> bool:
+    """Whether `device` is the CPU, and stands for no GPU."""
+    return device.type == "cpu" and not is_gpu(device)
+
+
 def runs_plain_torch(device: torch.device) -> bool:
     """Whether `device` is a GPU without our kernels. The first such answer is a logged warning.
 
     Raises:
         ConfigError: it is one, and WGPT_REQUIRE_CUDA=1.
     """
-    return device.type == DEVICE_TYPE and _runs_plain_torch(device.index or 0)
+    return is_gpu(device) and _runs_plain_torch(device.index or 0)

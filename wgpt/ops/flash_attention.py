@@ -9,7 +9,7 @@ from torch import Tensor
 from wgpt.errors import OpError
 from wgpt.ops import plain, reference
 from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
-from wgpt.ops.cuda import runs_plain_torch
+from wgpt.ops.cuda import is_gpu, runs_plain_torch
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -105,7 +105,7 @@ def flash_attention(
         if return_lse:
             return plain.flash_attention_with_lse(*arguments)
         return plain.flash_attention(*arguments)
-    if q.is_cuda and q.dim() == k.dim() == v.dim() == 4:  # our CUDA kernels know no groups
+    if is_gpu(q.device) and q.dim() == k.dim() == v.dim() == 4:  # our CUDA kernels know no groups
         k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
     out: Tensor
     lse: Tensor
@@ -116,7 +116,7 @@ def flash_attention(
 
 def _has_no_packed_kernel(q: Tensor) -> bool:
     """Whether the CUDA kernels know no first_key for this type and size: registers would spill."""
-    return q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[-1] == 128
+    return is_gpu(q.device) and q.dtype == torch.float32 and q.shape[-1] == 128
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:

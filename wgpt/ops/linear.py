@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -30,7 +31,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu":
+    if not is_cpu(x.device):
         _check(rows, weight)
         return reference.linear(x, weight)
     y: Tensor = _linear(rows, weight)

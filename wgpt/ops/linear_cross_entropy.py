@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.gradient import checks_of, differentiable, register_fake
 
 
@@ -34,7 +35,7 @@ def linear_cross_entropy(
     """
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
     rows, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if hidden.device.type != "cpu":
+    if not is_cpu(hidden.device):
         _check(rows, weight, flat_targets)
         return reference.linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.gradient import register_fake
 
 _COLUMNS = 64  # of a panel: kPanelColumns of csrc/kernels/gemm.h
@@ -29,7 +30,7 @@ class PackedMatrix:
         matrix = matrix.detach()
         self.shape = matrix.shape
         self._plain: Tensor | None = None
-        if matrix.device.type != "cpu" or matrix.dtype != torch.float32:
+        if not is_cpu(matrix.device) or matrix.dtype != torch.float32:
             self._plain = matrix.clone(memory_format=torch.contiguous_format)
             return
         depth, n_columns = matrix.shape

@@ -7,6 +7,7 @@ from torch import Tensor
 from wgpt.errors import DerivativeError
 from wgpt.ops import reference
 from wgpt.ops.autocast import statistic_dtype
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -29,7 +30,7 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     """
     statistics = statistic_dtype(qkv)
     cos, sin = cos.to(statistics), sin.to(statistics)
-    if qkv.device.type != "cpu":
+    if not is_cpu(qkv.device):
         _check(qkv, cos, sin)
         return reference.rotary_qkv(qkv, cos, sin)
     q, k, v = _rotary_qkv(qkv, cos, sin)
