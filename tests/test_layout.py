@@ -9,7 +9,7 @@ import wgpt
 from wgpt.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1] / "wgpt"
-FOUNDATIONS = ("errors", "files", "commits", "config")
+FOUNDATIONS = ("errors", "files", "hub", "commits", "config")
 # Down the data flow: a folder imports those before it, and itself.
 FLOW = (
     "ops",

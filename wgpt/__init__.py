@@ -42,21 +42,56 @@ __all__ = [
     "load",
     "model",
     "ops",
+    "push_to_hub",
     "training",
 ]
 
 
-def load(name_or_folder: str | Path, device: str = "cpu") -> AudioGenerator:
+def load(
+    name_or_folder: str | Path, device: str = "cpu", *, download: bool = False
+) -> AudioGenerator:
     """Opens a trained model to generate with.
 
     Args:
-        name_or_folder: a run folder, a model folder that a run wrote, or `starter`, the model in
-            the package.
+        name_or_folder: a run folder, a model folder that a run wrote, `starter`, the model in
+            the package, or `user/model` on the Hugging Face Hub (`user/model@revision`).
         device: auto, cpu, cuda or cuda:N.
+        download: let a model of the Hub be downloaded; without it, only the Hub's cache on this
+            machine is looked at.
 
     Raises:
         ConfigError, CodecError: name the file that is missing, damaged or does not fit.
     """
     from wgpt.generation import AudioGenerator
 
-    return AudioGenerator.load(name_or_folder, device)
+    return AudioGenerator.load(name_or_folder, device, download=download)
+
+
+def push_to_hub(
+    run: str | Path,
+    repository: str,
+    *,
+    license: str,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Uploads a trained model to the Hugging Face Hub, for `wgpt.load("user/model")`.
+
+    With it go its card, with a header that the Hub reads, and its codec where that is a folder of
+    this machine. It needs `pip install 'wgpt[download]'`, and `hf auth login` once.
+
+    Args:
+        run: a run folder, RUN@step-500, a model folder, or `starter`.
+        repository: `user/model`; made where there is none.
+        license: of the weights, as the Hub spells it: `mit`, `cc-by-4.0`, `other`. The recordings
+            that the model was trained on may ask for one.
+        private: for a new repository.
+        revision: branch to upload to; None: main.
+
+    Returns the repository's URL. Raises ConfigError, and CodecError where the codec has changed.
+    """
+    from wgpt.runs import pretrained
+
+    return pretrained.push_to_hub(
+        run, repository, license=license, private=private, revision=revision
+    )

@@ -14,7 +14,12 @@ from wgpt.evaluation.tables import codebook_table, drift_table, score_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt eval`."""
     parser.add_argument(
-        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
+        "run",
+        metavar="RUN",
+        help="run folder, RUN@step-500, a model folder, starter, or user/model of the Hub",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="let a model of the Hub be downloaded"
     )
     parser.add_argument(
         "--data", help="prepared data folder (default: that of the run; a model folder has none)"
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         args.rollout_s,
         args.rollout_clips,
         args.context_s,
+        args.download,
     )
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")

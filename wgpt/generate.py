@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     sampling = parser.add_argument_group("sampling")
     parser.add_argument(
-        "run", metavar="RUN", help="run folder, RUN@step-500, a model folder, or starter"
+        "run",
+        metavar="RUN",
+        help="run folder, RUN@step-500, a model folder, starter, or user/model of the Hub",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="let a model of the Hub be downloaded"
     )
     parser.add_argument("--prompt", metavar="AUDIO", help="recording to continue")
     output.add_argument("--seconds", type=float, help="length; --stream without it does not end")
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     except audio.AudioError as error:
         raise ConfigError(f"--prompt: {error}") from error
     with one_thread():
-        generator = AudioGenerator.load(args.run, device)
+        generator = AudioGenerator.load(args.run, device, download=args.download)
         work = _stream if args.stream else _write
         work(args, generator, prompt, sampling, seeds)
     return 0

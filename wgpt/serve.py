@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt serve`."""
     limits = Limits()
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or model folder, or starter")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="as RUN of `wgpt generate`")
+    parser.add_argument(
+        "--download", action="store_true", help="let a model of the Hub be downloaded"
+    )
     parser.add_argument(
         "--port", type=int, default=7860, help="on 127.0.0.1; 0: any free (default 7860)"
     )
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         stack.callback(signal.signal, signal.SIGTERM, before)
         listening = stack.enter_context(server.listen(args.port))
-        session = GenerationSession(load_models(args.runs, args.device), limits)
+        session = GenerationSession(load_models(args.runs, args.device, args.download), limits)
         url = "http://{}:{}".format(*listening.getsockname())
         facts = json.dumps({"url": url, "runs": list(session.models)})
         sys.stdout.write((facts if args.json else url) + "\n")

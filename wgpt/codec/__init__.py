@@ -236,10 +236,11 @@ def load(
         name_or_path: "mini" (in the package); "mini-v1" (what mini was in version 0.1.0);
             "encodec_24khz" (from the Hugging Face cache or torch's hub cache); a folder with
             config.json and model.safetensors; an original .th file, whose name carries the first
-            8 hex digits of its sha256.
+            8 hex digits of its sha256; user/codec on the Hugging Face Hub (docs/guide.md).
         sha256: what the weights file must hash to. Where the one named does not and another
             packaged codec does, that one is loaded: folders that name the old "mini" stay usable.
-        download: allow a download of encodec_24khz; without it the network is never touched.
+        download: allow a download of encodec_24khz or user/codec; without it the network is never
+            touched.
         device: torch device of the weights.
         implementation: "wgpt", or the package "transformers" or "encodec", to compare with.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wgpt import hub
 from wgpt.codec.network import Architecture, parameter_shapes
 from wgpt.errors import CodecError
 from wgpt.files import check_sha256, read_json, sha256_of
@@ -80,7 +81,7 @@ def rename_original(key: str) -> str:
 
 
 def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> CodecWeights:
-    """Find and read weights: "mini", "mini-v1", "encodec_24khz", a folder or a .th file.
+    """Find and read weights: "mini", "mini-v1", "encodec_24khz", a folder, a .th file, user/codec.
 
     Raises:
         CodecError: nothing there, a damaged file, or a model that cannot be used.
@@ -102,9 +103,11 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
         return _read_folder(path, path.resolve().name)
     if path.is_file() and path.suffix == ".th":
         return _read_original(path)
+    if hub.is_name(text):
+        return _read_folder(hub.find(text, download=download, error=CodecError), text)
     raise CodecError(
         f"codec: {text!r} is neither {', '.join(PACKAGED)} nor encodec_24khz nor a folder with "
-        "config.json and model.safetensors nor an original .th file"
+        "config.json and model.safetensors nor an original .th file nor user/codec of the Hub"
     )
 
 
@@ -182,20 +185,10 @@ def _checked(
     return CodecWeights(name, architecture, found, sha256)
 
 
-def _hub_cache() -> Path:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-
-
 def _find_encodec_24khz(download: bool) -> Path:
-    """A folder in Hugging Face's cache, or the .th in torch's; downloads only when asked to."""
-    cached = _hub_cache() / ("models--" + ENCODEC_REPOSITORY.replace("/", "--"))
-    main = cached / "refs" / "main"
-    snapshots = [cached / "snapshots" / main.read_text().strip()] if main.is_file() else []
-    snapshots += sorted((cached / "snapshots").glob("*"))
-    for folder in snapshots:
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
+    """A folder in the Hub's cache, or the .th in torch's; downloads only when asked to."""
+    if found := hub.cached(ENCODEC_REPOSITORY):
+        return found
     original = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
     if original.is_file():
         return original
@@ -210,13 +203,6 @@ def _find_encodec_24khz(download: bool) -> Path:
             f"{places}"
         )
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CodecError(
-            f"codec: a download needs huggingface_hub (pip install 'wgpt[download]'); or {places}"
-        ) from None
-    try:
-        patterns = ["config.json", "model.safetensors"]
-        return Path(snapshot_download(ENCODEC_REPOSITORY, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise CodecError(f"codec: download of encodec_24khz failed ({error}); {places}") from error
+        return hub.find(ENCODEC_REPOSITORY, download=True, error=CodecError)
+    except CodecError as error:
+        raise CodecError(f"codec: {error}; or {places}") from error

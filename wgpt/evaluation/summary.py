@@ -31,16 +31,18 @@ def evaluate(
     rollout_s: int = 0,
     rollout_clips: int = 8,
     context_s: float | None = None,
+    download: bool = False,
 ) -> dict[str, Any]:
     """All figures of a trained model.
 
     Args:
-        run: a run folder, RUN@step-500, a model folder, or `starter`.
+        run: a run folder, RUN@step-500, a model folder, `starter`, or `user/model` on the Hub.
         data: prepared folder; by default that of the run, which a model folder alone has not.
         split_name: train, valid or test.
         device: auto, cpu, cuda or cuda:N.
         rollout_s, rollout_clips: seconds of `drift`, and how many rollouts; 0 s for none.
         context_s: length of the scored windows, s; by default that of the training windows.
+        download: let a model of the Hub be downloaded.
 
     Returns {rows, codebooks, codec, rollout, context_steps, mel_source, data, split, baselines}:
     `codebooks` are teacher-forced rows of every codebook that the model predicts, none of a coarse
@@ -55,14 +57,14 @@ def evaluate(
     device = resolve_device(device)
     if rollout_s:
         check_rollouts(rollout_s, rollout_clips)
-    record = ModelRecord.read(model_folder(run))
+    record = ModelRecord.read(model_folder(run, download))
     options: dict[str, Any] = {"context_steps": _context_steps(record, context_s)}
     dataset = record.dataset(data)
     split = _filled(dataset, split_name)
     dataset.verify()
     model = HybridModel.from_pretrained(record.folder, device)
     source = record.mel_source
-    codec = record.load_codec(device)
+    codec = record.load_codec(device, download)
     frontend = MelFrontend(dataset.mel_config)
     fitted_on = _training_data(record, dataset, split_name)
     scores = [] if fitted_on is None else baselines(fitted_on.split("train"), split)
@@ -80,7 +82,7 @@ def evaluate(
             scores.append(score(title, model, split, mel_source=f"decoded-{k}", **options))
     rollout = None
     if rollout_s:
-        generator = AudioGenerator.load(record.folder, device)
+        generator = AudioGenerator.load(record.folder, device, download=download)
         rollout = drift(generator, split, rollout_s, rollout_clips)
     return {
         "run": str(run),

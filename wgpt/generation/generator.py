@@ -53,17 +53,21 @@ class AudioGenerator:
         self.end_token = n_codes if self.model.head.out_features > n_codes else None
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> AudioGenerator:
-        """From a run folder, a model folder that a run wrote, or `starter`, the package's model.
+    def load(
+        cls, folder: str | Path, device: str = "cpu", *, download: bool = False
+    ) -> AudioGenerator:
+        """From a run folder, a model folder that a run wrote, `starter`, the package's model, or
+        `user/model` on the Hugging Face Hub.
 
         A model without an attention window gets one of its training windows' length: past it a
         step would have more to attend to than ever in training (docs/closed-loop.md).
 
-        device: auto, cpu, cuda or cuda:N. Raises ConfigError or CodecError naming the file that is
-        missing or does not fit.
+        device: auto, cpu, cuda or cuda:N. download: let a model and a codec of the Hub be
+        downloaded. Raises ConfigError or CodecError naming the file that is missing or does not
+        fit.
         """
         device = resolve_device(device)
-        folder = model_folder(folder)
+        folder = model_folder(folder, download)
         record = ModelRecord.read(folder)
         if record.mel_source and record.mel_source.startswith("leaky"):
             raise ConfigError(
@@ -73,7 +77,7 @@ class AudioGenerator:
         model = HybridModel.from_pretrained(folder, device)
         if not model.config.window_steps and record.context_steps:
             model.set_window(record.context_steps)
-        loaded = record.load_codec(device)
+        loaded = record.load_codec(device, download)
         target_lufs = record.treatment.get("target_lufs")
         return cls(model, loaded, MelFrontend(record.mel), record.mel_source, target_lufs)
 

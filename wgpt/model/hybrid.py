@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from wgpt import hub
 from wgpt.config import STEP_RATE_HZ, ModelConfig, from_json, to_json
 from wgpt.errors import ConfigError
 from wgpt.files import read_json, write_atomically, write_sealed
@@ -267,6 +268,7 @@ class HybridModel(nn.Module):
         weights = safetensors.torch.save(state)
         description = {
             "format": _FORMAT,
+            "model_type": "wgpt",  # for the Hub, and for AutoConfig of transformers
             "sha256": hashlib.sha256(weights).hexdigest(),
             "model": to_json(self.config),
             **(extra or {}),
@@ -276,11 +278,25 @@ class HybridModel(nn.Module):
         write_atomically(folder / "README.md", card or self.describe() + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridModel:
-        """The model of a folder written by save_pretrained, or of a run; nothing is downloaded.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        *,
+        revision: str | None = None,
+        download: bool = False,
+    ) -> HybridModel:
+        """The model of a folder written by save_pretrained, of a run, or of the Hub.
+
+        Args:
+            folder: the folder; or, where there is none of this name, `user/model` on the Hub.
+            revision: branch, tag or commit on the Hub; None: main.
+            download: let it be downloaded; without it, only the Hub's cache is looked at.
 
         Raises ConfigError naming the file when it is missing, is not ours, or does not fit.
         """
+        if not Path(folder).is_dir() and hub.is_name(str(folder)):
+            folder = hub.find(str(folder), revision, download=download)
         folder = Path(folder)
         if (folder / "model" / "config.json").is_file():  # a run
             folder = folder / "model"

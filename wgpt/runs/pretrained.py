@@ -1,16 +1,23 @@
-"""The trained models in the package, and how a run becomes such a folder."""
+"""Trained models by name: in the package, in a run, on the Hub; packing and uploading them."""
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
-from wgpt import commits
+from wgpt import codec as codecs
+from wgpt import commits, hub
 from wgpt.errors import ConfigError, did_you_mean
 from wgpt.files import check_sha256, read_json
 from wgpt.model import HybridModel
+from wgpt.runs.metrics import read_metrics
 from wgpt.runs.model_record import ModelRecord
+
+log = logging.getLogger(__name__)
 
 NAME = "starter"
 FOLDER = Path(__file__).parents[1] / "assets" / NAME
@@ -21,11 +28,13 @@ SHA256 = {  # of a release; `sha256sum` of the files, after `pack`
 STORED = {2: torch.float16, 3: torch.float8_e4m3fn}  # by dimensions; 3: (codebook, entry, channel)
 
 
-def model_folder(run: str | Path) -> Path:
+def model_folder(run: str | Path, download: bool = False) -> Path:
     """The model folder that RUN stands for.
 
     run: `starter`; a run folder, for its best model; RUN@best for the same; RUN@newest and
-        RUN@step-500 for a checkpoint that was kept; or a model folder.
+        RUN@step-500 for a checkpoint that was kept; a model folder; or `user/model` on the Hub,
+        `user/model@revision` for another revision than main. A folder comes before the Hub.
+    download: let a model of the Hub be downloaded; without it, the Hub's cache alone is looked at.
 
     Raises ConfigError when there is no such folder.
     """
@@ -38,6 +47,8 @@ def model_folder(run: str | Path) -> Path:
         folder = Path(name) if mark else folder
     if mark and folder.is_dir() and which != "best":
         return _checkpoint(folder, which)
+    if not folder.is_dir() and hub.is_name(str(folder)):
+        return hub.find(str(folder), which if mark else None, download=download)
     if not folder.is_dir():
         raise ConfigError(
             f"{folder / 'config.json'}: no such file; RUN is a folder written by `wgpt train`, or "
@@ -84,3 +95,71 @@ def pack(run: str | Path, out: str | Path, card: str = "") -> Path:
     card = card or (folder / "README.md").read_text()
     model.save_pretrained(out, card, kept, STORED)
     return Path(out) / "model.safetensors"
+
+
+def push_to_hub(
+    run: str | Path,
+    repository: str,
+    *,
+    license: str,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
+    """What `wgpt.push_to_hub` does."""
+    record = ModelRecord.read(model_folder(run))
+    with tempfile.TemporaryDirectory(prefix="wgpt-push-") as temporary:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(record.folder / name, Path(temporary, name))
+        source = Path(record.codec["source"])
+        if (source / "config.json").is_file():
+            record.load_codec()  # the weights are still those that the model was trained with
+            Path(temporary, "codec").mkdir()
+            for name in hub.FILES:
+                shutil.copyfile(source / name, Path(temporary, "codec", name))
+        elif str(source) not in (*codecs.PACKAGED, "encodec_24khz") and not hub.is_name(
+            str(source)
+        ):
+            log.warning("%s: is not uploaded; who loads the model needs that codec", source)
+        Path(temporary, "README.md").write_text(_hub_card(record, repository, license))
+        return hub.push(Path(temporary), repository, revision=revision, private=private)
+
+
+def _hub_card(record: ModelRecord, repository: str, license: str) -> str:
+    """The card of a model with the header that the Hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="audio-to-audio",
+            dataset_type="recordings",
+            dataset_name="validation clips of its run",
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in _validation(record).items()
+    ]
+    header = ModelCardData(
+        library_name="wgpt",
+        pipeline_tag="audio-to-audio",
+        license=license,
+        tags=["audio-continuation", record.preset, f"codec:{record.codec['identity']['name']}"],
+        model_name=repository if results else None,
+        eval_results=results or None,
+    )
+    use = (
+        "```python\nimport wgpt\n\n"
+        f'model = wgpt.load("{repository}", download=True)\n'
+        'wave = model.generate("x.wav", seconds=10)  # float32 (L,) at model.sample_rate_hz\n```\n'
+    )
+    return f"---\n{header}\n---\n{(record.folder / 'README.md').read_text()}\n{use}"
+
+
+def _validation(record: ModelRecord) -> dict[str, float]:
+    """The figures of the model's own step in its run; none outside of one."""
+    if record.run is None:
+        return {}
+    step = str(read_json(record.folder / "config.json").get("step"))
+    for row in reversed(read_metrics(record.run.folder / "metrics.csv")):
+        if row["split"] == "valid" and row["step"] == step:
+            return {name: float(row[name]) for name in ("nll_nats", "accuracy")}
+    return {}

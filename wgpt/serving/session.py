@@ -197,7 +197,9 @@ class GenerationSession:
             steps, n_due = [], n_done + NEXT_STEPS
 
 
-def load_models(runs: Sequence[str], device: str) -> dict[str, AudioGenerator]:
+def load_models(
+    runs: Sequence[str], device: str, download: bool = False
+) -> dict[str, AudioGenerator]:
     """Generators by a short name: the folder's, with a number where two are alike."""
     models: dict[str, AudioGenerator] = {}
     for folder in runs:
@@ -206,7 +208,7 @@ def load_models(runs: Sequence[str], device: str) -> dict[str, AudioGenerator]:
         while name in models:
             count += 1
             name = f"{base} ({count})"
-        models[name] = AudioGenerator.load(folder, device)
+        models[name] = AudioGenerator.load(folder, device, download=download)
     return models
 
 
