@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import math
 import os
@@ -62,6 +63,30 @@ def test_read_notes_a_joined_part_that_is_broken(tmp_path: Path, caplog) -> None
     with caplog.at_level(logging.WARNING):
         assert len(audio.read(tmp_path / "b.wav")) == 24_000
     assert f"follows byte {len(blob)} could not be read" in caplog.text
+
+
+class FailingDisk(io.FileIO):
+    """A file whose bytes from `bad` on cannot be read."""
+
+    bad = 0
+
+    def readinto(self, buffer):
+        if self.tell() + len(buffer) > self.bad:
+            raise OSError(errno.EIO, "Input/output error", self.name)
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize("bad", [0.1, 0.5, 0.9], ids=["first", "second", "its_samples"])
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_an_io_error_in_a_joined_file_is_not_its_end(tmp_path, monkeypatch, capfd, suffix, bad):
+    soundfile.write(tmp_path / f"a.{suffix}", tone(24_000, 9.0), 24_000)
+    blob = (tmp_path / f"a.{suffix}").read_bytes()
+    (tmp_path / f"j.{suffix}").write_bytes(2 * blob)
+    monkeypatch.setattr(FailingDisk, "bad", int(bad * 2 * len(blob)))
+    monkeypatch.setattr(decoders, "open", FailingDisk, raising=False)
+    with pytest.raises(OSError, match="Input/output error"):
+        audio.read(tmp_path / f"j.{suffix}")
+    assert "Traceback" not in capfd.readouterr().err  # from inside the decoder
 
 
 def test_an_ogg_of_disordered_pages_is_refused_in_a_sentence(tmp_path: Path) -> None:

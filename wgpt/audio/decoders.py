@@ -77,22 +77,22 @@ def open_streams(path: Path, note: Note) -> Iterator[Stream]:
     if len(links) > 1:
         note(f"holds {len(links)} recordings joined end to end; all are read")
     for index, (start, stop) in enumerate(links):
-        whole = len(links) == 1
+        whole, part = len(links) == 1, None
         with contextlib.ExitStack() as closing:
             try:
                 # soundfile encodes text strictly, which fails on names that are not UTF-8.
                 name: Any = str(path) if os.name == "nt" else os.fsencode(path)
                 if not whole:
-                    name = closing.enter_context(_Slice(path, start, stop))
+                    name = part = closing.enter_context(_Slice(path, start, stop))
                 file = closing.enter_context(soundfile.SoundFile(name))
                 unreadable = file.format == "RAW"  # guessed from the suffix: no header at all
             except (soundfile.SoundFileError, OSError) as error:
-                _raise_bad_day(error)
+                _raise_bad_day(error, part)
                 unreadable, why = True, str(error).rpartition(": ")[2]
             else:
                 why = "no header that says what it is"
             if not unreadable:
-                yield _sndfile_stream(path, file, note)
+                yield _sndfile_stream(path, file, part, note)
                 continue
         if index:
             note(f"what follows byte {start} could not be read ({why}) and was left out")
@@ -102,7 +102,9 @@ def open_streams(path: Path, note: Note) -> Iterator[Stream]:
             raise AudioError(f"{path}: must be audio that libsndfile reads, got: {why}")
 
 
-def _sndfile_stream(path: Path, file: soundfile.SoundFile, note: Note) -> Stream:
+def _sndfile_stream(
+    path: Path, file: soundfile.SoundFile, part: _Slice | None, note: Note
+) -> Stream:
     frames: int | None = file.frames
     if file.frames >= UNKNOWN_FRAMES:
         frames = None
@@ -119,11 +121,12 @@ def _sndfile_stream(path: Path, file: soundfile.SoundFile, note: Note) -> Stream
     n = file.channels
     names = tuple(layouts[n].split()) if n in layouts else tuple(f"{i + 1}" for i in range(n))
     kind = f"{file.format} {file.subtype}"
-    return Stream(file.samplerate, names, frames, _sndfile_blocks(path, file, frames, note), kind)
+    blocks = _sndfile_blocks(path, file, part, frames, note)
+    return Stream(file.samplerate, names, frames, blocks, kind)
 
 
 def _sndfile_blocks(
-    path: Path, file: soundfile.SoundFile, n_claimed: int | None, note: Note
+    path: Path, file: soundfile.SoundFile, part: _Slice | None, n_claimed: int | None, note: Note
 ) -> Iterator[np.ndarray]:
     import soundfile
 
@@ -133,11 +136,13 @@ def _sndfile_blocks(
             block = file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
         # ValueError: an Ogg whose pages lie in another order, read beyond what it promised.
         except (soundfile.SoundFileError, ValueError) as error:
-            _raise_bad_day(error)
+            _raise_bad_day(error, part)
             raise AudioError(
                 f"{path}: must decode to its end, got damage after frame {n_frames} "
                 f"of {file.frames}"
             ) from error
+        if part is not None and part.failure is not None:  # to libsndfile it was the file's end
+            raise part.failure
         if len(block) == 0:
             break
         n_frames += len(block)
@@ -146,8 +151,10 @@ def _sndfile_blocks(
         note(f"truncated: its header promises {n_claimed} frames, {n_frames} decoded")
 
 
-def _raise_bad_day(error: Exception) -> None:
+def _raise_bad_day(error: Exception, part: _Slice | None = None) -> None:
     """Raises anew what is the machine's fault: it must not be held against the file."""
+    if part is not None and part.failure is not None:
+        raise part.failure
     if is_bad_day(error):
         raise error
     if "malloc" in str(error):  # libsndfile has words alone
@@ -155,9 +162,14 @@ def _raise_bad_day(error: Exception) -> None:
 
 
 class _Slice(io.RawIOBase):
-    """Bytes [start, stop) of a file, as a file."""
+    """Bytes [start, stop) of a file, as a file.
+
+    Attributes:
+        failure: of reading. It cannot pass through libsndfile, which sees the end of the file.
+    """
 
     def __init__(self, path: Path, start: int, stop: int) -> None:
+        self.failure: OSError | None = None
         self._file = open(path, "rb")
         self._start, self._stop = start, stop
         self._file.seek(start)
@@ -179,7 +191,11 @@ class _Slice(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer).cast("B")
         wanted = min(len(room), max(self._stop - self._file.tell(), 0))
-        return self._file.readinto(room[:wanted])
+        try:
+            return self._file.readinto(room[:wanted])
+        except OSError as error:
+            self.failure = error
+            return 0
 
     def close(self) -> None:
         self._file.close()
