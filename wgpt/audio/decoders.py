@@ -137,9 +137,9 @@ def _sndfile_blocks(
         # ValueError: an Ogg whose pages lie in another order, read beyond what it promised.
         except (soundfile.SoundFileError, ValueError) as error:
             _raise_bad_day(error, part)
+            of = "" if n_claimed is None else f" of {n_claimed}"
             raise AudioError(
-                f"{path}: must decode to its end, got damage after frame {n_frames} "
-                f"of {file.frames}"
+                f"{path}: must decode to its end, got damage after frame {n_frames}{of}"
             ) from error
         if part is not None and part.failure is not None:  # to libsndfile it was the file's end
             raise part.failure
