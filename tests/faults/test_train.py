@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.harness import DONE, FAULTS, REFUSED, race, sweep, tree, undisturbed
+from faults.harness import DONE, FAULTS, REFUSED, plain_pictures, race, sweep, tree, undisturbed
 
 from wgpt import commits
 from wgpt.training import train
@@ -33,7 +33,9 @@ TINY = {"n_layers": 1, "ffn_dim": 64, "dropout": 0.1}
 @pytest.fixture(scope="module")
 def command(prepared):
     logging.disable(logging.INFO)
-    yield lambda out: train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        plain_pictures(patch)
+        yield lambda out: train(prepared, out, "gpt-xs", resume=True, model=TINY, **SETTINGS)
     logging.disable(logging.NOTSET)
 
 
@@ -53,11 +55,12 @@ def test_two_trainings_in_one_folder_leave_one(command, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_other_and_the_run_resumes(prepared, tmp_path):
-    """Two processes of torchrun; the one that keeps the files lives, the other is killed."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+@pytest.mark.parametrize("n_ranks", [2, 3])  # of three, sums depend on their order
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(n_ranks, prepared, tmp_path):
+    """Processes of torchrun; the one that keeps the files lives, another is killed."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}", "-m",
              "wgpt.train", f"--data={prepared}", "--preset=gpt-xs", "--n-layers=1", "--ffn-dim=64",
-             "--resume", "--max-steps=60", "--save-every=1", "--sample-s=0", "--batch-size=2",
+             "--resume", "--max-steps=60", "--save-every=1", "--sample-s=0", "--batch-size=6",
              "--context-s=0.32", "--eval-every=0", "--device=cpu"]  # fmt: skip
 
     def start(out):

@@ -11,11 +11,12 @@ import uuid
 
 import numpy as np
 import pytest
+import torch
 
 from wgpt.errors import ConfigError
 from wgpt.runs.metrics import read_metrics
 from wgpt.runs.run import Run
-from wgpt.training import train
+from wgpt.training import distributed, train
 from wgpt.training.distributed import ProcessGroup
 
 SETTINGS = {
@@ -153,6 +154,40 @@ def test_timeout_must_be_seconds(given, monkeypatch):
     monkeypatch.setenv("WGPT_TIMEOUT_S", given)
     with pytest.raises(ConfigError, match=f"WGPT_TIMEOUT_S must be seconds .* got '{given}'"):
         ProcessGroup.join("cpu")
+
+
+class Resolved(Exception):
+    pass
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two processes of torchrun on a machine with two GPUs; what is set before one is used."""
+    chosen = []
+
+    def resolve(device):
+        raise Resolved
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "resolve_device", resolve)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return chosen
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_process_takes_its_own_gpu_before_it_touches_one(device, two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(Resolved):
+        ProcessGroup.join(device)
+    assert two_gpus == [1]
+
+
+def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"has 2; --nproc-per-node=2, or --device cpu"):
+        ProcessGroup.join("auto")
 
 
 def test_losses_of_no_collective_are_not_explained():

@@ -36,12 +36,21 @@ class ProcessGroup:
     def join(device: str) -> ProcessGroup:
         """Reads torchrun's environment and, if there are several processes, joins them.
 
-        Raises ConfigError for a timeout that is none.
+        Raises ConfigError for a timeout that is none, or for more processes than GPUs.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            n_gpus = torch.cuda.device_count()
+            if local >= n_gpus:
+                raise ConfigError(
+                    f"--device {device}: each process of torchrun needs a GPU of its own, and this "
+                    f"machine has {n_gpus}; --nproc-per-node={n_gpus}, or --device cpu"
+                )
+            torch.cuda.set_device(local)  # before anything runs: all would take memory of GPU 0
         name = resolve_device(device)
         if name == "cuda" and size > 1:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            name = f"cuda:{local}"
         chosen = torch.device(name)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
@@ -94,16 +103,6 @@ class ProcessGroup:
         parallel = nn.parallel.DistributedDataParallel(module, **options)
         parallel.register_comm_hook(None, _sum_bucket)
         return parallel
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums gradients over processes after backwards without it, in one flat message."""
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum(torch.cat([g.flatten() for g in gradients]))
-        parts = flat.split([g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     # -- failures ------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class TrainingStep:
         self.losses = processes.parallel(Losses(model, settings))
         self.optimizer = make_optimizer(model, settings)
         self.n_parts, self._fits = settings.accumulate, False
+        self._is_laid = False  # whether the buckets of gradients are those of all later steps
 
     def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """Figures of the batch before the step (a row of metrics.csv), and the tokens it scored.
@@ -114,8 +115,10 @@ class TrainingStep:
         """Gradients of all parts and processes; returns NLL, share correct and NLL of residual
         codebooks of this one.
 
-        The last part's backward sums gradients over processes while it runs. In the first step,
-        where a part may run out of memory in one process alone, they are summed behind it.
+        The last part's backward sums gradients over processes while it runs. The first step is
+        tried twice before, and the gradients dropped: without a sum, where a part may run out of
+        memory in one process alone; and with one, after which torch lays its buckets anew. The
+        sum of three depends on its order, which that of a resumed run's first step must share.
         """
         processes, n_rows = self.processes, len(batch.tokens)
         while True:
@@ -134,12 +137,16 @@ class TrainingStep:
                 if self._fits or self.n_parts >= n_rows or not is_out_of_memory(error):
                     raise
                 failed = True  # and the error, whose frames hold the graph, is dropped
+            if self._is_laid:
+                return sums
             if self._fits:
-                return sums
+                self._is_laid = True
+                continue
             if not processes.any(failed):
-                self._fits = True
-                processes.sum_gradients(list(self.model.parameters()))
-                return sums
+                self._fits, self._is_laid = True, processes.size == 1
+                if self._is_laid:
+                    return sums
+                continue
             self.n_parts = min(2 * self.n_parts, n_rows)
             if processes.rank == 0:
                 log.warning(
