@@ -68,11 +68,12 @@ def write_atomically(
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], what: str, wait: bool = False) -> Iterator[None]:
     """Keeps other processes out of an existing folder; the system unlocks when this one dies.
 
-    what: is being done here, for the message. Raises ConfigError where another does it already,
-    and says which; does nothing on a system without such locks.
+    what: is being done here, for the message; wait: until the other is done, for what is short.
+    Raises ConfigError where another does it already, and says which; does nothing on a system
+    without such locks.
     """
     try:
         import fcntl
@@ -82,7 +83,7 @@ def locked(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"{folder}: is being {what} by {_holder(descriptor)}; wait for it"

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from wgpt.cli import main
 from wgpt.data.dataset import SHUFFLED, Dataset, Split
-from wgpt.errors import ConfigError, DataError, Interrupted
+from wgpt.errors import ConfigError, DataError, Interrupted, TrainError
 from wgpt.evaluation.scores import Score
 from wgpt.experiments import collected
 from wgpt.experiments import study as studies
 from wgpt.experiments.arms import PLANS, Arm
 from wgpt.experiments.study import study
 from wgpt.experiments.study_tables import as_markdown
+from wgpt.files import locked
 from wgpt.runs.run import Run
 
 TINY = {
@@ -141,6 +143,56 @@ def test_study_goes_on_where_it_was_interrupted(studied, prepared, tmp_path, mon
         one, other = (json.loads((f / "scores" / path.name).read_text())["scores"]["forced"]
                       for f in (whole, tmp_path))  # fmt: skip
         assert one == other
+
+
+def test_a_study_sweeps_and_writes_tables_under_a_lock(studied, prepared, monkeypatch):
+    """Else it would remove what another process is just writing."""
+    out, _ = studied
+    is_locked = []
+
+    def locks(folder, *args):
+        with pytest.raises(ConfigError, match="is being collected"), locked(out, "collected"):
+            pass
+        is_locked.append(folder)
+        return {"missing": []}
+
+    monkeypatch.setattr(studies, "remove_leftovers", locks)
+    monkeypatch.setattr(collected, "collect", locks)
+    study(prepared, out, seeds(PLANS["quick"], 2), collect=True, **TINY)
+    assert len(is_locked) == len(collected.TABLES) + 1
+
+
+def test_an_arm_that_fails_stops_no_other(prepared, tmp_path, monkeypatch, capsys):
+    train = studies.train
+
+    def failing(data, folder, *args, **options):
+        if folder.name == "tokens-0" and not options.get("dry_run"):
+            raise MemoryError
+        return train(data, folder, *args, **options)
+
+    command = ["study", str(prepared), "--out", str(tmp_path), "--arms", "tokens", "decoded-1",
+               "--device=cpu", "--max-steps=1", "--batch-size=1", "--context-s=0.2"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "train", failing)
+        assert main(command) == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("wgpt study: 1 runs failed, all others are done; ")
+    assert "tokens:0: out of memory" in said
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert list(result["arms"]) == ["decoded-1"] and result["missing"] == ["tokens:0"]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "study.json").read_text())["missing"] == []
+
+
+def test_a_study_where_all_fails_says_so(prepared, tmp_path, monkeypatch):
+    def failing(*args, dry_run=False, **options):
+        if dry_run:
+            return {"step_s": 1.0}
+        raise TrainError("step 1: not finite")
+
+    monkeypatch.setattr(studies, "train", failing)
+    with pytest.raises(TrainError, match=r"3 runs failed.*tokens:0: step 1: not finite; hybrid:0"):
+        study(prepared, tmp_path, **TINY)
 
 
 def test_study_dry_run_says_what_and_how_long(prepared, tmp_path, caplog):
@@ -274,8 +326,6 @@ def test_study_refuses_other_settings_and_other_data(studied, prepared, tmp_path
 
 
 def test_study_command_prints_the_table(prepared, tmp_path, capsys):
-    from wgpt.cli import main
-
     command = ["study", str(prepared), "--out", str(tmp_path), "--arms", "tokens", "--device=cpu"]
     command += ["--max-steps=1", "--batch-size=1", "--context-s=0.2", "--dropout=0"]
     assert main([*command, "--json"]) == 0

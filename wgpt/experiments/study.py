@@ -12,13 +12,14 @@ brought together afterwards (`collect`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from wgpt import codec as codecs
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import STEP_RATE_HZ, TrainConfig
 from wgpt.data.dataset import SHUFFLED, Dataset, Split
-from wgpt.errors import ConfigError, Interrupted, TrainError
+from wgpt.errors import ConfigError, Interrupted, TrainError, WgptError, is_out_of_memory
 from wgpt.evaluation.codec_ceiling import with_decoded_mel
 from wgpt.evaluation.scores import Score, score
 from wgpt.experiments import collected
 from wgpt.experiments.arms import Arm, Plan, plan_named
 from wgpt.experiments.leak_check import leak_check
-from wgpt.files import read_json, remove_leftovers, write_sealed
+from wgpt.files import locked, read_json, remove_leftovers, write_sealed
 from wgpt.model import HybridModel
 from wgpt.model.presets import preset as preset_shape
 from wgpt.ops.runtime import resolve_device
@@ -77,7 +78,7 @@ def study(
     Returns what collected.collect does, as in study.json; for dry_run {plan, runs}.
 
     Raises ConfigError, DataError (also where a mel source tells the future, leak_check),
-    Interrupted, TrainError.
+    Interrupted; TrainError when all else is done, where a run failed: it names each, and why.
     """
     job = _Study(Path(data), Path(out), plan, arms, model or {}, settings)
     chosen = job.runs(only)
@@ -88,24 +89,25 @@ def study(
             return {"plan": job.plan.name, "runs": [f"{arm.name}:{seed}" for arm, seed in chosen],
                     "step_s": times}  # fmt: skip
     try:
-        for name in ("plan.json", *collected.TABLES):
-            remove_leftovers(job.out, name)
         if not collect:
             job.begin()
             job.check_leaks(chosen)
-            for arm, seed in chosen:
-                try:
-                    job.run(arm, seed, times)
-                except Interrupted:
-                    raise Interrupted(
-                        f"stopped in {arm.name}, seed {seed}; the same `wgpt study` command resumes"
-                    ) from None
-                except TrainError as error:
-                    raise TrainError(
-                        f"{arm.name}, seed {seed}: {error}. Other arms: the same `wgpt study` "
-                        "command with --only"
-                    ) from error
-        return collected.collect(job.out, job.plan, job.data, job.split)
+        failed: dict[str, str] = {}
+        for arm, seed in [] if collect else chosen:
+            try:
+                job.run(arm, seed, times)
+            except Interrupted:
+                raise Interrupted(
+                    f"stopped in {arm.name}, seed {seed}; the same `wgpt study` command resumes"
+                ) from None
+            except (WgptError, MemoryError, RuntimeError) as error:
+                if not (isinstance(error, WgptError) or is_out_of_memory(error)):
+                    raise
+                if isinstance(error.__cause__, OSError):  # the disk: others would fail as well
+                    raise
+                failed[f"{arm.name}:{seed}"] = str(error or "out of memory")
+                log.error("%s, seed %d: failed, others are tried: %s", arm.name, seed, error)
+        return job.tables(failed)
     except OSError as error:
         raise TrainError(
             f"{out}: {error}; what is done is kept: the same command resumes"
@@ -216,9 +218,29 @@ class _Study:
 
     def begin(self) -> None:
         """Writes plan.json, if there is none."""
-        if not (self.out / "plan.json").exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_sealed(self.out / "plan.json", self.facts())
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out, "begun", wait=True):
+            remove_leftovers(self.out, "plan.json")
+            self.compare()  # again: another process may have begun another plan
+            if not (self.out / "plan.json").exists():
+                write_sealed(self.out / "plan.json", self.facts())
+
+    def tables(self, failed: Mapping[str, str]) -> dict[str, Any]:
+        """collected.collect; TrainError, if runs `failed` (`ARM:SEED`: why) and nobody did them."""
+        result: dict[str, Any] = {}
+        if not failed or any((self.out / "scores").glob("*.json")):
+            is_there = self.out.is_dir()
+            with locked(self.out, "collected", wait=True) if is_there else contextlib.nullcontext():
+                for name in collected.TABLES:
+                    remove_leftovers(self.out, name)
+                result = collected.collect(self.out, self.plan, self.data, self.split)
+            failed = {name: why for name, why in failed.items() if name in result["missing"]}
+        if failed:
+            raise TrainError(
+                f"{len(failed)} runs failed, all others are done; the same command tries again. "
+                + "; ".join(f"{name}: {why}" for name, why in failed.items())
+            )
+        return result
 
     def compare(self) -> None:
         """Raises ConfigError where the folder holds a study of another plan, or of other data."""
@@ -270,8 +292,7 @@ class _Study:
             split = self._closed()
             rows["closed"] = score(arm.name, model, split, mel_source="decoded-1", **options)
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        write_sealed(path, {
+        found = {
             "format": _FORMAT,
             "arm": arm.name,
             "seed": seed,
@@ -287,7 +308,10 @@ class _Study:
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "scores": {name: _to_json(one) for name, one in rows.items()},
-        })  # fmt: skip
+        }
+        with locked(path.parent, "written", wait=True):  # other processes may score other arms
+            remove_leftovers(path.parent, path.name)
+            write_sealed(path, found)
 
     def _closed(self) -> Split:
         """The scored split with the mel that a model of codebook 0 hears of itself."""
