@@ -33,7 +33,7 @@ def begin(recordings, kind):
 
 @pytest.fixture(scope="module", params=["new", "replaced"])
 def whole(request, recordings, tmp_path_factory):
-    """How it is prepared, the undisturbed folder, and the number of its events."""
+    """How it is prepared, and what `undisturbed` returns."""
     kind = request.param
     folder = tmp_path_factory.mktemp(kind)
     return kind, *undisturbed(command(recordings, kind), folder, begin(recordings, kind))
@@ -41,14 +41,14 @@ def whole(request, recordings, tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_prepare_is_run_again_to_the_same_folder(fault, recordings, whole, tmp_path):
-    kind, expected, n_events = whole
-    given = command(recordings, kind), expected, n_events, tmp_path
+    kind, *found = whole
+    given = command(recordings, kind), *found, tmp_path
     with one_thread():
         assert not sweep(fault, *given, n_spread=3, begin=begin(recordings, kind))
 
 
 def test_two_preparations_of_one_folder_leave_one(recordings, whole, tmp_path):
-    kind, expected, _ = whole
+    kind, expected, *_ = whole
     if kind == "new":
         ends, found = race(command(recordings, kind), tmp_path / "0")
         assert found == expected and ends in ([DONE, DONE], [DONE, REFUSED])
@@ -56,7 +56,7 @@ def test_two_preparations_of_one_folder_leave_one(recordings, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_file(recordings, whole, tmp_path):
-    kind, expected, _ = whole
+    kind, expected, *_ = whole
     if kind == "new":
         codec = DeadlyOnce(tmp_path / "died")
         prepare(recordings, tmp_path / "0" / "data", codec=codec, jobs=2, progress=False)
