@@ -1,9 +1,11 @@
 """The command line: help, spellings, suggestions, exit codes, and what a closed pipe does."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +63,7 @@ def test_help_of_train_stands_in_groups():
         for group in cli.parser_for("train")._action_groups
     }
     assert {"data", "model", "optimisation", "output", "research"} <= set(groups)
-    assert groups["options"] == {"-h", "--help"}
+    assert groups["options"] == {"-h", "--help", "--config"}
     assert {"--data", "--batch-size", "--mel-source"} <= groups["data"]
     assert {"--preset", "--n-layers", "--init"} <= groups["model"]
     assert {"--lr", "--dtype", "--weight-decay"} <= groups["optimisation"]
@@ -129,6 +131,75 @@ def test_words_after_two_dashes_are_values():
 def test_torch_names_of_a_dtype_work(name, kept):
     args = cli.parser_for("train").parse_args(["--out", "x", "--dtype", name])
     assert TrainConfig(dtype=args.dtype).dtype == kept
+
+
+def parsed(command, *words):
+    return vars(cli.parser_for(command).parse_args(list(words)))
+
+
+def test_config_sets_flags_and_the_command_line_goes_before(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "audio: [a.wav, b]\nout: DATA\nmel-sources: [wave, decoded-2]\nkeep_silence: true\n"
+        "keep_loudness: false\nvalid_fraction: 0.25\ncodec:\n"
+    )
+    got = parsed("prepare", "--config", str(path))
+    usual = parsed("prepare", "a.wav", "--out", "DATA")
+    expected = {"audio": ["a.wav", "b"], "mel_sources": ["wave", "decoded-2"], "config": str(path)}
+    assert got == usual | expected | {"keep_silence": True, "valid_fraction": 0.25}
+    got = parsed("prepare", "c.wav", f"--config={path}", "--mel-sources", "wave", "--out", "X")
+    assert (got["audio"], got["mel_sources"], got["out"]) == (["c.wav"], ["wave"], "X")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"batchsize": 4}', "unknown setting batchsize; did you mean --batch-size?"),
+        ('{"batch_size": "many"}', "argument --batch-size: invalid int value: 'many'"),
+        ('{"batch_size": [4]}', "batch_size must be one value, got [4]"),
+        ('{"batch_size": true}', "batch_size must be one value, got True"),
+        ('{"resume": 1}', "resume must be true or false, got 1"),
+        ('{"preset": "hybird"}', "did you mean hybrid?"),
+        ("[4]", "must be a JSON object"),
+        ("", "must be a JSON object"),
+    ],
+)
+def test_config_that_cannot_be_is_refused_by_name(content, says, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(["train", "--out", "R", "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and str(path) in said
+
+
+def test_config_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
+    pytest.importorskip("yaml")
+    assert cli.main(["train", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml: cannot be read" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert cli.main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml: must be YAML, got" in capsys.readouterr().err
+
+
+def test_config_of_a_run_repeats_it(tiny_run, tmp_path, capsys):
+    out = tmp_path / "again"
+    assert cli.main(["train", "--config", str(tiny_run / "config.json"), "--out", str(out)]) == 0
+    for name in ("model/model.safetensors", "metrics.csv", "config.json"):
+        assert (out / name).read_bytes() == (tiny_run / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_script_knows_commands_flags_and_choices(shell, capsys):
+    pytest.importorskip("shtab")
+    assert cli.main(["--completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "codec-train" in script and "--mel-sources" in script and "hybrid-xs" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+    assert cli.main(["--completion", "cmd"]) == 2
+    assert "must be one of bash" in capsys.readouterr().err
 
 
 def test_presets_lists_all(capsys):

@@ -15,10 +15,12 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from wgpt import __version__
-from wgpt.errors import WgptError, did_you_mean, is_out_of_memory
+from wgpt.errors import ConfigError, WgptError, did_you_mean, is_out_of_memory
+from wgpt.files import read_json
 
 COMMANDS = {  # verb: (module, summary), in the order of the data flow
     "prepare": ("wgpt.prepare", "turn a folder of recordings into tokens and mel slices"),
@@ -86,7 +88,44 @@ class CommandParser(argparse.ArgumentParser):
             if not any(name.startswith(flag) for name in known):
                 self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
             words[i] = flag + equals + value
+        for i, word in enumerate(words[:end]):
+            if word == "--config" and i + 1 < end:
+                self._take_config(words[i + 1])
+            elif word.startswith("--config="):
+                self._take_config(word.partition("=")[2])
         return super().parse_known_args(words, namespace)
+
+    def _take_config(self, path: str) -> None:
+        """Makes what a file says the defaults, so that flags of the command line go before it."""
+        actions = {action.dest: action for action in self._actions}
+        actions |= {word.lstrip("-").replace("-", "_"): a for a in self._actions
+                    for word in a.option_strings}  # fmt: skip
+        for name, value in read_settings(path).items():
+            action = actions.get(name.replace("-", "_"))
+            if action is None or name in ("config", "help"):
+                known = [word for a in self._actions for word in a.option_strings]
+                near = did_you_mean("--" + name.replace("_", "-"), known)
+                self.error(f"{path}: unknown setting {name}{near}")
+            if value is None or value is False:
+                continue
+            if action.nargs == 0:
+                if value is not True:
+                    self.error(f"{path}: {name} must be true or false, got {value!r}")
+                action.default = action.const
+                continue
+            is_list = action.nargs in ("*", "+")
+            if isinstance(value, list | dict) != is_list or isinstance(value, bool | dict):
+                kind = "a list" if is_list else "one value"
+                self.error(f"{path}: {name} must be {kind}, got {value!r}")
+            try:
+                values = [self._get_value(action, str(v)) for v in (value if is_list else [value])]
+                for one in values:
+                    self._check_value(action, one)
+            except argparse.ArgumentError as error:
+                self.error(f"{path}: {error}")
+            action.default, action.required = values if is_list else values[0], False
+            if not action.option_strings:  # may be absent now
+                action.nargs = "*" if is_list else "?"
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -99,6 +138,35 @@ class CommandParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{error.message}{near}") from None
 
 
+def read_settings(path: str) -> dict[str, Any]:
+    """Flags by name from a YAML or JSON file, or from the config.json of a run.
+
+    Raises ConfigError naming the file.
+    """
+    try:
+        settings = _yaml(path) if Path(path).suffix in (".yaml", ".yml") else read_json(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ConfigError(f"{path}: must hold flags by name, such as `batch_size: 8`")
+    if {"preset", "model", "train", "data"} <= settings.keys():  # of a run
+        start = {} if settings["train"].get("init") else {"preset": settings["preset"]}
+        shape = {**settings["model"], **settings["train"], "data": settings["data"]["path"]}
+        return {n: v for n, v in {**start, **shape}.items() if v != ""}
+    return settings
+
+
+def _yaml(path: str) -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ConfigError(f"{path}: YAML needs pyyaml: pip install pyyaml; or use JSON") from None
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: must be YAML, got {' '.join(str(error).split())}") from None
+
+
 def parser_for(command: str) -> CommandParser:
     """The parser of one verb, whose module alone is imported."""
     module, summary = COMMANDS[command]
@@ -106,7 +174,27 @@ def parser_for(command: str) -> CommandParser:
         prog=f"wgpt {command}", description=f"{summary[0].upper()}{summary[1:]}."
     )
     importlib.import_module(module).add_arguments(parser)
+    parser.add_argument(
+        "--config", metavar="FILE", help="flags by name, YAML or JSON; those given here go before"
+    )
     return parser
+
+
+def completion(shell: str) -> str:
+    """A script that completes commands, flags and their values. Needs shtab."""
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        raise ConfigError("--completion needs shtab: pip install shtab") from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ConfigError(
+            f"--completion: must be one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}"
+        )
+    whole = argparse.ArgumentParser("wgpt")
+    commands = whole.add_subparsers()
+    for name, (module, summary) in COMMANDS.items():
+        importlib.import_module(module).add_arguments(commands.add_parser(name, help=summary))
+    return str(shtab.complete(whole, shell))
 
 
 def overview() -> str:
@@ -114,7 +202,8 @@ def overview() -> str:
     verbs = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         f"usage: wgpt COMMAND ...\n\n{DESCRIPTION}\n\ncommands:\n{verbs}\n\n"
-        f"options:\n  --version  print the version\n  --help     print this\n\n{EPILOG}"
+        "options:\n  --version            print the version\n  --help               print this\n"
+        f"  --completion SHELL   print a script that completes in bash, zsh, ...\n\n{EPILOG}"
     )
 
 
@@ -129,6 +218,9 @@ def _run(argv: list[str]) -> int:
         return 0
     if command == "--version":
         sys.stdout.write(f"wgpt {__version__}\n")
+        return 0
+    if command == "--completion":
+        sys.stdout.write(completion(rest[0] if rest else "") + "\n")
         return 0
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
