@@ -1,14 +1,25 @@
 """Fixtures every test may use: the device, the CPU target, a fixed seed."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes tests
 # of tiny models many times slower. Test processes that are started inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from pathlib import Path
+
 import pytest
 import torch
+
+# Of a process with WGPT_EMULATED_GPU=1: its ops can launch their CUDA kernels on the emulator.
+EMULATED_GPU = None
+if os.environ.get("WGPT_EMULATED_GPU") == "1":
+    sys.path.insert(0, str(Path(__file__).parent / "simt"))
+    import emulated_gpu as emulation
+
+    EMULATED_GPU = emulation.load()
 
 
 def _missing_cuda() -> str | None:
@@ -41,10 +52,23 @@ def same_threads() -> Iterator[None]:
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda":
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cpu":
+        yield "cpu"
+    elif EMULATED_GPU is not None:
+        with EMULATED_GPU.on():
+            yield "cpu"
+    else:
         require_cuda()
-    return request.param
+        yield "cuda"
+
+
+@pytest.fixture
+def emulated_gpu():
+    """The EmulatedGpu of tests/simt/emulated_gpu.py, not yet on."""
+    if EMULATED_GPU is None:
+        pytest.skip("runs in a process with WGPT_EMULATED_GPU=1 (tests/simt/test_simt_gpu.py)")
+    return EMULATED_GPU
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from numerics import assert_as_accurate_as_torch, attention_roundings, nudge
 from torch import Tensor
 
 from wgpt import ops
+from wgpt.ops import cuda
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,7 +58,7 @@ LINEAR_FLOPS = {
 def skip_float64_on_cuda(device: str, dtype: torch.dtype) -> None:
     import pytest
 
-    if device == "cuda" and dtype not in CUDA_DTYPES:
+    if cuda.is_gpu(torch.device(device)) and dtype not in CUDA_DTYPES:
         pytest.skip("float64 runs on the CPU only")
 
 

@@ -78,6 +78,51 @@ inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
+// ---- the part of the runtime that starts a kernel ----------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {  // positions are the toolkit's; two of its names are macros here
+  dim3 grid, block;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  void* attrs;
+  unsigned numAttrs;
+};
+
+namespace simt {
+inline const char* launch_report = "no error";  // of the latest cudaLaunchKernelEx
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (simt::allow_shared(kernel, static_cast<size_t>(bytes))) return cudaSuccess;
+  simt::launch_report = "invalid argument: more than 227 KiB of dynamic shared memory";
+  return cudaErrorInvalidValue;
+}
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               const Args&... args) {
+  const bool other = simt::current_stream != nullptr && config->stream != simt::current_stream;
+  const char* report =
+      other ? "launched on another stream than the current one"
+            : simt::launch(config->grid, config->block, config->dynamicSmemBytes, kernel, args...);
+  if (report == nullptr) return cudaSuccess;
+  simt::launch_report = report;
+  return cudaErrorLaunchFailure;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return simt::launch_report; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::multiprocessors;
+  return cudaSuccess;
+}
+
 // The race build must not take an atomic for a plain access, hence no instrumentation here.
 #define SIMT_ATOMIC     \
   template <typename T> \

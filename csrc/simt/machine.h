@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -67,6 +68,7 @@ struct Machine {
   uint32_t block_epoch = 0;   // grows at every block start and block barrier
   uint32_t launch_serial = 0;
   Dim3 block_index;
+  size_t dynamic_limit = 0;  // of shared memory, that the kernel has asked for; 0: it has not
   // shared memory of the running block
   unsigned char* shared = nullptr;
   size_t shared_used = 0;
@@ -74,11 +76,20 @@ struct Machine {
 };
 
 extern Machine machine;
+extern std::mutex one_at_a_time;  // of launches and of changes to the tensors
 
 constexpr size_t kSharedLimit =
     227 * 1024;  // what one block may ask for on sm_90; the sum of all its arrays
+constexpr size_t kSharedWithoutOptIn = 48 * 1024;
+constexpr const char* kHowToOptIn =
+    "; a kernel asks for more by cudaFuncSetAttribute(kernel, "
+    "cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)";
 constexpr size_t kRedZone = 256;
 constexpr unsigned char kPoison = 0xff, kRedByte = 0xfd;
+
+// launches.cpp
+size_t dynamic_limit(const void* kernel);  // what allow_shared gave; 0: nothing
+void note_launch(const void* kernel, Dim3 grid, Dim3 block, size_t shared_bytes);
 
 uint64_t random_bits();
 void yield();  // back to the scheduler

@@ -4,22 +4,26 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 #include "simt/machine.h"
 
 namespace simt {
 namespace {
 
+// A tensor between its two red zones, which reach from kRedZone before `begin` to `limit`.
 struct Tensor {
-  size_t begin, end;
+  size_t begin, end, limit;
+  size_t block() const { return begin - kRedZone; }
 };
 
 struct Arena {
   unsigned char* base = nullptr;
   size_t size = 0, used = 0, last = 0;
-  std::vector<Tensor> tensors;  // ascending
+  std::vector<Tensor> tensors;                        // ascending
+  std::map<size_t, std::vector<size_t>> free_blocks;  // by size
 };
-Arena arena;
+Arena& arena = *new Arena;  // never destroyed: tensors may be freed while the program ends
 
 constexpr size_t kPoisonLimit = size_t{64} << 20;
 // Red zones around the regions and room for a few static arrays beyond the limit that launch() checks.
@@ -44,13 +48,17 @@ const unsigned char* touched(const unsigned char* begin, size_t bytes) {
   return nullptr;
 }
 
+std::vector<Tensor>::iterator first_behind(size_t offset) {
+  return std::upper_bound(arena.tensors.begin(), arena.tensors.end(), offset,
+                          [](size_t at, const Tensor& tensor) { return at < tensor.begin; });
+}
+
 const Tensor* tensor_at(size_t offset) {
   if (arena.last < arena.tensors.size()) {
     const Tensor& last = arena.tensors[arena.last];
     if (offset >= last.begin && offset < last.end) return &last;
   }
-  auto after = std::upper_bound(arena.tensors.begin(), arena.tensors.end(), offset,
-                                [](size_t at, const Tensor& tensor) { return at < tensor.begin; });
+  auto after = first_behind(offset);
   if (after == arena.tensors.begin()) return nullptr;
   --after;
   if (offset >= after->end) return nullptr;
@@ -78,21 +86,49 @@ bool tensor_range(const void* p, size_t bytes) {
 }
 
 void* allocate(size_t bytes) {
+  const std::lock_guard lock(one_at_a_time);
   if (arena.base == nullptr && !map_arena()) return nullptr;
-  const size_t begin = (arena.used + kRedZone + 255) / 256 * 256;
-  if (begin + bytes + kRedZone > arena.size) return nullptr;
-  std::memset(arena.base + arena.used, kRedByte, begin - arena.used);
-  if (bytes <= kPoisonLimit) std::memset(arena.base + begin, kPoison, bytes);
-  std::memset(arena.base + begin + bytes, kRedByte, kRedZone);
-  arena.used = begin + bytes + kRedZone;
-  arena.tensors.push_back({begin, begin + bytes});
-  return arena.base + begin;
+  const size_t block_bytes = kRedZone + (bytes + kRedZone + 255) / 256 * 256;
+  std::vector<size_t>& free_blocks = arena.free_blocks[block_bytes];
+  size_t block = arena.used;
+  if (!free_blocks.empty()) {
+    block = free_blocks.back();
+    free_blocks.pop_back();
+  } else {
+    if (block + block_bytes > arena.size) return nullptr;
+    arena.used += block_bytes;
+  }
+  const Tensor tensor = {block + kRedZone, block + kRedZone + bytes, block + block_bytes};
+  std::memset(arena.base + block, kRedByte, kRedZone);
+  if (bytes <= kPoisonLimit) std::memset(arena.base + tensor.begin, kPoison, bytes);
+  std::memset(arena.base + tensor.end, kRedByte, tensor.limit - tensor.end);
+  arena.tensors.insert(first_behind(tensor.begin), tensor);
+  return arena.base + tensor.begin;
+}
+
+void free(void* p) {
+  const std::lock_guard lock(one_at_a_time);
+  const size_t begin = static_cast<size_t>(static_cast<unsigned char*>(p) - arena.base);
+  const auto at =
+      std::lower_bound(arena.tensors.begin(), arena.tensors.end(), begin,
+                       [](const Tensor& tensor, size_t wanted) { return tensor.begin < wanted; });
+  if (at == arena.tensors.end() || at->begin != begin) fail("free: %s is no tensor", describe(p));
+  const size_t bytes = at->end - begin;
+  if (bytes <= kPoisonLimit) {
+    std::memset(p, kPoison, bytes);  // who reads it still, reads NaN
+  } else {
+    madvise(arena.base + (begin + 4095) / 4096 * 4096, bytes / 4096 * 4096 - 4096, MADV_DONTNEED);
+  }
+  arena.free_blocks[at->limit - at->block()].push_back(at->block());
+  arena.tensors.erase(at);
 }
 
 void free_all() {
+  const std::lock_guard lock(one_at_a_time);
   if (arena.used > 0) madvise(arena.base, (arena.used + 4095) / 4096 * 4096, MADV_DONTNEED);
   arena.used = arena.last = 0;
   arena.tensors.clear();
+  arena.free_blocks.clear();
 }
 
 bool in_shared(const void* p) { return p >= machine.shared && p < machine.shared + kSharedSpace; }
@@ -207,16 +243,13 @@ void finish_block_memory() {
 }
 
 void finish_launch_memory() {
-  size_t previous_end = 0;
-  for (size_t i = 0; i <= arena.tensors.size(); ++i) {
-    const size_t next = i < arena.tensors.size() ? arena.tensors[i].begin : arena.used;
-    const unsigned char* bad = touched(arena.base + previous_end, next - previous_end);
-    if (bad != nullptr) {
-      machine.failed = true;
-      machine.report = std::string("the launch wrote out of bounds, at ") + describe(bad);
-      return;
-    }
-    if (i < arena.tensors.size()) previous_end = arena.tensors[i].end;
+  for (const Tensor& tensor : arena.tensors) {
+    const unsigned char* bad = touched(arena.base + tensor.block(), kRedZone);
+    if (bad == nullptr) bad = touched(arena.base + tensor.end, tensor.limit - tensor.end);
+    if (bad == nullptr) continue;
+    machine.failed = true;
+    machine.report = std::string("the launch wrote out of bounds, at ") + describe(bad);
+    return;
   }
 }
 
@@ -225,6 +258,19 @@ void* dynamic_shared() { return machine.shared + machine.regions[0].begin; }
 void* static_shared(const void* key, size_t bytes, size_t align) {
   for (const Region& region : machine.regions) {
     if (region.key == key) return machine.shared + region.begin;
+  }
+  size_t static_bytes = bytes;
+  for (const Region& region : machine.regions) {
+    if (region.key != nullptr) static_bytes += region.end - region.begin;
+  }
+  const size_t dynamic_bytes = machine.regions[0].end - machine.regions[0].begin;
+  if (static_bytes > kSharedWithoutOptIn) {
+    fail("%zu bytes of static shared memory, and a kernel may have 48 KiB", static_bytes);
+  }
+  const size_t limit = machine.dynamic_limit == 0 ? kSharedWithoutOptIn : kSharedLimit;
+  if (static_bytes + dynamic_bytes > limit) {
+    fail("%zu bytes of static and %zu of dynamic shared memory, and a block may have %zu%s",
+         static_bytes, dynamic_bytes, limit, machine.dynamic_limit == 0 ? kHowToOptIn : "");
   }
   unsigned char* array = add_region(key, bytes, std::max<size_t>(align, 16));
   if (array == nullptr) fail("static shared memory is full");

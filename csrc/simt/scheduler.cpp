@@ -8,6 +8,7 @@
 namespace simt {
 
 Machine machine;
+std::mutex one_at_a_time;
 ThreadView* current_view = nullptr;
 int multiprocessors = 132;
 
@@ -254,15 +255,24 @@ int sync_threads_count(int predicate) {
 
 void sync_threads() { sync_threads_count(0); }
 
-const char* run_grid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*),
-                     void* context) {
+const char* run_grid(const void* kernel, Dim3 grid, Dim3 block, size_t shared_bytes,
+                     void (*body)(void*), void* context) {
   static std::string last_report;
+  const std::lock_guard lock(one_at_a_time);
   const uint64_t n_blocks = grid.count(), n_threads = block.count();
   if (n_blocks == 0) return "a grid without blocks";
   if (n_threads == 0 || n_threads > 1024) return "a block must have 1 to 1024 threads";
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
     return "a grid dimension is too large";
   if (shared_bytes > kSharedLimit) return "more than 227 KiB of dynamic shared memory";
+  machine.dynamic_limit = dynamic_limit(kernel);
+  if (shared_bytes > std::max(machine.dynamic_limit, kSharedWithoutOptIn)) {
+    last_report =
+        std::to_string(shared_bytes) + " bytes of dynamic shared memory, and the kernel may have " +
+        std::to_string(std::max(machine.dynamic_limit, kSharedWithoutOptIn)) + kHowToOptIn;
+    return last_report.c_str();
+  }
+  note_launch(kernel, grid, block, shared_bytes);
   ++machine.counters.launches;
   ++machine.launch_serial;
   machine.failed = false;

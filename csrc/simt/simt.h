@@ -4,7 +4,7 @@
 //   grid -> blocks, one after another -> warps of 32 -> lanes (fibers)
 //
 // One warp runs until all its lanes wait; then the policy picks the next. The first mistake stops the launch, and
-// launch() returns its text; nullptr means that all was well. Not a model of speed, and single-threaded.
+// launch() returns its text; nullptr means that all was well. Not a model of speed; threads take turns, a launch each.
 #pragma once
 
 #include <cstddef>
@@ -55,6 +55,7 @@ extern int multiprocessors;
 // A tensor between red zones, aligned to 256 bytes and filled with poison (0xff, a NaN in every float format) up to
 // 64 MiB; beyond, zero pages that cost memory only where touched. Checked accesses must stay inside one tensor.
 void* allocate(size_t bytes);
+void free(void* tensor);
 void free_all();
 
 struct Counters {
@@ -67,9 +68,9 @@ void reset_counters();
 
 // ---- launch ----------------------------------------------------------------------------------------------------------
 
-// Runs body(context) once per thread. Most callers want launch() below.
-const char* run_grid(Dim3 grid, Dim3 block, size_t shared_bytes, void (*body)(void*),
-                     void* context);
+// Runs body(context) once per thread. Most callers want launch() below. kernel: whose launch it is.
+const char* run_grid(const void* kernel, Dim3 grid, Dim3 block, size_t shared_bytes,
+                     void (*body)(void*), void* context);
 
 // kernel(args...), as kernel<<<grid, block, shared_bytes>>>(args...) would. Returns what went wrong, or nullptr; the
 // text lives until the next launch.
@@ -79,8 +80,26 @@ const char* launch(Dim3 grid, Dim3 block, size_t shared_bytes, void (*kernel)(Pa
   auto call = [&] { kernel(args...); };
   using Call = decltype(call);
   return run_grid(
-      grid, block, shared_bytes, [](void* context) { (*static_cast<Call*>(context))(); }, &call);
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+      [](void* context) { (*static_cast<Call*>(context))(); }, &call);
 }
+
+// Lets the kernel have more than 48 KiB of dynamic shared memory, as the device wants to be asked. False where
+// no block may have so much.
+bool allow_shared(const void* kernel, size_t bytes);
+
+// The stream that launches by cudaLaunchKernelEx must name; nullptr: any.
+extern const void* current_stream;
+
+// What was launched since record_launches(true). Names are those that the library exports, demangled.
+struct LaunchRecord {
+  const char* kernel;
+  Dim3 grid, block;
+  size_t shared_bytes;
+};
+void record_launches(bool on);
+size_t n_launches();
+const LaunchRecord& launch_record(size_t index);
 
 // ---- what a kernel sees ----------------------------------------------------------------------------------------------
 

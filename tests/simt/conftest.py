@@ -15,7 +15,7 @@ def built(request):
     if shutil.which(emulator.CXX) is None:
         pytest.skip(f"no C++ compiler ({emulator.CXX})")
     return emulator.Emulator(
-        emulator.build(Path(__file__).parent / "host.cpp", request.param, emulator.CACHE)
+        emulator.build(emulator.HERE / "host.cpp", request.param, emulator.CACHE, launchers=True)
     )
 
 
@@ -29,15 +29,8 @@ def emu(built, request):
 @pytest.fixture(scope="session", params=["fast", "race"])
 def built_machine(request):
     """Small kernels and the wrappers' probes, one library per variant."""
-    host = Path(__file__).parent / "machine_kernels.cpp"
-    machine = emulator.Emulator(
-        emulator.build(
-            host,
-            request.param,
-            emulator.CACHE,
-            depends=(emulator.ROOT / "benchmarks").glob("gpu_golden*.*h"),
-        )
-    )
+    host = emulator.HERE / "machine_kernels.cpp"
+    machine = emulator.Emulator(emulator.build(host, request.param, emulator.CACHE))
     machine.variant = request.param
     return machine
 

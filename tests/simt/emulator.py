@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "simt"
-RUNTIME = ["fiber", "scheduler", "memory", "warp_ops", "race"]
+RUNTIME = ["fiber", "scheduler", "memory", "launches", "warp_ops", "race"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 CXX = os.environ.get("CXX", "g++")
 
@@ -160,55 +161,86 @@ FlashAttentionBackward = structure(
 )
 
 
-def build(host, variant, folder, includes=(CSRC, HERE), depends=(), optimize=None):
+def compile_object(source, flags, folder):
+    """Compiles `source` into `folder`, once per content of all that it includes; the object."""
+    command = [CXX, "-std=c++17", "-fPIC", *flags, "-x", "c++", str(source)]
+    done = subprocess.run([*command, "-MM"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, " ".join(command) + "\n" + done.stderr[-8000:]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in done.stdout.replace("\\\n", " ").split()[1:]:
+        digest.update(Path(path).read_bytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    name = f"{Path(source).stem}-{kind}-"
+    target = folder / f"{name}{digest.hexdigest()[:16]}.o"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes, one build
+        if target.exists():
+            return target
+        temporary = target.with_suffix(".tmp.o")
+        done = subprocess.run(
+            [*command, "-c", "-o", str(temporary)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, " ".join(command) + "\n" + done.stderr[-8000:]
+        temporary.rename(target)
+        for old in folder.glob(f"{name}*.o"):
+            if old != target:
+                old.unlink()
+    return target
+
+
+def link(objects, name, folder, options=()):
+    """A library of those objects."""
+    digest = hashlib.sha256(" ".join([CXX, *options]).encode())
+    for path in objects:
+        digest.update(path.name.encode())
+    library = folder / f"{name}-{digest.hexdigest()[:16]}.so"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            temporary = folder / f"{name}.tmp.so"
+            command = [CXX, "-shared", *map(str, objects), *options, "-o", str(temporary)]
+            subprocess.run(command, check=True)
+            temporary.rename(library)
+            for old in folder.glob(f"{name}-*.so"):
+                if old != library:
+                    old.unlink()
+    return library
+
+
+def emulator_objects(variant, folder):
+    """The emulator's own: never instrumented."""
+    flags = [*WARNINGS, "-O2", f"-I{CSRC}", *(["-DSIMT_RACE"] if variant == "race" else [])]
+    return [compile_object(CSRC / "simt" / f"{stem}.cpp", flags, folder) for stem in RUNTIME]
+
+
+def kernel_flags(variant, includes=(CSRC, HERE), optimize="-O2"):
+    flags = ["-O1", "-fsanitize=thread"] if variant == "race" else [optimize]
+    return [*WARNINGS, *flags, *(f"-I{path}" for path in includes)]
+
+
+def launcher_objects(variant, folder):
+    """Every unit that nvcc compiles."""
+    units = sorted((CSRC / "kernels" / "cuda").glob("*.cu"))
+    return [compile_object(unit, kernel_flags(variant), folder) for unit in units]
+
+
+def build(host, variant, folder, includes=(CSRC, HERE), optimize="-O2", launchers=False):
     """Compiles `host` with the emulator into a library in `folder`, once per content.
 
     variant "fast" is plain -O2; "race" instruments the kernels, not the emulator, with the hooks
-    of -fsanitize=thread. Returns the library's path.
+    of -fsanitize=thread. launchers: with the CUDA launchers. Returns the library's path.
     """
-    kernels = [
-        p
-        for p in CSRC.rglob("*")
-        if p.suffix in (".h", ".cuh", ".cpp") and "cpu" not in p.parts and "ops" not in p.parts
-    ]
-    digest = hashlib.sha256(f"{variant} {CXX}".encode())
-    for path in sorted({*kernels, *HERE.glob("*.h"), *map(Path, depends), Path(host)}):
-        digest.update(path.read_bytes())
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{Path(host).stem}-{variant}-{digest.hexdigest()[:16]}"
-    library = folder / f"{name}.so"
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes, one build
-        if library.exists():
-            return library
-        race = variant == "race"
-        base = [CXX, "-std=c++17", "-fPIC", *WARNINGS, *(f"-I{p}" for p in includes), "-c"]
-        objects, jobs = [], []
-        for source in [Path(host), *(CSRC / "simt" / f"{stem}.cpp" for stem in RUNTIME)]:
-            flags = [optimize or "-O2"]
-            if race:
-                flags = (
-                    ["-O1", "-fsanitize=thread"] if source == Path(host) else ["-O2", "-DSIMT_RACE"]
-                )
-            objects.append(folder / f"{name}-{source.stem}.o")
-            jobs.append([*base, *flags, str(source), "-o", str(objects[-1])])
-        for job in jobs:
-            done = subprocess.run(job, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, " ".join(job) + "\n" + done.stderr[-8000:]
-        temporary = folder / f"{name}.tmp.so"
-        subprocess.run([CXX, "-shared", *map(str, objects), "-o", str(temporary)], check=True)
-        for path in objects:
-            path.unlink()
-        for old in folder.glob(f"{Path(host).stem}-{variant}-*"):
-            if not old.name.startswith(name):
-                old.unlink(missing_ok=True)
-        temporary.rename(library)
-    return library
+    flags = kernel_flags(variant, includes, optimize)
+    objects = [compile_object(Path(host), flags, folder), *emulator_objects(variant, folder)]
+    if launchers:
+        objects += launcher_objects(variant, folder)
+    return link(objects, f"{Path(host).stem}-{variant}", folder)
 
 
 def build_driver():
     """Compiles benchmarks/gpu_driver.cpp over the emulated launchers; returns the program."""
-    library = build(HERE / "host.cpp", "fast", CACHE)
+    library = build(HERE / "host.cpp", "fast", CACHE, launchers=True)
     sources = [*sorted((ROOT / "benchmarks").glob("gpu_driver*")), library]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     program = CACHE / f"gpu_driver-{digest}"
@@ -221,6 +253,15 @@ def build_driver():
     return program
 
 
+class Launch(NamedTuple):
+    """One launch of a kernel. Its name is demangled, template arguments and all."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int  # dynamic
+
+
 class Emulator:
     """One built library. Tensors live in its arena until `reset`; a failed launch raises."""
 
@@ -231,14 +272,35 @@ class Emulator:
         self.lib.simt_allocate.argtypes = [ctypes.c_size_t]
         arguments = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
         self.lib.simt_set_policy.argtypes = arguments
+        self.lib.simt_n_launches.restype = ctypes.c_size_t
+        self.lib.simt_launch_record.restype = ctypes.c_char_p
+        self.lib.simt_launch_record.argtypes = [ctypes.c_size_t, ptr]
 
     def reset(self, policy=POLICIES[0]):
         """Empties the arena; `policy` is a Policy, or its first fields."""
         self.lib.simt_free_all()
         self.lib.simt_reset_counters()
-        order, copies, seed, cores = Policy(*policy)
         self.lib.simt_set_multiprocessors(132)
+        self.set_policy(policy)
+
+    def set_policy(self, policy):
+        order, copies, seed, cores = Policy(*policy)
         self.lib.simt_set_policy(ORDERS[order], COPIES[copies], seed, CORES[cores])
+
+    @contextmanager
+    def recorded(self):
+        """A list that holds every Launch of the block once the block has ended."""
+        launches = []
+        self.lib.simt_record_launches(1)
+        try:
+            yield launches
+        finally:
+            sizes = (ctypes.c_uint64 * 7)()
+            for i in range(self.lib.simt_n_launches()):
+                name = self.lib.simt_launch_record(i, sizes).decode()
+                grid, block = tuple(sizes[:3]), tuple(sizes[3:6])
+                launches.append(Launch(name, grid, block, sizes[6]))
+            self.lib.simt_record_launches(0)
 
     def empty(self, shape, dtype):
         """An uninitialised (poisoned) tensor in the arena."""

@@ -1,8 +1,5 @@
 // The CUDA launchers and the emulator behind a C interface, for ctypes: the same kernels that nvcc compiles, by g++.
-#include "kernels/cuda/flash_attention.cuh"
-#include "kernels/cuda/flash_attention_backward.cuh"
-#include "kernels/cuda/mel_embed.cuh"
-#include "kernels/cuda/token_concat.cuh"
+#include "kernels/cuda/launch.h"
 #include "machine_api.h"
 
 using namespace wgpt;
@@ -29,9 +26,6 @@ size_t mel_embed_backward_workspace_bytes(const MelEmbedShape* s) {
   return cuda::mel_embed_backward_workspace_bytes(*s);
 }
 
-int flash_attention_forward_warps(int64_t batch_heads, int64_t q_steps, int multiprocessors) {
-  return cuda::flash::forward_warps(batch_heads, q_steps, multiprocessors);
-}
 const char* flash_attention_forward(const FlashAttentionForward* a) {
   return cuda::flash_attention_forward(*a, nullptr);
 }

@@ -12,6 +12,20 @@ void simt_set_policy(int order, int copies, uint64_t seed, int cores) {
 }
 void simt_set_multiprocessors(int n) { simt::multiprocessors = n; }
 void simt_reset_counters() { simt::reset_counters(); }
+void simt_record_launches(int on) { simt::record_launches(on != 0); }
+size_t simt_n_launches() { return simt::n_launches(); }
+// sizes: grid, block, bytes of dynamic shared memory
+const char* simt_launch_record(size_t index, uint64_t sizes[7]) {
+  const simt::LaunchRecord& record = simt::launch_record(index);
+  const simt::Dim3 dims[2] = {record.grid, record.block};
+  for (int i = 0; i < 2; ++i) {
+    sizes[3 * i] = dims[i].x;
+    sizes[3 * i + 1] = dims[i].y;
+    sizes[3 * i + 2] = dims[i].z;
+  }
+  sizes[6] = record.shared_bytes;
+  return record.kernel;
+}
 // launches, blocks, switches, collectives, mmas, bank_conflicts, copies
 void simt_counters(uint64_t out[7]) {
   const simt::Counters& c = simt::counters();

@@ -1,6 +1,5 @@
 """flash_attention's forward kernels on the emulator against float64."""
 
-import ctypes
 import math
 
 import pytest
@@ -100,14 +99,19 @@ def test_blocks_of_128_rows(built, d, dtype):
     check(built, 2, 130, 150, 1, d, dtype, False, 33)
 
 
-def test_block_height_heuristic(built):
-    warps = built.lib.flash_attention_forward_warps
-    warps.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    assert warps(1, 64, 132) == 4
-    assert warps(32, 500, 132) == 4  # B H = 32 at T = 500: 64-row tiles balance better
-    assert warps(512, 2000, 132) == 8
-    choices = [warps(64, t, 132) for t in range(64, 4096, 64)]
-    assert choices == sorted(choices)  # longer never goes back
+@pytest.mark.parametrize(
+    "heads,steps,warps",
+    [(3, 100, 4), (4, 100, 8), (2, 128, 4), (2, 129, 8), (1, 384, 4), (1, 385, 8)],
+)
+def test_four_blocks_a_multiprocessor_are_taken_high(built, heads, steps, warps):
+    built.reset()
+    built.lib.simt_set_multiprocessors(1)
+    with built.recorded() as launches:
+        forward(built, *inputs(built, 1, steps, steps, heads, 32, torch.bfloat16), 0.2)
+    (launch,) = launches
+    assert "forward_kernel<wgpt::cuda::Bf16, 32," in launch.kernel
+    assert launch.block == (32 * warps, 1, 1)
+    assert launch.grid == (heads * -(-steps // (16 * warps)), 1, 1)
 
 
 def test_offsets_beyond_32_bits(emu):

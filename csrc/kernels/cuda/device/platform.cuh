@@ -49,7 +49,6 @@ WGPT_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
 template <typename... Params, typename... Args>
 const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                    void* stream, const Args&... args) {
-#ifdef __CUDACC__
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -57,34 +56,23 @@ const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
+    const cudaLaunchConfig_t config = {
+        grid, block, shared_bytes, static_cast<cudaStream_t>(stream), nullptr, 0};
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   }
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // a launch error is reported once, here
   return cudaGetErrorString(error);
-#else
-  (void)stream;
-  return simt::launch(grid, block, shared_bytes, kernel, static_cast<Params>(args)...);
-#endif
 }
 
 // Multiprocessors of the current device, for the launch heuristics; 132 where it cannot be asked.
 inline int multiprocessor_count() {
-#ifdef __CUDACC__
   int device = 0, count = 0;
   if (cudaGetDevice(&device) == cudaSuccess &&
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
     return count;
   }
   return 132;
-#else
-  return simt::multiprocessors;
-#endif
 }
 
 }  // namespace wgpt::cuda
