@@ -7,6 +7,7 @@
 #   make emulated  the same, with AVX-512 and AMX instructions emulated where the machine has none
 #   make neon      the same for aarch64, in an emulator
 #   make demo    the whole pipeline on the sound in the package: prepare, train, evaluate, generate
+#   make docs    docs/ and the docstrings as a site, in build/site/index.html
 #   make study   what mel is worth on real recordings (needs apt; never timed as a whole)
 #   make faults  every command that writes, hit at every file-system event, run again, compared
 #                (some 2800 cases, more than an hour; ARGS="-k prepare" for one command)
@@ -28,7 +29,7 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize emulated neon faults fuzz bench demo study gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon faults fuzz bench demo study docs gpu dev clean
 
 build: $(STAMP)
 
@@ -145,6 +146,10 @@ demo: build
 study: build
 	$(VENV_PYTHON) benchmarks/recordings.py --out build/recordings
 	$(VENV_PYTHON) benchmarks/study.py --recordings build/recordings --work build/study $(ARGS)
+
+docs: build
+	$(VENV_PYTHON) -m pip install --quiet "wgpt[docs]"
+	$(VENV_PYTHON) docs/build_site.py
 
 gpu:
 	JOBS=$${JOBS:-$$(nproc)} $${PYTHON:-python3} benchmarks/gpu.py $(if $(DRY),--dry)

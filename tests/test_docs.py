@@ -1,11 +1,13 @@
 """README and docs: links lead somewhere, commands parse, and the words are the field's."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import wgpt
 from wgpt import cli
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +95,21 @@ def test_every_page_is_reached_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"](docs/{page.name}" in readme, f"README does not link docs/{page.name}"
+
+
+def test_site_has_every_page_and_package(tmp_path, monkeypatch):
+    """`make docs` in so far as it needs no Sphinx: the folder that Sphinx reads."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    monkeypatch.setattr(site, "SOURCE", tmp_path / "source")
+    site.lay_out()
+    made = {path.stem for path in (tmp_path / "source").iterdir() if path.suffix in (".md", ".rst")}
+    assert made - {"index"} == {name for names in site.CONTENTS.values() for name in names}
+    packages = {name for name in wgpt.__all__ if (ROOT / "wgpt" / name).is_dir()}
+    assert packages <= set(site.CONTENTS["Reference"])
+    for page in (tmp_path / "source").glob("*.md"):
+        for target in LINK.findall(page.read_text()):
+            name = target.partition("#")[0]
+            if name and ":" not in name:
+                assert (tmp_path / "source" / name).exists(), f"{page.name}: {target}"
