@@ -209,7 +209,8 @@ def mel_source_name(text: str) -> str:
 
 LIMIT = 1 << 20  # of every size in a file: far above a model that fits, far below 2^63
 LAYERS_LIMIT = 1000
-DTYPES = ("fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16")
+GRAPHS = ("auto", "on", "off")
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
 
 
@@ -235,7 +236,16 @@ class TrainConfig:
     grad_clip: float = _documented(1.0, "largest global gradient norm; 0 for no clipping")
     seed: int = _documented(0, "seed of the initialisation, the data order and dropout")
     dtype: str = _documented(
-        "fp32", "arithmetic: fp32, or bf16 by autocast over fp32 parameters", choices="{fp32,bf16}"
+        "auto",
+        "arithmetic: fp32, bf16 (autocast over fp32 parameters), or auto: bf16 on a GPU that has "
+        "it, else fp32",
+        choices="{auto,fp32,bf16}",
+    )
+    graph: str = _documented(
+        "auto",
+        "on a GPU, one CUDA graph launches the whole step: auto (says why where it cannot), on, "
+        "off",
+        choices="{auto,on,off}",
     )
     device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
     mel_source: str = _documented(
@@ -329,6 +339,7 @@ class TrainConfig:
         check("beta2", "in [0, 1)", 0 <= self.beta2 < 1)
         object.__setattr__(self, "dtype", _DTYPE_NAMES.get(self.dtype, self.dtype))
         check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
+        check("graph", f"one of {GRAPHS}", self.graph in GRAPHS)
         object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
         check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
         check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
@@ -58,6 +59,18 @@ class CheckpointError(WgptError, RuntimeError):
 
 class TrainError(WgptError, RuntimeError):
     """Training cannot continue; the message says at which step and on which batch."""
+
+
+class NotFiniteError(TrainError):
+    """Loss or gradient of a step were not finite; the weights are as they were before it.
+
+    batch: the data.batches.Batch of that step.
+    finished: the training.step.Finished before it that were not read yet.
+    """
+
+    def __init__(self, message: str, batch: Any, finished: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.batch, self.finished = batch, finished
 
 
 class Interrupted(WgptError):

@@ -36,7 +36,8 @@ class Batch:
     """Model inputs and targets; rows shorter than T are padded on the right.
 
     tokens: int64 (B, T), or (B, T, K) for codebooks > 1; padding is BOS.
-    frames: float32 (B, T * r, M) log-mel, not normalised, padding is silence; None without mel.
+    frames: float32, or float16 as it is stored, (B, T * r, M) log-mel, not normalised, padding is
+        silence; None without mel.
     targets: int64 (B, T), codes of codebook 0, V for the end of a clip; IGNORED (-1) where nothing
         is scored.
     clips, steps: int64 (B, T), the clip and the step that each target is of; -1 for padding.
@@ -60,6 +61,11 @@ class Batch:
                  for name, value in vars(self).items() if value is not None}  # fmt: skip
         return replace(self, **moved)
 
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU copies without a wait."""
+        pinned = {n: value.pin_memory() for n, value in vars(self).items() if value is not None}
+        return replace(self, **pinned)
+
 
 def collate(
     split: Split,
@@ -69,10 +75,12 @@ def collate(
     mel_source: str | None = None,
     codebooks: int = 1,
     n_fine: int = 0,
+    mel_dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """Reads the segments of each row, one behind the other, and applies the shift rule above.
 
     steps: T, at least that of the longest row; 0: of the longest.
+    mel_dtype: of frames, float32 or float16.
     """
     if not 0 <= n_fine < split.n_codebooks:
         raise DataError(
@@ -93,7 +101,7 @@ def collate(
     frames = None
     if mel_source is not None:
         n_mels = split.mel_array(mel_source).shape[1]
-        frames = torch.full((shape[0], shape[1] * r, n_mels), split.silence)
+        frames = torch.full((shape[0], shape[1] * r, n_mels), split.silence, dtype=mel_dtype)
     for row, segments in enumerate(rows):
         at = 0
         for segment in segments:
@@ -142,7 +150,8 @@ class TrainingBatches:
         codebooks: codebooks given as input.
         n_fine: residual codebooks in Batch.codes.
         end_of_clip: the end of each clip is a target too.
-        augment: what is done to the frames; None for nothing.
+        augment: what is done to the frames, float32; None for nothing.
+        mel_dtype: of the frames, float32 or float16.
         first_step, first_window: step and window where these settings begin (see `windows_at`).
         rank, world_size: this process reads rows [rank * B / world_size, ...) of the same batch.
     """
@@ -159,6 +168,7 @@ class TrainingBatches:
         n_fine: int = 0,
         end_of_clip: bool = False,
         augment: MelAugment | None = None,
+        mel_dtype: torch.dtype = torch.float32,
         first_step: int = 0,
         first_window: int = 0,
         rank: int = 0,
@@ -181,6 +191,7 @@ class TrainingBatches:
             split.mel_array(mel_source)
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.mel_source, self.codebooks, self.n_fine = mel_source, codebooks, n_fine
+        self.mel_dtype = mel_dtype
         self.augment, self.first_step, self.first_window = augment, first_step, first_window
         self.windows = PackedWindows(np.diff(split.offsets) + end_of_clip, context_steps, seed)
         self.rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
@@ -206,6 +217,7 @@ class TrainingBatches:
             mel_source=self.mel_source,
             codebooks=self.codebooks,
             n_fine=self.n_fine,
+            mel_dtype=self.mel_dtype,
         )
         if self.augment is not None and batch.frames is not None:
             for row, frames in zip(self.rows, batch.frames, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 
 from wgpt import codec, commits
 from wgpt.config import ModelConfig, TrainConfig, to_json
@@ -189,7 +190,7 @@ def _begun(
     settings = TrainConfig(**plans.steps_for(plan, facts, given, None))
     job = _resolved(dataset, out, plan.preset, model, settings, plan.why)
     step_s, n_parts = _time_steps(job)
-    given = {**given, "accumulate": n_parts}
+    given = {**given, "accumulate": n_parts, "dtype": job.run.config.dtype}
     settings = TrainConfig(**plans.steps_for(plan, facts, given, step_s))
     return dataclasses.replace(
         job, run=dataclasses.replace(job.run, config=settings), step_s=step_s
@@ -233,6 +234,7 @@ def _resolved(
     check_fit(shape, settings, dataset)
     processes = ProcessGroup.join(settings.device)
     check_ranks(settings, processes)
+    settings = dataclasses.replace(settings, dtype=arithmetic(settings.dtype, processes.device))
     run = Run(out, preset, shape, settings, facts_of(dataset))
     return Job(run, dataset.joined(settings.join_s), warm, processes, facts_about(dataset), why)
 
@@ -251,6 +253,7 @@ def _resumed(
     kept = commits.list_steps(run.checkpoints)
     committed = commits.newest_whole(run.checkpoints) if kept else None
     step = commits.state_of(committed)["step"] if committed else 0
+    given = {n: value for n, value in given.items() if (n, value) != ("dtype", "auto")}  # its own
     changed = with_changes(run, step, preset, model, given)
     check_fit(changed.model, changed.config, dataset)
     warm = InitialWeights(run.config.init) if run.config.init and not committed else None
@@ -262,6 +265,14 @@ def _resumed(
         changed, dataset, warm, processes, facts, why,
         committed=committed, is_changed=changed is not run or not (out / "config.json").exists(),
     )  # fmt: skip
+
+
+def arithmetic(dtype: str, device: torch.device) -> str:
+    """fp32 or bf16: what `--dtype auto` means on a device. A run keeps it, wherever it resumes."""
+    if dtype != "auto":
+        return dtype
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def _trainer(job: Job) -> Trainer:

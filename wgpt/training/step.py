@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,29 @@ from torch import Tensor, nn
 from wgpt.config import TrainConfig
 from wgpt.data.augment import scored_steps
 from wgpt.data.batches import Batch
-from wgpt.errors import TrainError, is_out_of_memory
+from wgpt.errors import NotFiniteError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A step whose figures the host has read."""
+
+    step: int
+    values: dict[str, float]  # a row of metrics.csv
+    n_tokens: int  # that were scored
+
+
+def not_finite(
+    step: int, nll: float, norm: float, batch: Batch, finished: Sequence[Finished] = ()
+) -> NotFiniteError:
+    """The error of a step whose loss or gradient norm is not finite."""
+    message = f"step {step}: loss {nll}, gradient norm {norm}: not finite"
+    return NotFiniteError(message, batch, finished)
 
 
 class Losses(nn.Module):
@@ -55,6 +72,9 @@ class TrainingStep:
     doubled until the batch fits in memory.
     """
 
+    n_timed = 3  # steps that show what one takes
+    foreach: bool | None = None  # whether few launches clip all gradients; None: as torch likes
+
     def __init__(
         self, model: HybridModel, settings: TrainConfig, processes: ProcessGroup, rows: range
     ) -> None:
@@ -72,45 +92,73 @@ class TrainingStep:
     def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """Figures of the batch before the step (a row of metrics.csv), and the tokens it scored.
 
-        step: counts from 1. Raises TrainError when loss or gradient are not finite; the weights
+        step: counts from 1. Raises NotFiniteError when loss or gradient are not finite; the weights
         are then as they were.
         """
-        settings, processes, model = self.settings, self.processes, self.model
+        settings, processes = self.settings, self.processes
+        given, rate = batch, learning_rate(step - 1, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, settings)
-        if settings.freeze_trunk:  # no dropout but in the head
-            for module in model.children():
-                module.train(module is model.fine)
+            group["lr"] = rate
+        self._set_modes()
         batch = batch.to(processes.device)
+        chosen = self._chosen_steps(step, batch)
+        if chosen is not None:
+            chosen = chosen.to(processes.device)
         n_scored = processes.sum((batch.targets >= 0).sum())
-        chosen, n_fine = self._chosen_steps(step, batch)
-        sums = self._gradients(step, batch, chosen, n_scored, n_fine)
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
+        sums = self._gradients(step, batch, chosen, n_scored)
+        norm = self._clip().item()
         nll, correct, fine_nll = processes.sum(sums).tolist()
         if not (math.isfinite(nll) and math.isfinite(norm)):
-            raise TrainError(f"step {step}: loss {nll}, gradient norm {norm}: not finite")
+            raise not_finite(step, nll, norm, given)
         self.optimizer.step()
-        rate = self.optimizer.param_groups[0]["lr"]
         row = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
         return row | ({} if chosen is None else {"fine_nll_nats": fine_nll}), int(n_scored)
 
-    def _chosen_steps(self, step: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """Steps (B, n) whose residual codebooks are scored, and codes to score in all processes.
+    def run(self, step: int, batch: Batch) -> list[Finished]:
+        """Makes a step as `__call__` does; returns those whose figures are there, in order."""
+        return [Finished(step, *self(step, batch))]
+
+    def settle(self) -> list[Finished]:
+        """Waits for the steps that `run` has not returned yet, and returns them."""
+        return []
+
+    def _set_modes(self) -> None:
+        if self.settings.freeze_trunk:  # no dropout but in the head
+            for module in self.model.children():
+                module.train(module is self.model.fine)
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients; returns their global norm before that."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        largest = self.settings.grad_clip or math.inf
+        return nn.utils.clip_grad_norm_(parameters, largest, foreach=self.foreach)
+
+    def _chosen_steps(self, step: int, batch: Batch) -> Tensor | None:
+        """Steps (B, n) whose residual codebooks are scored, on the CPU; None without them.
 
         A depth sequence costs about as much as the trunk's step, and neighbouring steps say much
         the same: an eighth of them (fine_share) teaches the head for a fraction of the time.
         """
         if batch.codes is None or self.model.fine is None:
-            return None, torch.ones(())
+            return None
         settings, n_steps = self.settings, batch.codes.shape[2]
-        chosen = scored_steps(n_steps, settings.fine_share, settings.seed, step, self.rows)
-        chosen = chosen.to(batch.codes.device)
+        return scored_steps(n_steps, settings.fine_share, settings.seed, step, self.rows)
+
+    def _n_fine(self, batch: Batch, chosen: Tensor | None) -> Tensor:
+        """Residual codes to score in all processes, at least 1."""
+        if chosen is None or batch.codes is None or self.model.fine is None:
+            return torch.ones(())
         known = self.model.fine.known_targets(_codes_at(batch.codes, chosen))
-        return chosen, self.processes.sum(known.sum()).clamp(min=1)
+        return self.processes.sum(known.sum()).clamp(min=1)
+
+    def _seed(self, step: int) -> None:
+        """Dropout and latent noise go by the step, so that a resumed run repeats them."""
+        if self.model.config.dropout or self.settings.latent_noise:
+            seed = (self.settings.seed << 32) + step * self.processes.size + self.processes.rank
+            torch.manual_seed(seed % (1 << 64))
 
     def _gradients(
-        self, step: int, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
+        self, step: int, batch: Batch, chosen: Tensor | None, n_scored: Tensor
     ) -> Tensor:
         """Gradients of all parts and processes; returns NLL, share correct and NLL of residual
         codebooks of this one.
@@ -121,11 +169,9 @@ class TrainingStep:
         sum of three depends on its order, which that of a resumed run's first step must share.
         """
         processes, n_rows = self.processes, len(batch.tokens)
+        n_fine = self._n_fine(batch, chosen)
         while True:
-            if self.model.config.dropout or self.settings.latent_noise:
-                # By the step: a resumed run repeats it.
-                seed = (self.settings.seed << 32) + step * processes.size + processes.rank
-                torch.manual_seed(seed % (1 << 64))
+            self._seed(step)
             self.optimizer.zero_grad(set_to_none=True)
             sums, failed = torch.zeros(3, device=processes.device), False
             parts = list(_parts(batch, chosen, self.n_parts))
@@ -166,7 +212,17 @@ class TrainingStep:
         self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
     ) -> Tensor:
         """Adds the gradients of some rows; returns their share of the three sums."""
-        losses, correct, fine = self.losses(batch, chosen)
+        return self._add_gradients(self.losses(batch, chosen), chosen, n_scored, n_fine)
+
+    def _add_gradients(
+        self,
+        sums: tuple[Tensor, Tensor, Tensor],
+        chosen: Tensor | None,
+        n_scored: Tensor,
+        n_fine: Tensor,
+    ) -> Tensor:
+        """Backward of what Losses returned; their share of the batch."""
+        losses, correct, fine = sums
         loss, fine_nll = losses / n_scored, fine / n_fine
         total = loss if chosen is None else loss + self.settings.fine_weight * fine_nll
         total.backward()

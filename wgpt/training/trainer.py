@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from wgpt import commits
 from wgpt.data.augment import MelAugment
 from wgpt.data.batches import Batch, TrainingBatches, prefetch
 from wgpt.data.dataset import Dataset
-from wgpt.errors import Interrupted, TrainError, WgptError, is_out_of_memory
+from wgpt.errors import Interrupted, NotFiniteError, TrainError, WgptError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.ops.runtime import StopSignal, warn_of_changes
 from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
+from wgpt.training.graph import training_step
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord
 from wgpt.training.report import Report
 from wgpt.training.resume import batches_begin, flags_of, resume_command
-from wgpt.training.step import TrainingStep
+from wgpt.training.step import Finished
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +59,17 @@ class Trainer:
             n_fine=run.model.n_fine,
             end_of_clip=run.model.end_of_clip,
             augment=self._augment(),
+            mel_dtype=self._mel_dtype(),
             first_step=first_step,
             first_window=first_window,
             rank=processes.rank,
             world_size=processes.size,
         )
-        self.step = TrainingStep(self.model, settings, processes, self.batches.rows)
+        self.step = training_step(self.model, settings, processes, self.batches.rows)
         self.stop = StopSignal()
         self.progress = Progress()
         self.record: RunRecord | None = None  # of the first process
+        self.report: Report | None = None
 
     def _augment(self) -> MelAugment | None:
         settings = self.settings
@@ -79,14 +82,27 @@ class Trainer:
             drop_span_steps=settings.mel_drop_span_steps,
         )
 
-    def seconds_per_step(self, n_steps: int = 3) -> float:
+    def _mel_dtype(self) -> torch.dtype:
+        """Of frames in batches. A GPU reads them as they are stored, half the bytes, unless they
+        are changed; the CPU's ops take float32."""
+        changed = self._augment() is not None or self.run.model.mel_context_frames
+        is_gpu = self.processes.device.type == "cuda"
+        return torch.float16 if is_gpu and not changed else torch.float32
+
+    def _batch(self, step: int) -> Batch:
+        """The batch of a step, where the device copies it from without a wait."""
+        batch = self.batches.batch(step)
+        return batch.pin_memory() if self.processes.device.type == "cuda" else batch
+
+    def seconds_per_step(self) -> float:
         """What a step takes here, the fastest but for the first. It moves the weights: a trainer
         that was timed is of no other use but to say in how many parts a batch fits in memory."""
         times = []
-        for step in range(1, n_steps + 1):
-            batch = self.batches.batch(self.batches.first_step)
+        batch = self._batch(self.batches.first_step)
+        for step in range(1, self.step.n_timed + 1):
             began = time.monotonic()
             self._step(step, batch)
+            self._settle(step)
             times.append(time.monotonic() - began)
         slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=self.processes.device)
         return float(self.processes.sum(slowest)) / self.processes.size
@@ -119,6 +135,7 @@ class Trainer:
                 committed,
             )
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
+        self.report = report
         began = time.monotonic()
         try:
             with self.stop, self.peers():
@@ -126,7 +143,7 @@ class Trainer:
                     with self._way_on():
                         self.record.validate(0, 0.0)
                         self.record.save(0)
-                end = self._loop(start, report)
+                end = self._loop(start)
                 if self.record:
                     self.record.sample_best()
         finally:
@@ -183,7 +200,7 @@ class Trainer:
                 f"{error}. Go on from the last checkpoint at a lower rate: {command}"
             ) from None
 
-    def _loop(self, start: int, report: Report) -> int:
+    def _loop(self, start: int) -> int:
         """Trains from step `start` on; returns the last step."""
         settings, record, epoch = self.settings, self.record, self.batches.epoch
         more = resume_command(self.run, patience=2 * settings.patience)
@@ -194,20 +211,18 @@ class Trainer:
             if not record.has_sample(start):  # a kill came between the commit and the sample
                 record.sample(start)
         step = start
-        for step, batch in enumerate(
-            prefetch(self.batches.batch, start, settings.max_steps), start + 1
-        ):
-            values, n_tokens = self._step(step, batch)
-            if record:
-                record.add(step, epoch(step), "train", values)
-            report.step(step, values["nll_nats"], n_tokens)
+        for step, batch in enumerate(prefetch(self._batch, start, settings.max_steps), start + 1):
+            self._step(step, batch)
             last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
+                self._settle(step)
                 with self._way_on():
                     improved = record is not None and record.validate(step, epoch(step))
                 last = last or self._is_exhausted()
             stop = self.processes.any(self.stop.came)
             due = settings.save_every and step % settings.save_every == 0
+            if stop or due or self._sample_is_due(step):
+                self._settle(step)
             if record and (last or stop or improved or due):
                 with self._way_on():
                     record.save(step)
@@ -228,20 +243,36 @@ class Trainer:
             )  # fmt: skip
         return step
 
-    def _step(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
-        """TrainingStep, with a way on where it fails."""
+    def _step(self, step: int, batch: Batch) -> None:
+        self._note(step, lambda: self.step.run(step, batch))
+
+    def _settle(self, step: int) -> None:
+        """What follows must see, or keep, the steps up to this one."""
+        self._note(step, self.step.settle)
+
+    def _note(self, step: int, made: Callable[[], list[Finished]]) -> None:
+        """Records the steps that `made` brings, with a way on where it fails at `step`."""
         try:
             with self._way_on():
                 try:
-                    return self.step(step, batch)
-                except TrainError as error:
-                    where = f"(clip, first step) {_segments(batch)} of {self.data.path}"
+                    finished = made()
+                except NotFiniteError as error:
+                    self._record(error.finished)
+                    where = f"(clip, first step) {_segments(error.batch)} of {self.data.path}"
                     raise TrainError(f"{error}; the batch was {where}") from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0][:100] or type(error).__name__
             raise TrainError(f"step {step}: out of memory ({reason}). {self._smaller()}") from error
+        self._record(finished)
+
+    def _record(self, finished: Iterable[Finished]) -> None:
+        for done in finished:
+            if self.record:
+                self.record.add(done.step, self.batches.epoch(done.step), "train", done.values)
+            if self.report:
+                self.report.step(done.step, done.values["nll_nats"], done.n_tokens)
 
     def _smaller(self) -> str:
         """What to do about a batch that does not fit in memory."""

@@ -1,0 +1,253 @@
+"""Steps that no host waits for, captured in a graph: the same training, on a stand-in for a GPU.
+
+cpu_graph.py replays what was recorded, so a number that Python holds or an input that is not
+refilled shows as a difference. tests/cuda has the same on a GPU.
+"""
+
+import csv
+import dataclasses
+import logging
+import math
+
+import pytest
+import torch
+from cpu_graph import CpuGpu
+from step_cases import SETTINGS, SHAPE, batches, parameters, step_with
+
+from wgpt import commits
+from wgpt.errors import ConfigError, NotFiniteError, TrainError
+from wgpt.model import HybridModel
+from wgpt.runs.run import Run
+from wgpt.train import train
+from wgpt.training import graph
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.graph import N_WARM, READ_EVERY, DeviceStep
+
+N_STEPS = 12  # of two shapes of batches
+# A rate that float32 holds exactly, as a tensor on the GPU does.
+EXACT = {"lr": 2.0**-7, "warmup_steps": 0, "min_lr_ratio": 1.0}
+
+
+def device_step(shape=SHAPE, **changes) -> DeviceStep:
+    torch.manual_seed(0)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    rows = range(settings.batch_size)
+    return DeviceStep(HybridModel(shape), settings, ProcessGroup(), rows, CpuGpu())
+
+
+def run(step, n_steps=N_STEPS):
+    """The rows of metrics.csv. Of every third batch the rows are one segment each."""
+    made, drawn_from = [], batches(step.settings)
+    for i in range(1, n_steps + 1):
+        batch = drawn_from.batch(i % 5)
+        assert batch.first_key is not None
+        made += step.run(i, batch if i % 3 else dataclasses.replace(batch, first_key=None))
+    made += step.settle()
+    assert [done.step for done in made] == list(range(1, n_steps + 1))
+    return [done.values for done in made]
+
+
+def state(step):
+    """Everything an update writes."""
+    moments = {
+        (n, key): value.clone()
+        for n, p in step.model.named_parameters()
+        for key, value in step.optimizer.state[p].items()
+    }
+    return {**parameters(step), **moments}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_graphed_training_has_the_bits_of_the_cpus(dtype, accumulate):
+    """With dropout, whose seed every replay takes anew, and a batch in parts of unequal size."""
+    shape = dataclasses.replace(SHAPE, dropout=0.2)
+    changes = {**EXACT, "dtype": dtype, "accumulate": accumulate}
+    plain, graphed = step_with(shape, **changes), device_step(shape, **changes)
+    for row, other in zip(run(plain), run(graphed), strict=True):
+        assert row == pytest.approx(other, rel=1e-6)
+    assert graphed.gpu.n_captured == 2 and graphed.gpu.n_replayed == N_STEPS - 2 * N_WARM
+    if dtype == "fp32" or accumulate == 1:
+        assert_same(state(plain), state(graphed))
+
+
+def test_every_step_has_its_learning_rate():
+    """A warm-up and a half cosine, on tensors: against floats, to float32's rounding."""
+    schedule = {"warmup_steps": 4, "max_steps": N_STEPS}
+    plain, graphed = step_with(**schedule), device_step(**schedule)
+    rows = run(plain), run(graphed)
+    assert len({row["lr"] for row in rows[1]}) > 8
+    for a, b in zip(*rows, strict=True):
+        assert a["lr"] == b["lr"] and a["nll_nats"] == pytest.approx(b["nll_nats"], rel=1e-5)
+    for name, value in parameters(plain).items():
+        torch.testing.assert_close(parameters(graphed)[name], value, rtol=1e-3, atol=1e-5)
+    constant = device_step(**schedule, min_lr_ratio=1.0)
+    assert run(constant)[-1]["nll_nats"] != pytest.approx(rows[1][-1]["nll_nats"], rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bf16"}, {"graph": "off"}], ids=str)
+@pytest.mark.parametrize("bad", [2, N_WARM + 6])
+def test_a_batch_that_is_not_finite_leaves_weights_and_moments_alone(changes, bad):
+    """And so do those after it, until the host has read that. Then it goes on."""
+    step, drawn_from = device_step(**changes), batches()
+    batch = drawn_from.batch(1)  # one batch: one shape
+    poisoned = dataclasses.replace(batch, frames=batch.frames.clone())
+    poisoned.frames[0, 0, 0] = torch.nan
+    for i in range(1, bad):
+        step.run(i, batch)
+    before = state(step) if bad > 1 else None
+    step.run(bad, poisoned)
+    step.run(bad + 1, batch)
+    with pytest.raises(NotFiniteError, match=f"step {bad}: loss nan") as failed:
+        step.settle()
+    assert_same(state(step), before)
+    assert failed.value.batch is poisoned
+    assert [done.step for done in failed.value.finished] == list(range(1, bad))
+    step.run(bad, batch)
+    (row,) = step.settle()
+    assert math.isfinite(row.values["nll_nats"])
+    assert not torch.equal(step.model.head.weight, before["head.weight"])
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_too(monkeypatch):
+    step, batch = device_step(), batches().batch(1)
+    step.run(1, batch)
+    step.settle()
+    before = state(step)
+    step.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    step.run(2, batch)
+    with pytest.raises(NotFiniteError, match=r"step 2: loss [0-9.]+, gradient norm inf"):
+        step.settle()
+    assert_same(state(step), before)
+
+
+def test_figures_are_read_together():
+    step, drawn_from = device_step(), batches()
+    sizes = [len(step.run(i, drawn_from.batch(i % 5))) for i in range(1, 2 * READ_EVERY + 4)]
+    assert [n for n in sizes if n] == [READ_EVERY, READ_EVERY]
+    assert sizes[READ_EVERY - 1] == READ_EVERY
+    assert [done.step for done in step.settle()] == [2 * READ_EVERY + i for i in (1, 2, 3)]
+    assert step.settle() == []
+
+
+def test_tokens_are_counted_without_padding():
+    step, drawn_from = device_step(), batches()
+    for i in range(5):
+        batch = drawn_from.batch(i)
+        assert step(i + 1, batch)[1] == int((batch.targets >= 0).sum())
+
+
+def waiting(step):
+    """A model that asks the device something, as a graph cannot."""
+    score = step.model.score
+    step.model.score = lambda hidden, targets: (hidden.sum().item(), score(hidden, targets))[1]
+    return step
+
+
+def test_a_step_that_waits_is_not_captured_and_auto_says_why_once(caplog):
+    step, plain = waiting(device_step(**EXACT)), step_with(**EXACT)
+    run(step), run(plain)
+    assert_same(state(step), state(plain))
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert said.startswith("no CUDA graph: operation not permitted when stream is capturing")
+    assert step.gpu.n_captured == 0
+
+
+def test_graph_on_is_an_error_where_it_cannot_be():
+    with pytest.raises(ConfigError, match=r"--graph on: .* when stream is capturing.*--graph off"):
+        run(waiting(device_step(graph="on")))
+    context = dataclasses.replace(SHAPE, mel_context_frames=2)
+    with pytest.raises(ConfigError, match="mel_context_frames"):
+        device_step(context, graph="on")
+    settings = dataclasses.replace(SETTINGS, graph="on")
+    with pytest.raises(ConfigError, match="needs a GPU, got the device cpu"):
+        graph.training_step(HybridModel(SHAPE), settings, ProcessGroup(), range(6))
+
+
+def test_several_processes_and_mel_context_launch_by_themselves(caplog):
+    assert "torchrun" in graph._why_no_graph(HybridModel(SHAPE), ProcessGroup(rank=0, size=2))
+    step = device_step(dataclasses.replace(SHAPE, mel_context_frames=2), **EXACT)
+    run(step)
+    assert step.gpu.n_captured == 0 and "mel_context_frames" in caplog.text
+    caplog.clear()
+    step = device_step(graph="off")
+    run(step)
+    assert step.gpu.n_captured == 0 and not caplog.records
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`wgpt train` takes the CPU for a GPU; holds the steps that it made."""
+    made = []
+
+    def training_step(*given):
+        made.append(DeviceStep(*given, CpuGpu()))
+        return made[-1]
+
+    monkeypatch.setattr("wgpt.training.trainer.training_step", training_step)
+    return made
+
+
+RUN = {
+    "preset": "hybrid-xs", "max_steps": 12, "batch_size": 2, "context_s": 0.5, "sample_s": 0,
+    "warmup_steps": 1, "eval_every": 7, "save_every": 5, "eval_audio_s": 3.0, "device": "cpu",
+}  # fmt: skip
+
+
+def rows(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run, step):
+    return (commits.path_of(run / "checkpoints", step) / "model.safetensors").read_bytes()
+
+
+def test_a_graphed_run_records_every_step_and_resumes(prepared, tmp_path, on_a_gpu, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(self, step, batch, run=DeviceStep.run):
+        if step == 9:
+            raise Killed
+        return run(self, step, batch)
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(prepared, whole, **RUN)
+    assert on_a_gpu[0].gpu.n_replayed >= 12 - 2 * N_WARM
+    trained = [int(row["step"]) for row in rows(whole) if row["split"] == "train"]
+    assert trained == list(range(1, 13))
+    places = [(int(row["step"]), row["split"]) for row in rows(whole)]
+    assert places == sorted(places), "a validation stands behind the steps before it"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(DeviceStep, "run", killed)
+        train(prepared, halves, **RUN)
+    assert commits.newest_step(halves / "checkpoints") in (5, 7)
+    train(None, halves, resume=True)
+    assert weights(halves, 12) == weights(whole, 12)
+    assert (halves / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_a_failing_batch_is_named_with_its_run(prepared, tmp_path, on_a_gpu, monkeypatch):
+    upload = CpuGpu.upload
+
+    def poisoned(self, given):
+        moved = upload(self, given)
+        if len(on_a_gpu[0]._unread) == 3:  # step 4, or the fourth behind a validation
+            moved["frames"][0, 0, 0] = torch.nan
+        return moved
+
+    monkeypatch.setattr(CpuGpu, "upload", poisoned)
+    with pytest.raises(TrainError, match=r"step 4: loss nan.*\(clip, first step\) \[\(.*--lr") as e:
+        train(prepared, tmp_path / "run", **{**RUN, "save_every": 0})
+    assert "Go on from the last checkpoint" in str(e.value)
+    trained = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
+    assert [int(row["step"]) for row in trained] == [1, 2, 3]
+    assert commits.newest_step(tmp_path / "run" / "checkpoints") == 0
+    assert Run.open(tmp_path / "run").config.graph == "auto"

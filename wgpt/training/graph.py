@@ -1,0 +1,314 @@
+"""Training steps that a GPU runs by itself: no host waits for one, one CUDA graph launches it.
+
+    host    batch k+1 to the device ──┐                       figures of READ_EVERY steps at once
+    GPU     graph of step k: cast weights, forward, backward, clip, AdamW, figures into a buffer
+
+Loss and gradient are judged where they are: once one is not finite, AdamW changes neither weights
+nor moments any more, and the host says so, with the batch, when it next reads the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgpt.config import TrainConfig
+from wgpt.data.batches import Batch
+from wgpt.errors import ConfigError
+from wgpt.model import HybridModel
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.optimizer import learning_rate
+from wgpt.training.step import Finished, Losses, TrainingStep, not_finite
+
+log = logging.getLogger(__name__)
+
+READ_EVERY = 20  # steps; reading drains the GPU's queue, some tens of microseconds
+N_WARM = 3  # steps of a shape before its capture: library handles, workspaces, tuned GEMMs
+_READ_BY_MODEL = ("tokens", "frames", "targets", "first_key", "codes")
+
+
+def training_step(
+    model: HybridModel, settings: TrainConfig, processes: ProcessGroup, rows: range
+) -> TrainingStep:
+    """The step for a device: TrainingStep on a CPU, DeviceStep on a GPU.
+
+    Raises ConfigError where `--graph on` cannot be had.
+    """
+    if processes.device.type == "cuda":
+        gpu = Gpu(processes.device)
+        return DeviceStep(model, settings, processes, rows, gpu)
+    if settings.graph == "on":
+        raise ConfigError(
+            f"--graph on needs a GPU, got the device {processes.device}; leave it at auto"
+        )
+    return TrainingStep(model, settings, processes, rows)
+
+
+class Gpu:
+    """Streams and graphs of a CUDA device. Tests have one that records on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """All of a step happens on a stream of its own: the default one cannot be captured."""
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def upload(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies from pinned memory, beside the step that runs."""
+        with torch.cuda.stream(self._copies):
+            moved = {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
+        self._stream.wait_stream(self._copies)
+        for tensor in moved.values():
+            tensor.record_stream(self._stream)
+        return moved
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Records `run` without executing it: what replays it, and its result's memory."""
+        graph = torch.cuda.CUDAGraph()
+        # The thread that makes batches pins memory meanwhile, which "global" would forbid.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            result = run()
+        self._pool = graph.pool()
+        return graph.replay, result
+
+
+class Bf16Weights:
+    """A model's losses over bf16 copies of its weights, cast by one launch instead of one each.
+
+    Autocast finds nothing left to cast, so losses and gradients have the bits that it gives. Copied
+    is what it would cast: matrices but for embedding tables, and biases.
+    """
+
+    def __init__(self, losses: Losses) -> None:
+        self.losses = losses
+        self.weights = {
+            name: p
+            for name, p in losses.named_parameters()
+            if name.endswith("bias") or (p.dim() >= 2 and not name.endswith("table"))
+        }
+        self.copies = {
+            name: p.detach().bfloat16().requires_grad_(p.requires_grad)
+            for name, p in self.weights.items()
+        }
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The copies follow the weights."""
+        torch._foreach_copy_(list(self.copies.values()), list(self.weights.values()))
+
+    def __call__(self, batch: Batch, chosen: Tensor | None) -> Any:
+        """As Losses."""
+        return torch.func.functional_call(self.losses, self.copies, (batch, chosen))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Moves the gradients of the copies to the weights, in float32; adds where some are."""
+        found, sums, is_first = [], [], True
+        for name, copy in self.copies.items():
+            weight, gradient, copy.grad = self.weights[name], copy.grad, None
+            if gradient is None:  # of a frozen weight
+                continue
+            if weight.grad is None:
+                weight.grad = torch.empty_like(weight)
+            else:
+                is_first = False
+            found.append(gradient)
+            sums.append(weight.grad)
+        if is_first:
+            torch._foreach_copy_(sums, found)
+        else:
+            torch._foreach_add_(sums, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    """A captured step: the memory it reads and writes."""
+
+    inputs: dict[str, Tensor]
+    figures: Tensor
+    replay: Callable[[], None]
+
+
+class DeviceStep(TrainingStep):
+    """TrainingStep without a wait in it, captured in a CUDA graph for each shape of batches.
+
+    Gradients are those of TrainingStep. Under torchrun, where gradients are summed while they are
+    made, and for models whose windows the host lays out, each kernel is launched by itself.
+    """
+
+    n_timed = N_WARM + 4
+    foreach = True
+
+    def __init__(
+        self,
+        model: HybridModel,
+        settings: TrainConfig,
+        processes: ProcessGroup,
+        rows: range,
+        gpu: Gpu,
+    ) -> None:
+        super().__init__(model, settings, processes, rows)
+        device = processes.device
+        self.gpu = gpu
+        self.weights: Bf16Weights | None = None
+        if settings.dtype == "bf16" and isinstance(self.losses, Losses):
+            self.weights = Bf16Weights(self.losses)
+        self.rate = torch.zeros((), device=device)
+        self.stopped = torch.zeros((), device=device)  # 1 from the first step on that went wrong
+        for group in self.optimizer.param_groups:
+            group["capturable"], group["lr"] = True, self.rate
+        # As GradScaler does: with 1 here the fused kernel returns before it writes anything.
+        self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
+        self._figures = torch.zeros(READ_EVERY, 6, device=device)
+        self._unread: list[tuple[int, Batch]] = []
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._n_warm: dict[tuple[Any, ...], int] = {}
+        self._is_capturing, self._uses_graphs = False, settings.graph != "off"
+        if self._uses_graphs:
+            reason = _why_no_graph(model, processes)
+            if reason:
+                self._go_without(reason)
+
+    def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
+        """As TrainingStep: a step, and a wait for its figures."""
+        last = [*self.run(step, batch), *self.settle()][-1]
+        return last.values, last.n_tokens
+
+    def run(self, step: int, batch: Batch) -> list[Finished]:
+        """Enqueues a step; every READ_EVERY-th call waits for the figures of those before."""
+        self._set_modes()
+        with self.gpu.stepping():
+            self.rate.fill_(learning_rate(step - 1, self.settings))
+            given = {name: getattr(batch, name) for name in _READ_BY_MODEL}
+            given["chosen"] = self._chosen_steps(step, batch)
+            inputs = self.gpu.upload({n: t for n, t in given.items() if t is not None})
+            figures = self._launch(step, inputs)
+            self._figures[len(self._unread)].copy_(figures)
+        self._unread.append((step, batch))
+        return self.settle() if len(self._unread) == READ_EVERY else []
+
+    def settle(self) -> list[Finished]:
+        """Waits for the steps enqueued and returns them.
+
+        Raises NotFiniteError for the first of them that was not finite, with those before it.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return []
+        with self.gpu.stepping():
+            rows = self._figures[: len(unread)].tolist()
+        finished: list[Finished] = []
+        for (step, batch), (nll, correct, fine_nll, norm, n_tokens, stopped) in zip(
+            unread, rows, strict=True
+        ):
+            if stopped:
+                self.stopped.zero_()
+                raise not_finite(step, nll, norm, batch, finished)
+            rate = learning_rate(step - 1, self.settings)
+            values = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
+            if batch.codes is not None:
+                values["fine_nll_nats"] = fine_nll
+            finished.append(Finished(step, values, int(n_tokens)))
+        return finished
+
+    def _launch(self, step: int, inputs: dict[str, Tensor]) -> Tensor:
+        """One step on its inputs, replayed where a graph of such inputs is there."""
+        shape = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+        if not self._uses_graphs:
+            return self._compute(step, inputs)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            self._n_warm[shape] = self._n_warm.get(shape, 0) + 1
+            if self._n_warm[shape] <= N_WARM:
+                return self._compute(step, inputs)
+            graph = self._capture(step, inputs)
+            if graph is None:
+                return self._compute(step, inputs)
+            self._graphs[shape] = graph
+        for name, memory in graph.inputs.items():
+            memory.copy_(inputs[name])
+        self._seed(step)
+        graph.replay()
+        return graph.figures
+
+    def _capture(self, step: int, inputs: dict[str, Tensor]) -> _Graph | None:
+        memory = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._is_capturing = True
+        try:
+            replay, figures = self.gpu.capture(lambda: self._compute(step, memory))
+        except RuntimeError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._go_without(str(error).partition("\n")[0])
+            return None
+        finally:
+            self._is_capturing = False
+        return _Graph(memory, figures, replay)
+
+    def _go_without(self, reason: str) -> None:
+        if self.settings.graph == "on":
+            raise ConfigError(
+                f"--graph on: the training step cannot be captured in a CUDA graph: {reason}; "
+                "--graph off trains without"
+            )
+        if self.processes.rank == 0:
+            log.warning(
+                "no CUDA graph: %s; each kernel of a step is launched by itself, which is slower "
+                "for small models (--graph off is silent about it)",
+                reason,
+            )
+        self._uses_graphs = False
+
+    def _compute(self, step: int, inputs: dict[str, Tensor]) -> Tensor:
+        """The whole step; returns nll, accuracy, nll of residual codebooks, gradient norm, tokens
+        and whether updates have stopped, float32 (6,)."""
+        chosen = inputs.get("chosen")
+        held = {name: inputs.get(name) for name in _READ_BY_MODEL}
+        # Which clips they are of is the host's business.
+        batch = Batch(**held, clips=held["targets"], steps=held["targets"])  # type: ignore[arg-type]
+        if self.weights is not None:
+            self.weights.refresh()
+        scored = (batch.targets >= 0).sum(dtype=torch.float32)
+        n_scored = self.processes.sum(scored)
+        sums = self._gradients(step, batch, chosen, n_scored)
+        norm = self._clip()
+        figures = torch.cat([self.processes.sum(sums), torch.stack([norm, n_scored])])
+        # 0 * x is 0, or NaN for an x that is not finite, and NaN counts as true.
+        self.stopped.logical_or_((0 * figures).sum())
+        self.optimizer.step()
+        return torch.cat([figures, self.stopped[None]])
+
+    def _backward(
+        self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
+    ) -> Tensor:
+        if self.weights is None:
+            return super()._backward(batch, chosen, n_scored, n_fine)
+        sums = self._add_gradients(self.weights(batch, chosen), chosen, n_scored, n_fine)
+        self.weights.collect()
+        return sums
+
+    def _seed(self, step: int) -> None:
+        if not self._is_capturing:  # a replay takes the seed that is set before it
+            super()._seed(step)
+
+
+def _why_no_graph(model: HybridModel, processes: ProcessGroup) -> str | None:
+    """Why steps of that model cannot be captured; None where nothing is known against it."""
+    if processes.size > 1:
+        return "gradients are summed over the processes of torchrun while they are made"
+    if model.config.mel_context_frames:
+        return "mel_context_frames > 0, where the host moves packed segments apart"
+    return None
