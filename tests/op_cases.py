@@ -1,6 +1,5 @@
 """Random calls of each op, and how to run one in a given type with its gradients."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,12 +46,6 @@ MEL_SIZES = [  # batch, steps, mels, channels, frames_per_step, context_frames
     (2, 127, 80, 128, 1, 0),
     (1, 129, 65, 127, 4, 3),
 ]
-
-
-# For FlopCounterMode, which sees shapes.
-LINEAR_FLOPS = {
-    torch.ops.wgpt_kernels.linear: lambda x, weight, out_shape: 2 * math.prod(out_shape) * x[1]
-}
 
 
 def skip_float64_on_cuda(device: str, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import MAKERS, SAMPLES, Call, assert_same_bits, check_accuracy, run
+from torch.utils.flop_counter import FlopCounterMode
 
 from wgpt import ops
 from wgpt.errors import ConfigError, DerivativeError, OpError
@@ -229,3 +230,35 @@ def test_info_names_what_runs() -> None:
     assert info["torch_oldest"] == "2.10"
     assert bool(info["cuda_archs"]) == bool(info["cuda_ptx"]) == bool(info["cuda_toolkit"])
     assert "90a" not in info["cuda_ptx"]  # no later GPU takes it
+
+
+@pytest.mark.parametrize("window, causal", [(0, True), (0, False), (5, True), (5, False)])
+@pytest.mark.parametrize("q_steps", [13, 4])
+def test_flop_counter_counts_visible_pairs(window: int, causal: bool, q_steps: int) -> None:
+    q, k, v = (torch.randn(2, n, 3, 32, requires_grad=True) for n in (q_steps, 13, 13))
+    with FlopCounterMode(display=False) as counter:
+        out = ops.flash_attention(q, k, v, causal=causal, window=window)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    visible = ops.reference.visible_keys(q_steps, 13, causal, window, None, q.device)
+    pairs = 2 * 3 * int(visible.sum())
+    assert forward == 4 * 32 * pairs
+    assert counter.get_total_flops() == 14 * 32 * pairs
+
+
+def test_flop_counter_counts_each_gemm() -> None:
+    """A linear layer three times (forward, two gradients), a feed-forward with its recomputed
+    activations, the loss whose forward holds its gradients, and the mel slices."""
+    r = torch.randn
+    x, weight, up, down = (t.requires_grad_() for t in (r(5, 8), r(8, 8), r(12, 8), r(8, 12)))
+    with FlopCounterMode(display=False) as counter:
+        hidden = ops.feed_forward(ops.linear(x, weight), up, down)
+        ops.linear_cross_entropy(hidden, r(7, 8), torch.arange(5))[0].backward()
+    assert counter.get_total_flops() == 2 * 5 * (3 * 8 * 8 + (2 + 4) * 8 * 12 + 3 * 8 * 7)
+    call = sample("mel_embed")  # 7 steps of 3 frames of 13 bins, of which 2 are the step's own
+    with FlopCounterMode(display=False) as counter:
+        run(call.op, call)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 7 * 3 * 13 * 5)
+    with FlopCounterMode(display=False) as counter:
+        ops.PackedMatrix(torch.randn(8, 70)).mm(torch.randn(3, 8))
+    assert counter.get_total_flops() == 2 * 3 * 8 * 70

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from wgpt import hub
+from wgpt import hub, ops
 from wgpt.config import STEP_RATE_HZ, ModelConfig, from_json, to_json
 from wgpt.errors import ConfigError
 from wgpt.files import read_json, write_atomically, write_sealed
@@ -22,7 +22,7 @@ from wgpt.model.cache import Cache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.fusion import Fusion
 from wgpt.model.latent import LatentHistory, centred
-from wgpt.model.transformer import Attention, Block, add_norm, op_for, rotary_angles
+from wgpt.model.transformer import Attention, Block, add_norm, is_plain, op_for, rotary_angles
 
 _FORMAT = "wgpt-model-1"
 
@@ -189,7 +189,9 @@ class HybridModel(nn.Module):
     def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Summed NLL in nats over the targets (B, T) int64 that are not -1, and how many of them
         the model puts first, from the hidden state (B, T, C)."""
-        return op_for("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
+        if is_plain(self.head, nn.Linear):
+            return op_for("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
+        return ops.reference.summed_nll(self.head(hidden), targets)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:
         """Mean NLL in nats over the targets (B, T) int64 that are not -1."""

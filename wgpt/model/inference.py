@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wgpt import ops
+from wgpt.errors import ConfigError
 from wgpt.model.cache import Cache, LayerCache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.hybrid import HybridModel
-from wgpt.model.transformer import Block
+from wgpt.model.transformer import Block, is_plain
 from wgpt.ops.flash_attention import attention_of
 
 _TABLE_STEPS = 1024
@@ -58,15 +59,15 @@ class InferenceBlock:
         attention, ffn = block.attention, block.ffn
         self.width, self.head_dim = attention.out.in_features, attention.head_dim
         self.window, self.scale = attention.window_steps, attention.head_dim**-0.5
-        self.attention = attention_of(attention.out.weight.device)
-        qkv = attention.qkv.weight * block.attention_norm.weight
+        qkv = _weight_of(attention.qkv) * block.attention_norm.weight
+        self.attention = attention_of(qkv.device)
         # q and k: channels (i, i + D/2) of each head side by side.
         qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         qkv = torch.cat((qk.flatten(0, 2), qkv[2 * self.width :]))
         self.qkv = ops.PackedMatrix(qkv.t())  # (C, 3C)
-        self.out = ops.PackedMatrix(attention.out.weight.t())
-        self.up = ops.PackedMatrix((ffn.up.weight * block.ffn_norm.weight).t())
-        self.down = ops.PackedMatrix(ffn.down.weight.t())
+        self.out = ops.PackedMatrix(_weight_of(attention.out).t())
+        self.up = ops.PackedMatrix((_weight_of(ffn.up) * block.ffn_norm.weight).t())
+        self.down = ops.PackedMatrix(_weight_of(ffn.down).t())
 
     def __call__(
         self, x: Tensor, batch: int, n_steps: int, phasors: Tensor, cache: LayerCache
@@ -95,7 +96,7 @@ class InferenceModel:
         self._phasors = RotaryTable(config.head_dim, config.rope_base, self._table)
         self._blocks = _pack(model.blocks)
         self._norm = model.norm.weight.detach()
-        self._head = ops.PackedMatrix(model.head.weight.t())
+        self._head = ops.PackedMatrix(_weight_of(model.head).t())
         self._mel = model.fusion.mel
         if self._mel is not None:
             self._mel_phasors = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
@@ -103,8 +104,9 @@ class InferenceModel:
         self._fine = None if model.fine is None else PackedFine(model.fine)
         self._latent = model.latent
         if model.latent is not None:
-            self._up = ops.PackedMatrix(model.latent.up.weight.t())
-            self._down = ops.PackedMatrix(model.latent.down.weight.t())
+            up, self._up_bias = _affine(model.latent.up)
+            self._up = ops.PackedMatrix(up.t())
+            self._down = ops.PackedMatrix(_weight_of(model.latent.down).t())
 
     def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
         """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
@@ -115,7 +117,7 @@ class InferenceModel:
         x = ops.token_concat(coarse, self._table, mel).flatten(0, 1)
         if self._latent is not None:
             history = self._latent.history(tokens, cache).flatten(0, 1)
-            up = self._up.addmm(self._latent.up.bias, history)
+            up = self._up.addmm(self._up_bias, history)
             x = self._down.addmm(x, torch.nn.functional.gelu(up))
         phasors = self._phasors(cache.position, n_steps)
         for block, layer in zip(self._blocks, cache.layers, strict=True):
@@ -167,7 +169,7 @@ class PackedFine:
         self._blocks = _pack(fine.blocks)
         self._phasors = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
         self._table = fine.table.detach()
-        self._project = ops.PackedMatrix(fine.project.weight.t())
+        self._project = ops.PackedMatrix(_weight_of(fine.project).t())
         heads = fine.heads * fine.norm.weight
         self._heads = [ops.PackedMatrix(head) for head in heads.transpose(1, 2)]  # (W, V) each
 
@@ -186,6 +188,35 @@ class PackedFine:
             code = draw(head.mm(x))
             codes.append(code)
         return torch.stack(codes, 1)
+
+
+def _affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The matrix (F, C) and bias (F,) of a linear layer, or of what was put in its place (LoRA,
+    weight norm, quantisation): its images of zero and of the unit vectors."""
+    if is_plain(layer, nn.Linear, may_have_bias=True):
+        weight, bias = (getattr(layer, name) for name in ("weight", "bias"))
+        none = weight.new_zeros(len(weight))
+        return weight.detach(), none if bias is None else bias.detach()
+    widths = (getattr(module, "in_features", None) for module in layer.modules())
+    width = next(width for width in widths if width is not None)
+    inside = (t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
+    points = torch.eye(width + 1, width).to(next(inside, torch.empty(0)))
+    modes = {module: module.training for module in layer.modules()}
+    images = layer.eval()(points)
+    for module, mode in modes.items():
+        module.training = mode
+    return (images[:-1] - images[-1]).t(), images[-1]
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    """The matrix of a linear layer without bias. Raises ConfigError where there is one."""
+    weight, bias = _affine(layer)
+    if bias.any():
+        raise ConfigError(
+            f"{type(layer).__name__}: generation expects a layer without bias here; train the "
+            "adapter without one (peft: bias='none', lora_bias=False)"
+        )
+    return weight
 
 
 def _pack(blocks: torch.nn.ModuleList) -> list[InferenceBlock]:

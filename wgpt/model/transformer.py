@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as _every_module
 
 from wgpt import ops
 from wgpt.model.cache import LayerCache
+from wgpt.ops.autocast import autocast_type
 from wgpt.ops.cuda import is_cpu
 
 
@@ -21,11 +24,52 @@ def op_for(name: str, x: Tensor) -> Any:
     return getattr(ops if is_cpu(x.device) else ops.reference, name)
 
 
+def is_plain(layer: nn.Module, kind: type[nn.Module], *, may_have_bias: bool = False) -> bool:
+    """Whether a fused op may stand in for calling `layer`: its forward is that of `kind`, without a
+    bias, and nobody hooked it or gave it weights that bring a forward of their own (quantised
+    ones)."""
+    own = layer._parameters
+    return (
+        type(layer).forward is kind.forward
+        and (type(own.get("weight")) is nn.Parameter or not _overrides_functions(layer.weight))
+        and (own.get("bias") is None or may_have_bias)
+        and not (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in layer.__dict__
+            or _every_module._global_forward_hooks
+            or _every_module._global_forward_pre_hooks
+            or _every_module._global_backward_hooks
+            or _every_module._global_backward_pre_hooks
+        )
+    )
+
+
+def _overrides_functions(tensor: Any) -> bool:
+    """Whether its type replaces torch's functions, as quantised tensors replace linear."""
+    own, usual = (
+        getattr(x.__torch_function__, "__func__", x.__torch_function__)
+        for x in (type(tensor), Tensor)
+    )
+    return own is not usual and own is not torch._C._disabled_torch_function_impl
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) of a linear layer without bias, or of what was put in its place."""
+    y: Tensor = op_for("linear", x)(x, layer.weight) if is_plain(layer, nn.Linear) else layer(x)
+    return y
+
+
 def add_norm(
-    norm: nn.RMSNorm, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
+    norm: nn.Module, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """x + delta (delta None: x), and that normed: in `dtype`, by default what GEMMs take."""
-    return op_for("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
+    if is_plain(norm, nn.RMSNorm):
+        return op_for("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
+    total = x if delta is None else (x + delta).to(x.dtype)
+    return total, norm(total).to(dtype or autocast_type(total))
 
 
 def rotary_angles(
@@ -64,13 +108,13 @@ class Attention(nn.Module):
         first_key: int32 (B, T), the first step that each may see; None for all.
         """
         batch, steps, width = x.shape
-        qkv = op_for("linear", x)(x, self.qkv.weight)
+        qkv = linear(self.qkv, x)
         qkv = qkv.view(batch, steps, 3, width // self.head_dim, self.head_dim)
         q, k, v = op_for("rotary_qkv", x)(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
         y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps, first_key=first_key)
-        return op_for("linear", x)(y.reshape(batch, steps, width), self.out.weight)
+        return linear(self.out, y.reshape(batch, steps, width))
 
 
 class FeedForward(nn.Module):
@@ -83,7 +127,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return op_for("feed_forward", x)(x, self.up.weight, self.down.weight)
+        if is_plain(self.up, nn.Linear) and is_plain(self.down, nn.Linear):
+            return op_for("feed_forward", x)(x, self.up.weight, self.down.weight)
+        return linear(self.down, functional.gelu(linear(self.up, x)))
 
 
 class Block(nn.Module):

@@ -37,7 +37,7 @@ except ImportError as error:
     ) from error
 
 from wgpt.errors import ConfigError
-from wgpt.ops import cuda, reference
+from wgpt.ops import cuda, flops, reference  # noqa: F401  flops registers formulas
 from wgpt.ops.add_rms_norm import add_rms_norm
 from wgpt.ops.feed_forward import feed_forward
 from wgpt.ops.flash_attention import first_key_of, flash_attention
@@ -47,6 +47,7 @@ from wgpt.ops.mel_embed import mel_embed
 from wgpt.ops.packed_addmm import PackedMatrix
 from wgpt.ops.rotary_qkv import rotary_qkv
 from wgpt.ops.sdpa import SdpaCalls, SdpaHandle, sdpa_calls, use_for_sdpa
+from wgpt.ops.switch import use_plain_torch
 from wgpt.ops.token_concat import token_concat
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "set_cpu_target",
     "token_concat",
     "use_for_sdpa",
+    "use_plain_torch",
 ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import autocast_type, statistic_dtype
-from wgpt.ops.cuda import is_cpu
+from wgpt.ops.cuda import runs_reference
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -39,7 +39,7 @@ def add_rms_norm(
     """
     dtype = dtype or autocast_type(x)
     weight = weight.to(statistic_dtype(x))
-    if not is_cpu(x.device):
+    if runs_reference(x.device):
         _check(x, delta, weight, dtype)
         return reference.add_rms_norm(x, delta, weight, eps=eps, dtype=dtype)
     total, y, _ = _add_rms_norm(x, delta, weight, eps, dtype)
@@ -94,6 +94,6 @@ def _backward(
     return d_x, d_x if ctx.delta_dtype is None else d_delta, d_weight, None, None
 
 
-_add_rms_norm = differentiable("add_rms_norm", _setup_context, _backward)
+_add_rms_norm = differentiable("add_rms_norm", _setup_context, _backward, folded=(0, 1))
 _add_rms_norm_backward = backward_op("add_rms_norm")
 _check = checks_of("add_rms_norm")

@@ -16,6 +16,7 @@ import torch
 
 from wgpt import _C
 from wgpt.errors import ConfigError
+from wgpt.ops.switch import is_plain
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +152,16 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not is_gpu(device)
 
 
+def runs_reference(device: torch.device) -> bool:
+    """Whether an op whose kernels are for the CPU alone runs `wgpt.ops.reference` there."""
+    return is_plain() or not is_cpu(device)
+
+
 def runs_plain_torch(device: torch.device) -> bool:
-    """Whether `device` is a GPU without our kernels. The first such answer is a logged warning.
+    """Whether the ops with CUDA kernels run plain torch there: on a GPU without our kernels, and in
+    a `use_plain_torch` block. The first GPU found without them is a logged warning.
 
     Raises:
         ConfigError: it is one, and WGPT_REQUIRE_CUDA=1.
     """
-    return is_gpu(device) and _runs_plain_torch(device.index or 0)
+    return is_plain() or (is_gpu(device) and _runs_plain_torch(device.index or 0))

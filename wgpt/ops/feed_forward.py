@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.cuda import is_cpu
+from wgpt.ops.cuda import runs_reference
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -31,7 +31,7 @@ def feed_forward(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """
     x, up, down = cast_to_autocast_type(x, up, down)  # type: ignore[assignment]
     rows = x.reshape(-1, x.shape[-1])
-    if not is_cpu(x.device):
+    if runs_reference(x.device):
         _check(rows, up, down)
         return reference.feed_forward(x, up, down)
     y: Tensor = _feed_forward(rows, up, down)[0]
@@ -63,6 +63,6 @@ def _backward(ctx: Any, d_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     return _feed_forward_backward(d_y, *ctx.saved_tensors)
 
 
-_feed_forward = differentiable("feed_forward", _setup_context, _backward)
+_feed_forward = differentiable("feed_forward", _setup_context, _backward, folded=(0,))
 _feed_forward_backward = backward_op("feed_forward")
 _check = checks_of("feed_forward")

@@ -201,6 +201,6 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     return dq, dk, dv, None, None, None, None
 
 
-_flash_attention = differentiable("flash_attention", _setup_context, _backward)
-_flash_attention_backward = backward_op("flash_attention")
+_flash_attention = differentiable("flash_attention", _setup_context, _backward, folded=(0, 1, 2, 6))
+_flash_attention_backward = backward_op("flash_attention", folded=(0, 1, 2, 3, 4, 5, 6, 10))
 _check = checks_of("flash_attention")

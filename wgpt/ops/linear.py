@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.cuda import is_cpu
+from wgpt.ops.cuda import runs_reference
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     x, weight = cast_to_autocast_type(x, weight)  # type: ignore[assignment]
     rows = x.reshape(-1, x.shape[-1])
-    if not is_cpu(x.device):
+    if runs_reference(x.device):
         _check(rows, weight)
         return reference.linear(x, weight)
     y: Tensor = _linear(rows, weight)
@@ -56,6 +56,6 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
     return _linear_backward(d_y, *ctx.saved_tensors)
 
 
-_linear = differentiable("linear", _setup_context, _backward)
+_linear = differentiable("linear", _setup_context, _backward, folded=(0,))
 _linear_backward = backward_op("linear")
 _check = checks_of("linear")

@@ -7,8 +7,15 @@ from torch import Tensor
 
 from wgpt.ops import reference
 from wgpt.ops.autocast import cast_to_autocast_type
-from wgpt.ops.cuda import is_cpu
-from wgpt.ops.gradient import checks_of, differentiable, register_fake
+from wgpt.ops.cuda import runs_reference
+from wgpt.ops.gradient import (
+    checks_of,
+    differentiable,
+    is_transformed,
+    refusal,
+    register_fake,
+    transformable,
+)
 
 
 def linear_cross_entropy(
@@ -35,10 +42,11 @@ def linear_cross_entropy(
     """
     hidden, weight = cast_to_autocast_type(hidden, weight)  # type: ignore[assignment]
     rows, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if not is_cpu(hidden.device):
+    if runs_reference(hidden.device):
         _check(rows, weight, flat_targets)
         return reference.linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
-    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    wanted = hidden.requires_grad or weight.requires_grad or is_transformed()
+    gradients = torch.is_grad_enabled() and wanted
     loss, n_correct, _, _ = _linear_cross_entropy(
         rows, weight, flat_targets, ignore_index, gradients
     )
@@ -58,11 +66,16 @@ def _fake(
     )
 
 
-@torch.library.custom_op("wgpt::linear_cross_entropy_backward", mutates_args=())
-def _scale(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both gradients times d_loss: multiplied in the dtype of d_loss, rounded once."""
     scaled, scaled_weight = ((g * d_loss).to(g.dtype) for g in (d_hidden, d_weight))
     return scaled, scaled_weight
+
+
+_BACKWARD = "linear_cross_entropy_backward"
+_scale = torch.library.custom_op(f"wgpt::{_BACKWARD}", _scaled, mutates_args=())
+_scale.register_autograd(refusal("linear_cross_entropy", "second"))
+_transformed_scale = transformable(_BACKWARD, _scaled)
 
 
 @_scale.register_fake
@@ -80,7 +93,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 5
-    d_hidden, d_weight = torch.ops.wgpt.linear_cross_entropy_backward(d_loss, *ctx.saved_tensors)
+    scale = _transformed_scale if is_transformed() else _scale
+    d_hidden, d_weight = scale(d_loss, *ctx.saved_tensors)
     return d_hidden, d_weight, None, None, None
 
 

@@ -9,7 +9,13 @@ from wgpt.errors import DerivativeError, OpError
 from wgpt.ops import plain
 from wgpt.ops.autocast import cast_to_autocast_type
 from wgpt.ops.cuda import runs_plain_torch
-from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
+from wgpt.ops.gradient import (
+    backward_op,
+    checks_of,
+    differentiable,
+    is_transformed,
+    register_fake,
+)
 
 
 def mel_embed(
@@ -51,7 +57,10 @@ def mel_embed(
         if frames.requires_grad or mean.requires_grad or inv_std.requires_grad:
             _refuse_gradient(frames=frames, mean=mean, inv_std=inv_std)
         save_slope = (
-            weight.requires_grad or bias.requires_grad or (pos is not None and pos.requires_grad)
+            weight.requires_grad
+            or bias.requires_grad
+            or (pos is not None and pos.requires_grad)
+            or is_transformed()
         )
     statistics = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # Buffers of a model that was moved to bfloat16 as a whole. A cast that changes nothing takes
@@ -133,6 +142,6 @@ def _backward(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, ...
     return None, None, None, d_weight, d_bias, d_pos, None, None, None
 
 
-_mel_embed = differentiable("mel_embed", _setup_context, _backward)
+_mel_embed = differentiable("mel_embed", _setup_context, _backward, folded=(0,))
 _mel_embed_backward = backward_op("mel_embed")
 _check = checks_of("mel_embed")

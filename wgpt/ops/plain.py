@@ -67,7 +67,7 @@ def flash_attention(
     """
     q_steps, kv_steps = q.shape[1], k.shape[1]
     k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
-    is_square = causal and window == 0 and first_key is None and q_steps == kv_steps
+    is_square = bool(causal and window == 0 and first_key is None and q_steps == kv_steps)
     sees_all = window == 0 and first_key is None and (not causal or q_steps == 1)
     mask = None
     if not is_square and not sees_all:
@@ -78,7 +78,7 @@ def flash_attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
-        is_causal=is_square and q_steps > 1,
+        is_causal=is_square,
         scale=scale,
     )
     return out.transpose(1, 2).contiguous()

@@ -188,7 +188,12 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -1
 ) -> tuple[Tensor, Tensor]:
     """See `wgpt.ops.linear_cross_entropy`; this one writes all logits."""
-    logits = F.linear(hidden, weight).flatten(0, -2)
+    return summed_nll(F.linear(hidden, weight), targets, ignore_index=ignore_index)
+
+
+def summed_nll(logits: Tensor, targets: Tensor, *, ignore_index: int = -1) -> tuple[Tensor, Tensor]:
+    """Both results of `wgpt.ops.linear_cross_entropy` from logits (..., V)."""
+    logits = logits.flatten(0, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.flatten()
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")

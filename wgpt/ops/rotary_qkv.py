@@ -7,7 +7,7 @@ from torch import Tensor
 from wgpt.errors import DerivativeError
 from wgpt.ops import reference
 from wgpt.ops.autocast import statistic_dtype
-from wgpt.ops.cuda import is_cpu
+from wgpt.ops.cuda import runs_reference
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
 
@@ -30,7 +30,7 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     """
     statistics = statistic_dtype(qkv)
     cos, sin = cos.to(statistics), sin.to(statistics)
-    if not is_cpu(qkv.device):
+    if runs_reference(qkv.device):
         _check(qkv, cos, sin)
         return reference.rotary_qkv(qkv, cos, sin)
     q, k, v = _rotary_qkv(qkv, cos, sin)
@@ -60,6 +60,6 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | No
     return _rotary_qkv_backward(dq, dk, dv, *ctx.saved_tensors), None, None
 
 
-_rotary_qkv = differentiable("rotary_qkv", _setup_context, _backward)
-_rotary_qkv_backward = backward_op("rotary_qkv")
+_rotary_qkv = differentiable("rotary_qkv", _setup_context, _backward, folded=(0,))
+_rotary_qkv_backward = backward_op("rotary_qkv", folded=(0, 1, 2))
 _check = checks_of("rotary_qkv")

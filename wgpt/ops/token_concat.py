@@ -74,6 +74,6 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     return None, d_table, d_mel_hidden, None if ctx.pos_rows < 0 else d_pos
 
 
-_token_concat = differentiable("token_concat", _setup_context, _backward)
+_token_concat = differentiable("token_concat", _setup_context, _backward, folded=(0, 2))
 _token_concat_backward = backward_op("token_concat")
 _check = checks_of("token_concat")
