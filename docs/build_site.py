@@ -26,6 +26,7 @@ PAGES = {  # file of the repository: page; docs/X.md is X.md
     "wgpt/assets/starter/README.md": "starter.md",
 }
 CONTENTS = {  # heading: pages under it
+    "Tutorials": "tutorials/my-voice tutorials/kernels tutorials/paper".split(),
     "Use": "guide examples results streaming closed-loop mini starter".split(),
     "Reference": "wgpt ops audio codec data model training generation evaluation".split(),
     "Inside": "architecture kernels performance reliability log contributing security "
@@ -34,17 +35,17 @@ CONTENTS = {  # heading: pages under it
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 
 
-def turned(text: str, folder: str) -> tuple[str, set[str]]:
-    """Markdown of a file in `folder` with its links turned, and the other files that it shows."""
+def turned(text: str, folder: str, page: str) -> tuple[str, set[str]]:
+    """Markdown of a file in `folder` with its links turned for `page`, and what else it shows."""
     shown = set()
 
     def turn(found: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, found[2]))
-        page = PAGES.get(path, path.removeprefix("docs/"))
+        target = PAGES.get(path, path.removeprefix("docs/"))
         if not path.endswith(".md"):
             shown.add(path)
-            page = path
-        return found[1] + page + found[3]
+            target = path
+        return found[1] + posixpath.relpath(target, posixpath.dirname(page) or ".") + found[3]
 
     return _LINK.sub(turn, text), shown
 
@@ -54,13 +55,14 @@ def lay_out() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir(parents=True)
     shutil.copyfile(ROOT / "docs" / "conf.py", SOURCE / "conf.py")
-    pages = PAGES | {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
-    for name, page in pages.items():
-        text, shown = turned((ROOT / name).read_text(), posixpath.dirname(name))
+    own = (path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+    for name, page in (PAGES | {f"docs/{page}": page for page in own}).items():
+        text, shown = turned((ROOT / name).read_text(), posixpath.dirname(name), page)
         if page == "index.md":
             for heading, names in CONTENTS.items():
                 toctree = "\n".join(names)
                 text += f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{toctree}\n```\n"
+        (SOURCE / page).parent.mkdir(exist_ok=True)
         (SOURCE / page).write_text(text)
         for path in shown:
             (SOURCE / path).parent.mkdir(parents=True, exist_ok=True)

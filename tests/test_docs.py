@@ -13,7 +13,7 @@ from wgpt import cli
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "wgpt/assets/*/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "wgpt/assets/*/README.md")
     for path in ROOT.glob(pattern)
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -104,12 +104,13 @@ def test_site_has_every_page_and_package(tmp_path, monkeypatch):
     spec.loader.exec_module(site)
     monkeypatch.setattr(site, "SOURCE", tmp_path / "source")
     site.lay_out()
-    made = {path.stem for path in (tmp_path / "source").iterdir() if path.suffix in (".md", ".rst")}
+    pages = [path for path in (tmp_path / "source").rglob("*") if path.suffix in (".md", ".rst")]
+    made = {str(path.relative_to(tmp_path / "source").with_suffix("")) for path in pages}
     assert made - {"index"} == {name for names in site.CONTENTS.values() for name in names}
     packages = {name for name in wgpt.__all__ if (ROOT / "wgpt" / name).is_dir()}
     assert packages <= set(site.CONTENTS["Reference"])
-    for page in (tmp_path / "source").glob("*.md"):
+    for page in pages:
         for target in LINK.findall(page.read_text()):
             name = target.partition("#")[0]
             if name and ":" not in name:
-                assert (tmp_path / "source" / name).exists(), f"{page.name}: {target}"
+                assert (page.parent / name).exists(), f"{page.name}: {target}"

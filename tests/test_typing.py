@@ -56,6 +56,11 @@ def sources(tmp_path_factory):
     for page in PAGES:
         for n, block in enumerate(BLOCK.findall(page.read_text())):
             (folder / f"{page.stem.lower()}_{n}.py").write_text(PREAMBLE + block)
+    for page in (ROOT / "docs" / "tutorials").glob("*.md"):  # one program each
+        blocks = BLOCK.findall(page.read_text())
+        (folder / f"tutorial_{page.stem.replace('-', '_')}.py").write_text(
+            PREAMBLE + "".join(blocks)
+        )
     assert (folder / "readme_0.py").exists()
     (folder / "public.py").write_text(PUBLIC)
     return folder
