@@ -79,7 +79,22 @@ struct AttentionCase {
   int64_t window = 0;
   bool aligned = true;   // else rows start at odd elements
   bool backward = true;  // and with it a gradient of lse
+  int64_t document =
+      0;  // > 0: packed documents of so many steps, in each row of the batch cut elsewhere
 };
+
+// The first key of each query (B, Tq); empty where nothing is packed.
+std::vector<int32_t> first_keys(const AttentionCase& c) {
+  std::vector<int32_t> keys;
+  for (int64_t b = 0; c.document > 0 && b < c.batch; ++b) {
+    for (int64_t i = 0; i < c.q_steps; ++i) {
+      const int64_t position = i + c.kv_steps - c.q_steps;
+      const int64_t into = (position + 3 * b) % c.document;
+      keys.push_back(static_cast<int32_t>(std::max<int64_t>(0, position - into)));
+    }
+  }
+  return keys;
+}
 
 // (B, T, H, D) inside wider rows.
 struct HeadsTensor {
@@ -120,19 +135,22 @@ void attention(const AttentionCase& c, bool checked) {
   const int64_t n_rows = c.batch * c.heads * c.q_steps;
   const Tensor lse = output(DType::kFloat32, n_rows);
   char text[160];
-  std::snprintf(text, sizeof text, "flash_attention %s D %lld B %lld H %lld Tq %lld Tk %lld%s%s%s",
-                name_of(c.dtype), static_cast<long long>(c.head_dim),
-                static_cast<long long>(c.batch), static_cast<long long>(c.heads),
-                static_cast<long long>(c.q_steps), static_cast<long long>(c.kv_steps),
-                c.causal ? "" : " full", c.window > 0 ? " window" : "",
-                c.aligned ? "" : " unaligned");
+  std::snprintf(
+      text, sizeof text, "flash_attention %s D %lld B %lld H %lld Tq %lld Tk %lld%s%s%s%s",
+      name_of(c.dtype), static_cast<long long>(c.head_dim), static_cast<long long>(c.batch),
+      static_cast<long long>(c.heads), static_cast<long long>(c.q_steps),
+      static_cast<long long>(c.kv_steps), c.causal ? "" : " full", c.window > 0 ? " window" : "",
+      c.document > 0 ? " packed" : "", c.aligned ? "" : " unaligned");
   const std::string what = text;
+  const std::vector<int32_t> keys = first_keys(c);
+  const int32_t* first_key = keys.empty() ? nullptr : integers(keys);
 
   FlashAttentionForward forward{};
   forward.shape = shape;
   forward.q = q.view();
   forward.k = k.view();
   forward.v = v.view();
+  forward.first_key = first_key;
   forward.out = out.view();
   forward.lse = lse.data();
   forward.workspace = workspace(cuda::flash_attention_forward_workspace_bytes(shape));
@@ -151,6 +169,7 @@ void attention(const AttentionCase& c, bool checked) {
     backward.q = q.view();
     backward.k = k.view();
     backward.v = v.view();
+    backward.first_key = first_key;
     backward.out = out.view();
     backward.d_out = d_out.view();
     backward.lse = lse.data();
@@ -185,6 +204,7 @@ void attention(const AttentionCase& c, bool checked) {
     head.q = q.head(q.tensor.values, b, h);
     head.k = k.head(k.tensor.values, b, h);
     head.v = v.head(v.tensor.values, b, h);
+    head.first_key = keys.empty() ? nullptr : &keys[b * c.q_steps];
     const Values head_out = out.head(got_out, b, h);
     if (c.backward) {
       head.d_out = d_out.head(d_out.tensor.values, b, h);
@@ -306,7 +326,7 @@ void token_concat(const ConcatCase& c, bool checked) {
   const Tensor table = input(c.dtype, c.vocab * c.token_channels),
                mel = input(c.dtype, rows * pitch), pos = input(c.dtype, (c.steps + 1) * channels),
                y = output(c.dtype, rows * channels);
-  const int64_t* device_tokens = static_cast<const int64_t*>(integers(tokens));
+  const int64_t* device_tokens = integers(tokens);
   char text[160];
   std::snprintf(text, sizeof text, "token_concat %s B %lld T %lld V %lld Ct %lld Cm %lld",
                 name_of(c.dtype), static_cast<long long>(c.batch), static_cast<long long>(c.steps),
@@ -356,6 +376,11 @@ void token_concat(const ConcatCase& c, bool checked) {
 
 // ---- what is run
 
+// Registers do not suffice for all.
+bool knows_packed_backward(DType dtype, int64_t head_dim) {
+  return dtype != DType::kFloat32 || head_dim != 128;
+}
+
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 void small() {
@@ -364,6 +389,8 @@ void small() {
       attention({dtype, 1, 66, 66, 1, d}, true);
       attention({dtype, 1, 19, 33, 2, d, false, 7, false}, true);
       attention({dtype, 1, 3, 300, 1, d, true, 0, true, false}, true);  // split-K and its merge
+      attention({dtype, 2, 66, 66, 1, d, true, 0, true, knows_packed_backward(dtype, d), 23}, true);
+      attention({dtype, 1, 3, 300, 1, d, true, 0, true, false, 280}, true);
     }
     for (const DType frames : {DType::kFloat32, DType::kFloat16})
       mel_embed({dtype, frames, 2, 37, 16, 72, 1, 0}, true);
@@ -392,6 +419,14 @@ void ragged_and_real() {
       attention({dtype, 1, 131, 45, 2, d, false}, true);
       attention({dtype, 1, 100, 227, 2, d, true, 0, false}, true);
       attention({dtype, 8, 750, 750, 4, d}, true);
+      const bool backward = knows_packed_backward(dtype, d);
+      for (const int64_t document : {1, 40, 64, 100, 129})
+        attention({dtype, 2, 258, 258, 2, d, true, 0, true, backward && document > 1, document},
+                  true);
+      attention({dtype, 2, 150, 150, 2, d, true, 30, false, backward, 70}, true);
+      attention({dtype, 1, 100, 227, 2, d, true, 0, false, backward, 90}, true);
+      attention({dtype, 8, 750, 750, 4, d, true, 0, true, backward, 210}, true);
+      attention({dtype, 1, 1, 20000, 2, d, true, 0, true, false, 17000}, true);
       if (d == 64) attention({dtype, 1, 3000, 3000, 1, d}, true);
       for (const int64_t keys :
            {256, 257, 16384, 16385, 20000})  // both sides of the splits' limits
@@ -410,6 +445,7 @@ void ragged_and_real() {
 void bench() {
   for (const int64_t d : {64, 32, 128}) {
     for (const int64_t t : {750, 2048}) attention({DType::kBFloat16, 8, t, t, 512 / d, d}, false);
+    attention({DType::kBFloat16, 8, 750, 750, 512 / d, d, true, 0, true, true, 210}, false);
     attention({DType::kBFloat16, 1, 1, 20000, 512 / d, d, true, 0, true, false}, false);
   }
   mel_embed({DType::kBFloat16, DType::kFloat16, 8, 750, 64, 128, 1, 0}, false);

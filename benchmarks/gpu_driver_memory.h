@@ -150,10 +150,11 @@ inline Tensor output(DType dtype, int64_t n, int64_t offset = 0) {
 
 inline void* workspace(size_t bytes) { return bytes == 0 ? nullptr : device_allocate(bytes); }
 
-inline void* integers(const std::vector<int64_t>& values) {
-  void* memory = device_allocate(values.size() * 8 + 8);
-  to_device(memory, values.data(), values.size() * 8);
-  return memory;
+template <typename Integer>
+Integer* integers(const std::vector<Integer>& values) {
+  void* memory = device_allocate((values.size() + 1) * sizeof(Integer));
+  to_device(memory, values.data(), values.size() * sizeof(Integer));
+  return static_cast<Integer*>(memory);
 }
 
 // What the device holds; `touched` where a kernel wrote outside.

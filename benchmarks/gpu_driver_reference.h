@@ -15,6 +15,7 @@ using Values = std::vector<double>;
 // One head's rows: steps x D, in the order of q, k, v, d_out. All of its gradients and its log-sum-exp.
 struct Head {
   Values q, k, v, d_out, d_lse;  // d_lse may be empty
+  const int32_t* first_key;      // of each query, or nullptr
   Values out, lse, dq, dk, dv;
 };
 
@@ -42,6 +43,7 @@ inline void attention(const FlashAttentionShape& s, Head& head, const Values& ro
     int64_t lo = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
     int64_t hi = s.causal ? position + 1 : s.kv_steps;
     if (s.window > 0) hi = std::min(hi, position + s.window);
+    if (head.first_key != nullptr) lo = std::max<int64_t>(lo, head.first_key[i]);
     const double* q = &head.q[i * d];
     double top = -INFINITY, sum = 0;
     for (int64_t j = lo; j < hi; ++j) {

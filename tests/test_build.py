@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cuda_tools import find_tool
 
 import wgpt
 from wgpt import ops
@@ -197,7 +198,7 @@ def test_ptx_is_that_of_portable_architectures(tmp_path: Path, archs: str, said:
 
 def test_build_info_names_the_machine_code_and_ptx_inside() -> None:
     info = ops.info()
-    cuobjdump = shutil.which("cuobjdump")
+    cuobjdump = find_tool("cuobjdump")
     if not info["cuda_archs"] or cuobjdump is None:
         pytest.skip("needs a build with CUDA kernels, and cuobjdump")
     for kind, key in (("elf", "cuda_archs"), ("ptx", "cuda_ptx")):

@@ -6,14 +6,13 @@ cuobjdump and nvdisasm: the CUDA toolkit, or
 """
 
 import hashlib
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_tools import find_tool
 from emulator import CACHE, CSRC
 
 UNITS = ["token_concat", "mel_embed", "flash_attention", "flash_attention_backward"]
@@ -22,16 +21,6 @@ ARCHS = [
     *(pytest.param(a, marks=pytest.mark.slow) for a in ("86", "89", "90a", "100", "120")),
 ]
 MATRIX_KERNELS = ("forward_kernel", "key_value_grad_kernel", "query_grad_kernel")
-
-
-def find_tool(name):
-    """The path of a CUDA tool: on PATH, in the toolkit, or in the pip packages; else None."""
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    spec = importlib.util.find_spec("nvidia")
-    for base in spec.submodule_search_locations if spec else []:
-        folders += sorted(Path(base).glob("cu*/bin"))
-    candidates = [shutil.which(name), *(str(folder / name) for folder in folders)]
-    return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
 
 def compile_unit(unit, arch):
