@@ -1,5 +1,6 @@
 """Planted bugs: copies of the real kernels with one line changed each, all in one library."""
 
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -8,7 +9,10 @@ from emulator import CSRC, HERE, build
 
 @dataclass(frozen=True)
 class Mutant:
-    """In `file`, the `index`-th of exactly `occurrences` places that hold `old` gets `new`."""
+    """In `file`, the `index`-th of exactly `occurrences` places that hold `old` gets `new`.
+
+    pattern: `old` is a regular expression, found once, and `new` what re.sub puts in its place.
+    """
 
     name: str
     op: str
@@ -18,6 +22,8 @@ class Mutant:
     index: int = 0
     occurrences: int = 1
     dtype: str = "bfloat16"
+    head_dim: int = 32
+    pattern: bool = False
 
 
 MUTANTS = [
@@ -216,11 +222,8 @@ ELEMENT = {
     "bfloat16": "    case DType::kBFloat16:\n      return f(Bf16{}), true;\n",
     "float16": "    case DType::kFloat16:\n      return f(Half{}), true;\n",
 }
-NARROW = {
-    "flash_attention_common.cuh": [
-        "  if (head_dim == 64) f(std::integral_constant<int, 64>{});\n",
-        "  if (head_dim == 128) f(std::integral_constant<int, 128>{});\n",
-    ],
+HEAD_DIM = {
+    d: f"  if (head_dim == {d}) f(std::integral_constant<int, {d}>{{}});\n" for d in (32, 64, 128)
 }
 CALLS = {
     "token_concat": [
@@ -254,18 +257,23 @@ def write_mutant(mutant, folder):
     for path in target.rglob("*.*h"):
         name = path.relative_to(target).as_posix()
         text = path.read_text()
-        unused = NARROW.get(name, [])
+        unused = []
+        if name == "flash_attention_common.cuh":
+            unused = [line for d, line in HEAD_DIM.items() if d != mutant.head_dim]
         if name == "device/types.cuh":
             unused = [line for dtype, line in ELEMENT.items() if dtype != mutant.dtype]
         for line in unused:
             assert text.count(line) == 1, f"{name} no longer holds {line!r} once"
             text = text.replace(line, "")
         if mutant.old and name == mutant.file:
-            found = text.count(mutant.old)
+            if mutant.pattern:
+                text, found = re.subn(mutant.old, mutant.new, text)
+            else:
+                found = text.count(mutant.old)
+                text = nth_replaced(text, mutant.old, mutant.new, mutant.index)
             assert found == mutant.occurrences, (
                 f"{mutant.name}: {mutant.old!r} occurs {found} times"
             )
-            text = nth_replaced(text, mutant.old, mutant.new, mutant.index)
         text = text.replace("wgpt::cuda", f"wgpt::cuda_{mutant.name}")
         text = text.replace('"kernels/cuda/', f'"{mutant.name}/kernels/cuda/')
         path.write_text(text)
@@ -281,12 +289,13 @@ def write_mutant(mutant, folder):
     return lines
 
 
-def build_mutants(variant, folder, cache):
+def build_mutants(variant, cache, mutants=MUTANTS, stem="mutants"):
     """One library with every mutant; its functions end in _<name>."""
-    source = folder / f"mutants-{variant}"
+    source = cache / f"{stem}-{variant}-sources"  # one place, so that objects are found again
+    shutil.rmtree(source, ignore_errors=True)
     lines = ["// Written by mutants.py."]
-    for mutant in MUTANTS:
+    for mutant in mutants:
         lines += write_mutant(mutant, source)
-    host = source / "mutants.cpp"
+    host = source / f"{stem}.cpp"
     host.write_text("\n".join([*lines, '#include "machine_api.h"', ""]))
     return build(host, variant, cache, includes=(source, CSRC, HERE), optimize="-O1")
