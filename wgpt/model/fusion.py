@@ -60,7 +60,7 @@ class MelBranch(nn.Module):
         for i, block in enumerate(self.blocks):
             layer = cache.mel_layers[i] if cache is not None else None
             x, delta = block(x, delta, angles, layer, first_key)
-        return add_norm(self.norm, x, delta, dtype=self.bias.dtype)[1]
+        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
 
     def _embed(self, frames: Tensor) -> Tensor:
         return ops.mel_embed(
