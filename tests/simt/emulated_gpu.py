@@ -36,7 +36,10 @@ TORCH = Path(torch.__file__).parent
 
 
 def build():
-    """The extension over the emulator, compiled once per content; its path."""
+    """The extension over the emulator, compiled once per content; its path.
+
+    WGPT_EMULATED_MUTANT names a file mutated_OP.cpp that takes the place of csrc/ops/OP.cpp.
+    """
     headers = [f"-I{CSRC}", f"-I{HERE}", f"-isystem{TORCH / 'include'}"]
     headers += [f"-isystem{sysconfig.get_path('include')}"]
     defines = ["-DWGPT_WITH_CUDA", '-DWGPT_COMPILER=""', '-DWGPT_CUDA_ARCHS="emulated"']
@@ -46,13 +49,17 @@ def build():
     stable = [*flags, *defines, "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # as CMakeLists.txt
     dispatch = CSRC / "kernels" / "cpu" / "dispatch"
     sources = [path for path in sorted((CSRC / "ops").glob("*.cpp")) if path.stem != "device"]
+    mutant, name = os.environ.get("WGPT_EMULATED_MUTANT"), "emulated_gpu"
+    if mutant:
+        op, name = Path(mutant).stem.removeprefix("mutated_"), "mutated_gpu"
+        sources = [Path(mutant) if path.stem == op else path for path in sources]
     sources += [HERE / "emulated_device.cpp", CSRC / "module.cpp"]
     sources += [dispatch / "dispatch.cpp", dispatch / "target_generic.cpp"]
     objects = [compile_object(source, stable, CACHE) for source in sources]
     objects += [compile_object(HERE / "emulated_memory.cpp", flags, CACHE)]
     objects += [*launcher_objects("fast", CACHE), *emulator_objects("fast", CACHE)]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    return link(objects, "emulated_gpu", CACHE, libraries)
+    return link(objects, name, CACHE, libraries)
 
 
 class EmulatedGpu:
