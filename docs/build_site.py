@@ -27,7 +27,7 @@ PAGES = {  # file of the repository: page; docs/X.md is X.md
 }
 CONTENTS = {  # heading: pages under it
     "Tutorials": "tutorials/my-voice tutorials/kernels tutorials/paper".split(),
-    "Use": "guide examples results streaming closed-loop mini starter".split(),
+    "Use": "guide scale examples results streaming closed-loop mini starter".split(),
     "Reference": "wgpt ops audio codec data model training generation evaluation".split(),
     "Inside": "architecture kernels performance reliability log contributing security "
     "changelog".split(),
