@@ -397,6 +397,7 @@ void small() {
     mel_embed({dtype, dtype, 1, 20, 5, 13, 2, 1}, true);
     token_concat({dtype, 2, 37, 11, 16, 16}, true);
     token_concat({dtype, 2, 37, 11, 5, 3}, true);
+    token_concat({dtype, 2, 150, 2, 8, 0}, true);  // buckets of several pieces
   }
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cuda_tools import find_tool
 from emulator import CACHE, CSRC
+from launch_limits import demangled, launches_of_the_driver, misfit, most_threads
 
 UNITS = ["token_concat", "mel_embed", "flash_attention", "flash_attention_backward"]
 ARCHS = [
@@ -161,3 +162,24 @@ def test_kernels_keep_the_seam():
             assert call not in code, (path, call)
         if path.parent.name != "device":
             assert not re.search(forbidden, code), path
+
+
+def test_every_kernel_is_launched_and_fits():
+    """`gpu_driver --small` launches all that nvcc compiles, within what a GPU allows the kernel."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    facts = {}
+    for unit in sorted(path.stem for path in (CSRC / "kernels" / "cuda").glob("*.cu")):
+        cubin, report = compile_unit(unit, "80")
+        if cuobjdump is None or nvdisasm is None:
+            pytest.skip("no disassembler: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"
+        threads = most_threads(cubin, cuobjdump, {**os.environ, "PATH": path})
+        for name, compiled in kernels_of(report).items():
+            facts[demangled(name)] = compiled | {"threads": threads[name]}
+    launches = launches_of_the_driver()
+    assert facts.keys() - {launch.kernel for launch in launches} == set()
+    for launch in launches:
+        reason = misfit(launch, facts[launch.kernel])
+        assert reason is None, f"{launch}: {reason}"
+        wider = launch._replace(block=(2 * launch.block[0], 1, 1))
+        assert misfit(wider, facts[launch.kernel]) is not None
