@@ -36,7 +36,7 @@ class Policy(NamedTuple):
 
 POLICIES = [
     Policy("ascending", "late", 1, "ampere"),
-    Policy("descending", "late", 1, "hopper"),
+    Policy("descending", "early", 1, "hopper"),
     Policy("random", "mixed", 7, "ampere"),
     Policy("interleaved", "mixed", 3, "hopper"),
 ]
