@@ -16,55 +16,13 @@
 
 #include "gpu_driver_memory.h"
 #include "gpu_driver_reference.h"
+#include "gpu_driver_report.h"
+#include "gpu_driver_training.h"
 #include "kernels/cuda/launch.h"
 
 namespace wgpt::driver {
 namespace {
 
-int n_results = 0, n_wrong = 0;
-
-const char* name_of(DType dtype) {
-  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
-}
-
-void report(const std::string& what, double error, double limit) {
-  const bool ok = error <= limit;  // false for NaN
-  ++n_results;
-  n_wrong += !ok;
-  std::printf("%-5s %s: %.2g (limit %.2g)\n", ok ? "ok" : "WRONG", what.c_str(), error, limit);
-  std::fflush(stdout);
-}
-
-// The worst row of `got` against `want`, rows of `length` values.
-double worst_row(const double* got, const Values& want, int64_t length) {
-  const double mean_square = dot(want.data(), want.data(), want.size()) / want.size();
-  double worst = 0;
-  for (size_t row = 0; row < want.size(); row += length) {
-    double error = 0, square = mean_square * length;
-    for (int64_t i = 0; i < length; ++i) error += std::pow(got[row + i] - want[row + i], 2);
-    square = std::max({square, dot(&want[row], &want[row], length), 1e-300});
-    const double relative = std::sqrt(error / square);
-    if (!(relative <= worst)) worst = relative;  // also NaN, which then stays
-    if (std::isnan(worst)) break;
-  }
-  return worst;
-}
-
-void check_launch(const std::string& what, const char* failure) {
-  if (failure != nullptr) {
-    std::printf("WRONG %s: %s\n", what.c_str(), failure);
-    std::fflush(stdout);
-    ++n_results;
-    ++n_wrong;
-  }
-}
-
-struct Limits {
-  double float32, bfloat16, float16;
-  double of(DType dtype) const {
-    return dtype == DType::kFloat32 ? float32 : dtype == DType::kBFloat16 ? bfloat16 : float16;
-  }
-};
 // Of a row; the emulator's tests hold whole tensors to half of them.
 constexpr Limits kForward{4e-6, 8e-3, 1e-3}, kBackward{8e-6, 16e-3, 2e-3};
 constexpr Limits kMel{2e-6, 12e-3, 1.6e-3}, kConcat{5e-7, 12e-3, 1.6e-3};
@@ -398,6 +356,15 @@ void small() {
     token_concat({dtype, 2, 37, 11, 16, 16}, true);
     token_concat({dtype, 2, 37, 11, 5, 3}, true);
     token_concat({dtype, 2, 150, 2, 8, 0}, true);  // buckets of several pieces
+    for (const int64_t channels : {13, 64, 300})
+      add_rms_norm({dtype, dtype, dtype, 37, channels}, true);
+    add_rms_norm({DType::kFloat32, dtype, dtype, 9, 72}, true);
+    rotary({dtype, 2, 19, 2, 32}, true);
+    rotary({dtype, 1, 5, 1, 6}, true);
+    gelu(dtype, 1003, 0, true);
+    gelu(dtype, 37, 1, true);
+    cross_entropy({dtype, 11, 129}, true);
+    cross_entropy({dtype, 3, 37, false}, true);
   }
 }
 
@@ -439,6 +406,14 @@ void ragged_and_real() {
     token_concat({dtype, 8, 750, 1024, 128, 128}, true);
     token_concat({dtype, 4, 3000, 9000, 64, 0}, true);  // 12 chunks of rows, two ranges of tokens
     token_concat({dtype, 3, 129, 1, 7, 2}, true);
+    for (const int64_t channels : {1, 128, 256, 257, 640, 768, 772, 2100})
+      add_rms_norm({dtype, dtype, dtype, 131, channels, channels % 2 == 0}, true);
+    add_rms_norm({DType::kFloat32, dtype, dtype, 6000, 256}, true);
+    for (const int64_t d : {32, 64, 128}) rotary({dtype, 8, 750, 512 / d, d}, true);
+    gelu(dtype, 6000 * 1024, 0, true);
+    for (const int64_t vocab : {1, 1152, 1153, 1280, 1281, 5000})
+      cross_entropy({dtype, 67, vocab}, true);
+    cross_entropy({dtype, 6000, 1025}, true);
   }
   for (const int64_t d : {32, 64, 128}) eight_warps(d, multiprocessors());
 }
@@ -451,6 +426,10 @@ void bench() {
   }
   mel_embed({DType::kBFloat16, DType::kFloat16, 8, 750, 64, 128, 1, 0}, false);
   token_concat({DType::kBFloat16, 8, 750, 1024, 128, 128}, false);
+  add_rms_norm({DType::kFloat32, DType::kBFloat16, DType::kBFloat16, 6000, 256}, false);
+  rotary({DType::kBFloat16, 8, 750, 4, 64}, false);
+  gelu(DType::kBFloat16, 6000 * 1024, 0, false);
+  cross_entropy({DType::kBFloat16, 6000, 1025}, false);
 }
 
 int run(const std::string& mode) {

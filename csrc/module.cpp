@@ -91,7 +91,7 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
       "flash_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, float scale, bool causal, int window, Tensor? first_key=None) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
-  // On the CPU only: what a profile of the training step there paid for (docs/log.md).
+  // What a profile of the training step asked for (docs/log.md); linear on the CPU only.
   m.def(
       "add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps, ScalarType dtype) "
       "-> (Tensor sum, Tensor y, Tensor inv_rms)");

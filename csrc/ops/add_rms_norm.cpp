@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/cuda/launch.h"
 #include "ops/runtime.h"
 
 namespace wgpt {
@@ -16,6 +17,32 @@ namespace {
 
 constexpr const char* kOp = "add_rms_norm";
 constexpr const char* kBackward = "add_rms_norm_backward";
+
+void launch(const AddRmsNormForward& call, const Tensor& where) {
+  if (!on_cuda(where)) return cpu::active().add_rms_norm_forward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kOp, where);
+  check_launch(kOp, cuda::add_rms_norm_forward(call, scope.stream()));
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+void launch(AddRmsNormBackward& call, const Tensor& where) {
+  if (!on_cuda(where)) {
+    const Tensor scratch = workspace(where, add_rms_norm_backward_workspace_bytes(call.shape));
+    call.workspace = scratch.mutable_data_ptr();
+    return cpu::active().add_rms_norm_backward(call, torch_executor());
+  }
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kBackward, where);
+  const Tensor scratch = workspace(where, cuda::add_rms_norm_backward_workspace_bytes(call.shape));
+  call.workspace = scratch.mutable_data_ptr();
+  check_launch(kBackward, cuda::add_rms_norm_backward(call, scope.stream()));
+#else
+  fail_without_cuda(kBackward);
+#endif
+}
 
 void check_same_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   if (tensor.sizes() != x.sizes()) {
@@ -70,6 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in,
                                            const Tensor& weight_in, double eps, ScalarType dtype) {
   AddRmsNormForward call{};
   call.shape = check_inputs(x_in, delta_in, weight_in, dtype);
+  element_type(kOp, "x", x_in);
   call.eps = eps;
   const Tensor x = contiguous(x_in), weight = contiguous(weight_in);
   std::optional<Tensor> delta;
@@ -86,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in,
   call.sum = delta.has_value() ? sum.mutable_data_ptr() : nullptr;
   call.y = y.mutable_data_ptr();
   call.inv_rms = inv_rms.mutable_data_ptr();
-  cpu::active().add_rms_norm_forward(call, torch_executor());
+  launch(call, x);
   return {sum, y, inv_rms};
 }
 
@@ -121,15 +149,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_sum_i
     check_width(kBackward, "delta_dtype", call.shape.delta, call.shape.stream);
     call.d_delta = d_delta.mutable_data_ptr();
   }
-  const Tensor scratch = workspace(sum, add_rms_norm_backward_workspace_bytes(call.shape));
   call.d_y = d_y.const_data_ptr();
   call.sum = sum.const_data_ptr();
   call.inv_rms = inv_rms.const_data_ptr();
   call.weight = weight.const_data_ptr();
   call.d_x = d_x.mutable_data_ptr();
   call.d_weight = d_weight.mutable_data_ptr();
-  call.workspace = scratch.mutable_data_ptr();
-  cpu::active().add_rms_norm_backward(call, torch_executor());
+  launch(call, sum);
   return {d_x, d_delta, d_weight};
 }
 
@@ -142,4 +168,5 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)
 WGPT_REGISTER_CHECK("add_rms_norm")

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/cuda/launch.h"
 #include "ops/gemm.h"
 
 namespace wgpt {
@@ -17,6 +18,26 @@ namespace {
 
 constexpr const char* kOp = "feed_forward";
 constexpr const char* kBackward = "feed_forward_backward";
+
+void launch(const GeluForward& call, const Tensor& where) {
+  if (!on_cuda(where)) return cpu::active().gelu_forward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kOp, where);
+  check_launch(kOp, cuda::gelu_forward(call, scope.stream()));
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+void launch(const GeluBackward& call, const Tensor& where) {
+  if (!on_cuda(where)) return cpu::active().gelu_backward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kBackward, where);
+  check_launch(kBackward, cuda::gelu_backward(call, scope.stream()));
+#else
+  fail_without_cuda(kBackward);
+#endif
+}
 
 void check_inputs(const char* op, const Tensor& x, const Tensor& up, const Tensor& down) {
   floating_type(op, "x", x);
@@ -37,7 +58,7 @@ void check(const Tensor& x, const Tensor& up, const Tensor& down) {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tensor& down) {
   check_inputs(kOp, x, up, down);
   const DType dtype = element_type(kOp, "x", x);
-  const int64_t n = x.size(0), hidden = up.size(0), block_rows = rows_per_block(n);
+  const int64_t n = x.size(0), hidden = up.size(0), block_rows = rows_per_block(x);
   Tensor y = empty(x, {n, x.size(1)}), z = empty(x, {n, hidden});
   const Tensor active_memory = empty(x, {block_rows, hidden});
   ReusedOperand up_columns{transposed(up)}, down_columns{transposed(down)};
@@ -47,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& up, const Tens
     gemm(z_rows, rows_of(x, begin, n_rows), up_columns);
     const GeluForward call{dtype, z_rows.numel(), z_rows.const_data_ptr(),
                            active.mutable_data_ptr()};
-    cpu::active().gelu_forward(call, torch_executor());
+    launch(call, x);
     gemm(rows_of(y, begin, n_rows), active, down_columns);
   }
   return {y, z};
@@ -58,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
   check_inputs(kBackward, x, up, down);
   const DType dtype = element_type(kBackward, "x", x);
   const int64_t n = x.size(0), channels = x.size(1), hidden = up.size(0),
-                block_rows = rows_per_block(n);
+                block_rows = rows_per_block(x);
   const bool by_blocks = accumulates_by_blocks(dtype);
   check_shape(kBackward, "d_y", d_y, "(N, C)", {n, channels});
   check_shape(kBackward, "z", z_in, "(N, F)", {n, hidden});
@@ -83,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
                             d_z.const_data_ptr(),
                             active.mutable_data_ptr(),
                             d_z.mutable_data_ptr()};
-    cpu::active().gelu_backward(call, torch_executor());
+    launch(call, x);
     gemm(rows_of(d_x, begin, n_rows), d_z, up_rows);
     if (!by_blocks) continue;
     gemm(d_down, transposed(d_y_rows), active, begin > 0);
@@ -105,4 +126,5 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)
 WGPT_REGISTER_CHECK("feed_forward")

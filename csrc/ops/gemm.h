@@ -1,4 +1,4 @@
-// Which GEMM runs for CPU tensors: the one of the CPU target in use, or torch's.
+// Which GEMM runs: for CPU tensors the one of the CPU target in use or torch's, on CUDA torch's (cuBLAS).
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace wgpt {
 
-// GEMM of CPU tensors on all of torch's threads: out = a b, or out += a b. Runs the GEMM of the CPU target in
-// use where it is faster (kernels/gemm.h), else torch's.
+// out = a b, or out += a b; of CPU tensors on all of torch's threads. There it runs the GEMM of the CPU target in
+// use where that is faster (kernels/gemm.h), else torch's.
 void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
 
 // The b of several GEMMs: a target that packs it does so once.
@@ -19,8 +19,9 @@ struct ReusedOperand {
 };
 void gemm(const Tensor& out, const Tensor& a, ReusedOperand& b);
 
-// Rows per block of an op that fuses GEMMs, so that the intermediates stay in the caches.
-int64_t rows_per_block(int64_t n);
+// Rows per block of an op that fuses GEMMs, of the rows of x: on the CPU so that the intermediates stay in the
+// caches, on CUDA so that they do not fill the memory.
+int64_t rows_per_block(const Tensor& x);
 
 // Whether weight gradients accumulate block by block. 16-bit types would round at every block: they keep the
 // intermediates of all rows, for one GEMM at the end.

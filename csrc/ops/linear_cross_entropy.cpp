@@ -1,5 +1,6 @@
 // linear_cross_entropy for torch: fused linear + cross-entropy, by blocks of rows. One (block, V) buffer holds
-// the logits, then their gradients (all N rows in 16-bit types), where eager torch holds three or four (N, V).
+// the logits, then their gradients (all N rows in 16-bit types), where eager torch holds three or four (N, V). On
+// CUDA its rows are padded to 16 bytes, for GEMMs and kernel alike.
 // The formula of a row: kernels/linear_cross_entropy.h.
 #include "kernels/linear_cross_entropy.h"
 
@@ -10,6 +11,7 @@
 
 #include "checks.h"
 #include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/cuda/launch.h"
 #include "ops/gemm.h"
 
 namespace wgpt {
@@ -27,6 +29,27 @@ void check_targets(const Tensor& targets, int64_t vocab, int64_t ignore_index) {
   }
 }
 
+// Memory for logits (rows, V) of the type and device of `like`; on CUDA its rows are padded.
+Tensor empty_logits(const Tensor& like, int64_t rows, int64_t vocab) {
+#ifdef WGPT_WITH_CUDA
+  if (on_cuda(like)) {
+    const DType dtype = element_type(kOp, "hidden", like);
+    return first_columns(empty(like, {rows, cuda::cross_entropy_row_stride(dtype, vocab)}), vocab);
+  }
+#endif
+  return empty(like, {rows, vocab});
+}
+
+void launch(const CrossEntropyRows& call, const Tensor& logits) {
+  if (!on_cuda(logits)) return cpu::active().cross_entropy_rows(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kOp, logits);
+  check_launch(kOp, cuda::cross_entropy_rows(call, scope.stream()));
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
 // The losses of all rows in their order, summed in double.
 template <typename Sum>
 double sum_of(const Tensor& losses) {
@@ -34,6 +57,31 @@ double sum_of(const Tensor& losses) {
   double sum = 0;
   for (int64_t i = 0; i < losses.numel(); ++i) sum += static_cast<double>(values[i]);
   return sum;
+}
+
+// The summed loss () and the number of correct rows () int64.
+std::tuple<Tensor, Tensor> sums_of(const Tensor& losses, const Tensor& correct) {
+  Tensor loss = empty(losses, {}), n_correct = empty(losses, {}, ScalarType::Long);
+  const uint8_t* flags = correct.const_data_ptr<uint8_t>();
+  if (on_cuda(losses)) {
+#ifdef WGPT_WITH_CUDA
+    const CudaScope scope(kOp, losses);
+    const CrossEntropySums call{losses.const_data_ptr<float>(), flags, losses.numel(),
+                                loss.mutable_data_ptr<float>(),
+                                n_correct.mutable_data_ptr<int64_t>()};
+    check_launch(kOp, cuda::cross_entropy_sums(call, scope.stream()));
+    return {loss, n_correct};
+#else
+    fail_without_cuda(kOp);
+#endif
+  }
+  if (losses.scalar_type() == ScalarType::Double) {
+    *loss.mutable_data_ptr<double>() = sum_of<double>(losses);
+  } else {
+    *loss.mutable_data_ptr<float>() = static_cast<float>(sum_of<float>(losses));
+  }
+  *n_correct.mutable_data_ptr<int64_t>() = std::count(flags, flags + losses.numel(), uint8_t{1});
+  return {loss, n_correct};
 }
 
 DType check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
@@ -48,7 +96,8 @@ DType check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& tar
   return floating_type(kOp, "hidden", hidden);
 }
 
-// Without the values of the targets: torch checks those of its own ops.
+// Without the values of the targets: torch checks those of its own ops, and on CUDA the answer would cost a
+// synchronisation; a target out of range makes the loss NaN there.
 void check(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   check_inputs(hidden, weight, targets);
 }
@@ -63,16 +112,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   const Tensor hidden = contiguous(hidden_in), weight = contiguous(weight_in),
                targets = contiguous(targets_in);
   const int64_t n = hidden.size(0), channels = hidden.size(1), vocab = weight.size(0);
-  check_targets(targets, vocab, ignore_index);
+  element_type(kOp, "hidden", hidden);
+  if (on_cpu(targets)) check_targets(targets, vocab, ignore_index);
 
-  const int64_t block_rows = rows_per_block(n);
+  const int64_t block_rows = rows_per_block(hidden);
   const bool by_blocks = !gradients || accumulates_by_blocks(dtype);
   const ScalarType sum_dtype = accumulation_type(dtype);
   const Tensor losses = empty(hidden, {n}, sum_dtype),
                correct = empty(hidden, {n}, ScalarType::Byte);
   Tensor d_hidden = gradients ? empty(hidden, {n, channels}) : empty(hidden, {0});
   Tensor d_weight = gradients ? empty(weight, {vocab, channels}) : empty(weight, {0});
-  const Tensor logits_memory = empty(hidden, {by_blocks ? block_rows : n, vocab});
+  const Tensor logits_memory = empty_logits(hidden, by_blocks ? block_rows : n, vocab);
   ReusedOperand weight_columns{transposed(weight)}, weight_rows{weight};
   for (int64_t begin = 0; begin < n; begin += block_rows) {
     const int64_t n_rows = std::min(block_rows, n - begin);
@@ -83,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
         dtype,
         n_rows,
         vocab,
+        logits.stride(0),
         ignore_index,
         gradients,
         logits.mutable_data_ptr(),
@@ -90,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
         rows_of(losses, begin, n_rows).mutable_data_ptr(),
         correct.mutable_data_ptr<uint8_t>() + begin,
     };
-    cpu::active().cross_entropy_rows(call, torch_executor());
+    launch(call, logits);
     if (!gradients) continue;  // else the logits are their own gradients now
     gemm(rows_of(d_hidden, begin, n_rows), logits, weight_rows);
     if (by_blocks) gemm(d_weight, transposed(logits), hidden_rows, begin > 0);
@@ -98,14 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden_in, cons
   if (!by_blocks) gemm(d_weight, transposed(logits_memory), hidden);
   if (gradients && n == 0) zeroed(d_weight);
 
-  Tensor loss = empty(hidden, {}, sum_dtype), n_correct = empty(hidden, {}, ScalarType::Long);
-  if (sum_dtype == ScalarType::Double) {
-    *loss.mutable_data_ptr<double>() = sum_of<double>(losses);
-  } else {
-    *loss.mutable_data_ptr<float>() = static_cast<float>(sum_of<float>(losses));
-  }
-  const uint8_t* flags = correct.const_data_ptr<uint8_t>();
-  *n_correct.mutable_data_ptr<int64_t>() = std::count(flags, flags + n, uint8_t{1});
+  const auto [loss, n_correct] = sums_of(losses, correct);
   return {loss, n_correct, d_hidden, d_weight};
 }
 
@@ -115,4 +159,5 @@ void register_ops(Library& m) { m.impl("linear_cross_entropy", TORCH_BOX(&forwar
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)
 WGPT_REGISTER_CHECK("linear_cross_entropy")

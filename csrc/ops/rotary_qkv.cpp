@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/cuda/launch.h"
 #include "ops/runtime.h"
 
 namespace wgpt {
@@ -14,6 +15,26 @@ namespace {
 
 constexpr const char* kOp = "rotary_qkv";
 constexpr const char* kBackward = "rotary_qkv_backward";
+
+void launch(const RotaryForward& call, const Tensor& where) {
+  if (!on_cuda(where)) return cpu::active().rotary_qkv_forward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kOp, where);
+  check_launch(kOp, cuda::rotary_qkv_forward(call, scope.stream()));
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+void launch(const RotaryBackward& call, const Tensor& where) {
+  if (!on_cuda(where)) return cpu::active().rotary_qkv_backward(call, torch_executor());
+#ifdef WGPT_WITH_CUDA
+  const CudaScope scope(kBackward, where);
+  check_launch(kBackward, cuda::rotary_qkv_backward(call, scope.stream()));
+#else
+  fail_without_cuda(kBackward);
+#endif
+}
 
 RotaryShape shape_of(const char* op, const char* name, const Tensor& like, int64_t batch,
                      int64_t steps, int64_t heads, int64_t head_dim, const Tensor& cos,
@@ -41,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Tensor& c
                                            const Tensor& sin_in) {
   RotaryForward call{};
   call.shape = check_inputs(qkv_in, cos_in, sin_in);
+  element_type(kOp, "qkv", qkv_in);
   const auto& [dtype, batch, steps, heads, head_dim] = call.shape;
   const Tensor qkv = contiguous(qkv_in), cos = contiguous(cos_in), sin = contiguous(sin_in);
   Tensor q = empty(qkv, {batch, steps, heads, head_dim}),
@@ -53,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Tensor& c
   call.q = q.mutable_data_ptr();
   call.k = k.mutable_data_ptr();
   call.v = v.mutable_data_ptr();
-  cpu::active().rotary_qkv_forward(call, torch_executor());
+  launch(call, qkv);
   return {q, k, v};
 }
 
@@ -78,7 +100,7 @@ Tensor backward(const Tensor& dq_in, const Tensor& dk_in, const Tensor& dv_in, c
   call.cos = cos.const_data_ptr();
   call.sin = sin.const_data_ptr();
   call.d_qkv = d_qkv.mutable_data_ptr();
-  cpu::active().rotary_qkv_backward(call, torch_executor());
+  launch(call, dq);
   return d_qkv;
 }
 
@@ -91,4 +113,5 @@ void register_ops(Library& m) {
 }  // namespace wgpt
 
 WGPT_REGISTER_OPS(CPU)
+WGPT_REGISTER_OPS(CUDA)
 WGPT_REGISTER_CHECK("rotary_qkv")

@@ -113,6 +113,11 @@ Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n) {
   return torch::stable::narrow(whole, 0, begin, n);
 }
 
+Tensor first_columns(const Tensor& matrix, int64_t n) {
+  Tensor whole = matrix;
+  return torch::stable::narrow(whole, 1, 0, n);
+}
+
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 Executor torch_executor() {

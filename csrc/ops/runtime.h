@@ -53,6 +53,9 @@ Tensor transposed(const Tensor& matrix);
 // Rows [begin, begin + n) of `tensor`, in its memory.
 Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n);
 
+// The first n columns of `matrix`, in its memory.
+Tensor first_columns(const Tensor& matrix, int64_t n);
+
 // Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
 inline Tensor workspace(const Tensor& like, size_t n_bytes) {
   return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);

@@ -27,7 +27,9 @@ SETTINGS = TrainConfig(batch_size=3, context_s=0.6, lr=0.01, warmup_steps=1, dev
 N_STEPS = 5
 TRAINED_BY = ["project_kernel", "forward_kernel", "packed_forward_kernel", "delta_kernel",
               "key_value_grad_kernel", "query_grad_kernel", "rank_kernel", "scan_kernel",
-              "place_kernel", "sum_kernel", "weight_grad_kernel", "add_splits_kernel"]  # fmt: skip
+              "place_kernel", "sum_kernel", "weight_grad_kernel", "add_splits_kernel",
+              "backward_kernel", "add_partials_kernel", "rotate_kernel", "gelu_kernel",
+              "rows_kernel", "sums_kernel"]  # fmt: skip
 
 
 def batches() -> list[Batch]:

@@ -1,11 +1,11 @@
-"""What the five CPU ops of the training step share: accuracy, gradients, registration, errors."""
+"""What the five ops of the training step share: accuracy, gradients, registration, errors."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from op_cases import CPU_DTYPES, Call, assert_same_bits, check_accuracy, run
+from op_cases import CPU_DTYPES, CUDA_DTYPES, Call, assert_same_bits, check_accuracy, run
 from torch import Tensor
 from training_op_cases import MAKERS, SIZES, FirstOutputs
 
@@ -27,6 +27,49 @@ CASES = [(name, sizes) for name in MAKERS for sizes in SIZES[name]]
 @pytest.mark.parametrize("name, sizes", CASES)
 def test_training_op_is_as_accurate_as_torch(name, sizes, dtype) -> None:
     check_accuracy(MAKERS[name](dtype=dtype, **sizes))
+
+
+def on_device(call: Call, device: str) -> FirstOutputs:
+    tensors = {key: t if t is None else t.to(device) for key, t in call.tensors.items()}
+    return FirstOutputs(call.name, tensors, call.parameters, call.options)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("name, sizes", [case for case in CASES if case[0] != "linear"])
+def test_training_op_on_cuda_is_as_accurate_as_torch(name, sizes, dtype, device) -> None:
+    check_accuracy(on_device(MAKERS[name](dtype=dtype, **sizes), device))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("name", MAKERS)
+def test_training_op_on_cuda_takes_no_rows_and_strided_inputs(name: str, device: str) -> None:
+    empty = on_device(MAKERS[name](0), device)
+    assert all((value == 0).all() for value in run(empty.op, empty).values())
+    call = on_device(MAKERS[name](9), device)
+    key = next(iter(call.tensors))
+    strided = dict(call.tensors)
+    strided[key] = torch.stack([strided[key], strided[key]], dim=-1)[..., 0]
+    other = FirstOutputs(name, strided, call.parameters, call.options)
+    assert_same_bits(run(call.op, call), run(call.op, other))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_add_rms_norm_on_cuda_takes_a_type_for_each_tensor(dtype, device) -> None:
+    x, delta, weight = (t.to(device) for t in MAKERS["add_rms_norm"](33, 72).tensors.values())
+    delta = delta.to(dtype)
+    answers = []
+    for function in (ops.add_rms_norm, ops.reference.add_rms_norm):
+        leaves = [t.clone().requires_grad_() for t in (x, delta, weight)]
+        total, y = function(*leaves, dtype=dtype)
+        assert total.dtype == torch.float32 and y.dtype == dtype
+        grads = torch.autograd.grad((y.float().sum() + total.sum()), leaves)
+        answers.append((total, y, *grads))
+    for ours, plain in zip(*answers, strict=True):
+        assert ours.dtype == plain.dtype
+        tolerance = {"rtol": 2 * torch.finfo(ours.dtype).eps, "atol": 1e-4}
+        torch.testing.assert_close(ours, plain, **tolerance)
 
 
 @pytest.mark.parametrize("target", ops.info()["cpu_targets"])

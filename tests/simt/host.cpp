@@ -38,4 +38,31 @@ const char* flash_attention_backward(const FlashAttentionBackward* a) {
 size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape* s) {
   return cuda::flash_attention_backward_workspace_bytes(*s);
 }
+
+const char* add_rms_norm_forward(const AddRmsNormForward* a) {
+  return cuda::add_rms_norm_forward(*a, nullptr);
+}
+const char* add_rms_norm_backward(const AddRmsNormBackward* a) {
+  return cuda::add_rms_norm_backward(*a, nullptr);
+}
+size_t add_rms_norm_backward_workspace_bytes(const AddRmsNormShape* s) {
+  return cuda::add_rms_norm_backward_workspace_bytes(*s);
+}
+
+const char* rotary_qkv_forward(const RotaryForward* a) {
+  return cuda::rotary_qkv_forward(*a, nullptr);
+}
+const char* rotary_qkv_backward(const RotaryBackward* a) {
+  return cuda::rotary_qkv_backward(*a, nullptr);
+}
+
+const char* gelu_forward(const GeluForward* a) { return cuda::gelu_forward(*a, nullptr); }
+const char* gelu_backward(const GeluBackward* a) { return cuda::gelu_backward(*a, nullptr); }
+
+const char* cross_entropy_rows(const CrossEntropyRows* a) {
+  return cuda::cross_entropy_rows(*a, nullptr);
+}
+const char* cross_entropy_sums(const CrossEntropySums* a) {
+  return cuda::cross_entropy_sums(*a, nullptr);
+}
 }

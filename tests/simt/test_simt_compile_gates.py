@@ -16,7 +16,11 @@ from cuda_tools import find_tool
 from emulator import CACHE, CSRC
 from launch_limits import demangled, launches_of_the_driver, misfit, most_threads
 
-UNITS = ["token_concat", "mel_embed", "flash_attention", "flash_attention_backward"]
+TRAINING_UNITS = ["add_rms_norm", "rotary_qkv", "feed_forward", "linear_cross_entropy"]
+UNITS = [
+    *("token_concat", "mel_embed", "flash_attention", "flash_attention_backward"),
+    *TRAINING_UNITS,
+]
 ARCHS = [
     "80",
     *(pytest.param(a, marks=pytest.mark.slow) for a in ("86", "89", "90a", "100", "120")),
@@ -150,6 +154,24 @@ def test_flash_attention_16_bit_kernels_have_the_expected_registers():
     for part, limit in limits.items():
         matching = [facts["registers"] for name, facts in kernels.items() if part in name]
         assert matching and max(matching) <= limit, (part, matching)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("unit", TRAINING_UNITS)
+def test_memory_bound_kernels_leave_room_for_16_warps_and_move_16_bytes(unit, arch):
+    """Of add_rms_norm rows of 768 channels may take more: it holds them in registers."""
+    cubin, report = compile_unit(unit, arch)
+    for name, facts in kernels_of(report).items():
+        if "ILi4ELi6E" not in name:
+            assert facts["registers"] <= 128, f"sm_{arch} {name}: {facts}"
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        pytest.skip("no disassembler: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path}
+    sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, env=env)
+    for instruction in (r"LDG\.E\.128", r"STG\.E\.128"):
+        assert re.search(instruction, sass.stdout), f"sm_{arch} {unit}: no {instruction}"
 
 
 def test_kernels_keep_the_seam():

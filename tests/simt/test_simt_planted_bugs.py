@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from attention_cases import backward, compare, forward, inputs, worst_of_rows
+from attention_cases import backward, compare, forward, inputs
+from attention_cases import worst_of_rows as worst_of_attention
 from embed_cases import check_mel_forward, concat_backward_values, concat_forward
 from emulator import CACHE, POLICIES, Emulator
 from mutants import MUTANTS, build_mutants
 from numerics import worst_row
+from training_cases import gelu, norm, rotary, scores, worst_of_rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 SEEDS = [1, 2, 3]
@@ -18,7 +20,7 @@ def flash_error(emu, _):
     conflicts = emu.counters()["bank_conflicts"]
     if conflicts:
         raise RuntimeError(f"{conflicts} bank conflicts in ldmatrix")
-    errors = [worst_of_rows([out], q, k, v, 0.2)]
+    errors = [worst_of_attention([out], q, k, v, 0.2)]
     for first_key, spoiled in first_keys():
         q, k, v = inputs(emu, 1, 150, 150, 1, 32, BF16)
         clean = [x.clone() for x in (q, k, v)]
@@ -65,7 +67,9 @@ def flash_backward_error(emu, _):
         q, k, v, d_out = inputs(emu, 1, steps, steps, 1, 32, BF16, n=4)
         out, lse = forward(emu, q, k, v, 0.2, first_key=first_key)
         grads = backward(emu, q, k, v, out, lse, d_out, 0.2, first_key=first_key)
-        errors.append(worst_of_rows([out, *grads], q, k, v, 0.2, first_key=first_key, d_out=d_out))
+        errors.append(
+            worst_of_attention([out, *grads], q, k, v, 0.2, first_key=first_key, d_out=d_out)
+        )
     hold_to_work_alone(emu, True)
     return max(errors)
 
@@ -96,7 +100,31 @@ def concat_error(emu, _):
     return max(worst_row(*value)[0] for value in values.values())
 
 
+def norm_error(emu, dtype):
+    errors = [norm(emu, 33, 24, dtype, dtype, dtype), norm(emu, 3, 780, dtype, dtype, dtype)]
+    return max(map(worst_of_rows, errors))
+
+
+def rotary_error(emu, dtype):
+    return worst_of_rows(rotary(emu, 2, 5, 2, 32, dtype))
+
+
+def gelu_error(emu, dtype):
+    return worst_of_rows(gelu(emu, 300, dtype))
+
+
+def loss_error(emu, dtype):
+    try:
+        return worst_of_rows(scores(emu, 37, 77, dtype))
+    except AssertionError:  # of the hits and the sums, which are exact
+        return float("inf")
+
+
 ERRORS = {
+    "add_rms_norm": norm_error,
+    "rotary_qkv": rotary_error,
+    "feed_forward": gelu_error,
+    "linear_cross_entropy": loss_error,
     "flash_attention": flash_error,
     "flash_attention_backward": flash_backward_error,
     "mel_embed": mel_error,

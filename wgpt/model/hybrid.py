@@ -22,7 +22,7 @@ from wgpt.model.cache import Cache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.fusion import Fusion
 from wgpt.model.latent import LatentHistory, centred
-from wgpt.model.transformer import Attention, Block, add_norm, is_plain, op_for, rotary_angles
+from wgpt.model.transformer import Attention, Block, add_norm, is_plain, rotary_angles
 
 _FORMAT = "wgpt-model-1"
 
@@ -190,7 +190,7 @@ class HybridModel(nn.Module):
         """Summed NLL in nats over the targets (B, T) int64 that are not -1, and how many of them
         the model puts first, from the hidden state (B, T, C)."""
         if is_plain(self.head, nn.Linear):
-            return op_for("linear_cross_entropy", hidden)(hidden, self.head.weight, targets)
+            return ops.linear_cross_entropy(hidden, self.head.weight, targets)
         return ops.reference.summed_nll(self.head(hidden), targets)
 
     def loss(self, tokens: Tensor, frames: Tensor | None, targets: Tensor) -> Tensor:

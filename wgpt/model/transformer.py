@@ -12,16 +12,6 @@ from torch.nn.modules import module as _every_module
 from wgpt import ops
 from wgpt.model.cache import LayerCache
 from wgpt.ops.autocast import autocast_type
-from wgpt.ops.cuda import is_cpu
-
-
-def op_for(name: str, x: Tensor) -> Any:
-    """The op `name` for tensors on the device of x: the one place where the model chooses.
-
-    On the CPU it is wgpt's own op. Five of them have no CUDA kernel, and everywhere else the same
-    formula in plain torch runs, from wgpt.ops.reference.
-    """
-    return getattr(ops if is_cpu(x.device) else ops.reference, name)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module], *, may_have_bias: bool = False) -> bool:
@@ -56,18 +46,19 @@ def _overrides_functions(tensor: Any) -> bool:
     return own is not usual and own is not torch._C._disabled_torch_function_impl
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) of a linear layer without bias, or of what was put in its place."""
-    y: Tensor = op_for("linear", x)(x, layer.weight) if is_plain(layer, nn.Linear) else layer(x)
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """layer(x) of a linear layer without bias, or of the module put in its place."""
+    y: Tensor = ops.linear(x, layer.weight) if is_plain(layer, nn.Linear) else layer(x)
     return y
 
 
 def add_norm(
-    norm: nn.Module, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
+    norm: Any, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + delta (delta None: x), and that normed: in `dtype`, by default what GEMMs take."""
+    """x + delta (delta None: x), and that normed by an nn.RMSNorm, or the module put in its place: in
+    `dtype`, by default what GEMMs take."""
     if is_plain(norm, nn.RMSNorm):
-        return op_for("add_rms_norm", x)(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
+        return ops.add_rms_norm(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
     total = x if delta is None else (x + delta).to(x.dtype)
     return total, norm(total).to(dtype or autocast_type(total))
 
@@ -110,7 +101,7 @@ class Attention(nn.Module):
         batch, steps, width = x.shape
         qkv = linear(self.qkv, x)
         qkv = qkv.view(batch, steps, 3, width // self.head_dim, self.head_dim)
-        q, k, v = op_for("rotary_qkv", x)(qkv, *angles)
+        q, k, v = ops.rotary_qkv(qkv, *angles)
         if cache is not None:
             k, v = cache.append(torch.stack((k, v), 2))
         y = ops.flash_attention(q, k, v, causal=True, window=self.window_steps, first_key=first_key)
@@ -128,7 +119,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         if is_plain(self.up, nn.Linear) and is_plain(self.down, nn.Linear):
-            return op_for("feed_forward", x)(x, self.up.weight, self.down.weight)
+            return ops.feed_forward(x, self.up.weight, self.down.weight)
         return linear(self.down, functional.gelu(linear(self.up, x)))
 
 

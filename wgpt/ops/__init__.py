@@ -2,17 +2,17 @@
 
                                              CPU       CUDA              any other device
     flash_attention, mel_embed, token_concat kernels   kernels           error
-    add_rms_norm, rotary_qkv, linear,
-    feed_forward, linear_cross_entropy       kernels   `reference`       `reference`
+    add_rms_norm, rotary_qkv                 kernels   kernels           `reference`
+    feed_forward, linear_cross_entropy       kernels   kernels, cuBLAS   `reference`
+    linear                                   kernels   `reference`       `reference`
     PackedMatrix (float32)                   kernels   torch's GEMM      torch's GEMM
 
-The second group has CPU kernels because a profile of the training step asked for them there;
-elsewhere it is the same formula in plain torch, which `reference` holds for every op.
+`reference` holds the formula of every op in plain torch. float64 is for the CPU.
 
 On a GPU that our CUDA kernels do not serve (a build without nvcc, a GPU older than sm_80, a driver
-older than the kernels) the first group is plain torch too: `wgpt.ops.plain`. One logged warning
-says why and what to install; with `WGPT_REQUIRE_CUDA=1` it is a ConfigError. Arguments that do not
-fit raise the same OpError everywhere.
+older than the kernels) all of it is plain torch: `wgpt.ops.plain` for the first row, `reference`
+for the others. One logged warning says why and what to install; with `WGPT_REQUIRE_CUDA=1` it is a
+ConfigError. Arguments that do not fit raise the same OpError everywhere.
 
 On CPUs the best instruction set that is compiled in and supported runs, unless `WGPT_CPU_TARGET` or
 `set_cpu_target` names another; on x86 it flushes results too small for a normal float to zero.

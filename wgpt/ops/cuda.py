@@ -152,9 +152,12 @@ def is_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not is_gpu(device)
 
 
-def runs_reference(device: torch.device) -> bool:
-    """Whether an op whose kernels are for the CPU alone runs `wgpt.ops.reference` there."""
-    return is_plain() or not is_cpu(device)
+def runs_reference(device: torch.device, *, has_cuda_kernels: bool = True) -> bool:
+    """Whether an op runs `wgpt.ops.reference` there: everywhere but on the CPU and, if it has CUDA
+    kernels, on a GPU that they serve. Warns and raises as `runs_plain_torch` does."""
+    if not has_cuda_kernels or not is_gpu(device):
+        return is_plain() or not is_cpu(device)
+    return runs_plain_torch(device)
 
 
 def runs_plain_torch(device: torch.device) -> bool:

@@ -25,7 +25,8 @@ def linear_cross_entropy(
 
     The logits become their own gradients in place, and nothing of their size is saved: the forward
     computes the gradients of hidden and weight, the backward only scales them. The GEMMs are those
-    of `linear`, with their determinism. On devices other than the CPU all logits are written.
+    of `linear`, with their determinism, on CUDA those of cuBLAS. There a target outside [0, V)
+    makes the loss NaN instead of an error: a check would wait for the device.
 
     Args:
         hidden: (..., C); float32, bfloat16, float16 or float64.

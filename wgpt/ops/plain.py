@@ -1,7 +1,7 @@
-"""The ops with CUDA kernels in plain torch, for GPUs without them (`wgpt.ops.cuda`).
+"""mel_embed, token_concat and flash_attention in plain torch, for GPUs without our kernels.
 
 Formulas and errors are those of the kernels; speed, determinism and memory are torch's. They agree
-with `wgpt.ops.reference`, which is written for reading. The other ops run that one on every GPU.
+with `wgpt.ops.reference`, which is written for reading and which the other ops run there.
 """
 
 from __future__ import annotations

@@ -4,8 +4,12 @@
 
 #include <cstddef>
 
+#include "kernels/add_rms_norm.h"
+#include "kernels/feed_forward.h"
 #include "kernels/flash_attention.h"
+#include "kernels/linear_cross_entropy.h"
 #include "kernels/mel_embed.h"
+#include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
 
 namespace wgpt::cuda {
@@ -22,5 +26,15 @@ size_t mel_embed_backward_workspace_bytes(const MelEmbedShape&);
 const char* token_concat_forward(const TokenConcatForward&, Stream);
 const char* token_concat_backward(const TokenConcatBackward&, Stream);
 size_t token_concat_backward_workspace_bytes(const TokenConcatShape&);
+const char* add_rms_norm_forward(const AddRmsNormForward&, Stream);
+const char* add_rms_norm_backward(const AddRmsNormBackward&, Stream);
+size_t add_rms_norm_backward_workspace_bytes(const AddRmsNormShape&);
+const char* rotary_qkv_forward(const RotaryForward&, Stream);
+const char* rotary_qkv_backward(const RotaryBackward&, Stream);
+const char* gelu_forward(const GeluForward&, Stream);
+const char* gelu_backward(const GeluBackward&, Stream);
+const char* cross_entropy_rows(const CrossEntropyRows&, Stream);
+const char* cross_entropy_sums(const CrossEntropySums&, Stream);
+int64_t cross_entropy_row_stride(DType dtype, int64_t vocab);  // V in whole 16-byte vectors
 
 }  // namespace wgpt::cuda

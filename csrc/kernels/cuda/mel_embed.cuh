@@ -19,6 +19,7 @@
 // the shape alone, so the bits depend on neither the device nor the order of blocks.
 #pragma once
 
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/mel_embed_gemm.cuh"
 #include "kernels/cuda/pos_grad.cuh"
 
@@ -28,13 +29,6 @@ namespace mel_embed {
 constexpr int kMaxSplits = 64;
 // At least: adding up smaller splits would cost more than they save.
 constexpr int64_t kStepsPerSplit = 256;
-
-// gelu(z) = z Phi(z); slope = d gelu / dz = Phi(z) + z phi(z)
-WGPT_DEVICE float gelu(float z, float& slope) {
-  const float cdf = 0.5f * (1.f + erff(z * 0.70710678f));
-  slope = cdf + z * 0.39894228f * __expf(-0.5f * z * z);
-  return z * cdf;
-}
 
 // The first n of v's values, or all of them at once where `wide`.
 template <typename T, int kW>

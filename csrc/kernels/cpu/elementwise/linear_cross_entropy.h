@@ -77,7 +77,7 @@ void cross_entropy_rows_as(const CrossEntropyRows& args, const Executor& executo
       Sum loss = 0;
       bool correct = false;
       if (scored) {
-        read_row(args.dtype, args.logits, row * v, v, x);
+        read_row(args.dtype, args.logits, row * args.row_stride, v, x);
         const Sum largest = row_max(x, v), chosen = x[target];
         correct = is_first_of_largest(x, target, largest);
         const Sum sum = exponentials(x, v, largest);
@@ -90,7 +90,7 @@ void cross_entropy_rows_as(const CrossEntropyRows& args, const Executor& executo
       }
       static_cast<Sum*>(args.loss)[row] = loss;
       args.correct[row] = correct;
-      if (args.gradients) write_row(args.dtype, x, v, args.logits, row * v);
+      if (args.gradients) write_row(args.dtype, x, v, args.logits, row * args.row_stride);
     }
   });
 }
