@@ -55,8 +55,10 @@ def linear(layer: Any, x: Tensor) -> Tensor:
 def add_norm(
     norm: Any, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + delta (delta None: x), and that normed by an nn.RMSNorm, or the module put in its place: in
-    `dtype`, by default what GEMMs take."""
+    """x + delta (delta None: x), and that normed by an nn.RMSNorm or the module put in its place.
+
+    The normed sum is in `dtype`, by default what GEMMs take.
+    """
     if is_plain(norm, nn.RMSNorm):
         return ops.add_rms_norm(x, delta, norm.weight, eps=norm.eps, dtype=dtype)
     total = x if delta is None else (x + delta).to(x.dtype)
