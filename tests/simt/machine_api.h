@@ -5,6 +5,7 @@
 
 extern "C" {
 void* simt_allocate(size_t bytes) { return simt::allocate(bytes); }
+void simt_free(void* tensor) { simt::free(tensor); }
 void simt_free_all() { simt::free_all(); }
 void simt_set_policy(int order, int copies, uint64_t seed, int cores) {
   simt::set_policy({static_cast<simt::Order>(order), static_cast<simt::Copies>(copies), seed,

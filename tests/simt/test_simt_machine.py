@@ -106,6 +106,22 @@ def test_launch_limits(machine, grid, threads, shared, text):
     assert text in run(machine, "machine_launch", grid, threads, ctypes.c_size_t(shared), hits)
 
 
+def test_freed_memory_is_poisoned_and_given_again(machine):
+    """In a block of its size, between red zones of its own."""
+    sizes = (64, 65, 64)
+    tensors = [machine.tensor(torch.zeros(n)) for n in sizes]
+    addresses = [t.data_ptr() for t in tensors]
+    for address in addresses[:2]:
+        machine.lib.simt_free(ctypes.c_void_p(address))
+    assert tensors[0].isnan().all() and not tensors[2].any()
+    again = [machine.empty((n,), torch.float32) for n in (64, 64)]
+    assert again[0].data_ptr() == addresses[0] and again[0].isnan().all()
+    assert again[1].data_ptr() not in addresses
+    ctypes.memset(addresses[2] + 4 * 64, 0, 1)  # behind its end
+    hits = machine.tensor(torch.zeros(1, dtype=torch.int32))
+    assert "wrote out of bounds" in run(machine, "machine_count_hits", hits, 1, 1)
+
+
 @pytest.mark.slow
 def test_the_example_builds_and_runs_as_its_head_says(tmp_path):
     program = tmp_path / "reverse"

@@ -4,6 +4,7 @@ The g++ half of a wrapper is what all other tests run; the nvcc half is what a G
 compiles the wrappers' probes (benchmarks/gpu_golden.cuh) to PTX, and tests/simt/ptx.py executes it.
 """
 
+import re
 import shutil
 import subprocess
 
@@ -82,6 +83,18 @@ only_once = pytest.mark.parametrize("built_machine", ["fast"], indirect=True)
 @only_once
 def test_every_probe_is_asked(built_machine):
     assert set(ids(built_machine)) == set(PROBES)
+
+
+def test_every_wrapper_has_a_probe():
+    probed = (ROOT / "benchmarks" / "gpu_golden.cuh").read_text()
+    names = set()
+    for path in (CSRC / "kernels" / "cuda" / "device").glob("*.cuh"):
+        text = path.read_text()
+        for instruction in re.finditer(r'\basm(?: volatile)?\(\s*"[^"]', text):
+            before = text[: instruction.start()]
+            names.add(re.findall(r"WGPT_DEVICE [\w ]+?(\w+)(?:<\w+>)?\(", before)[-1])
+    assert len(names) >= 12
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", probed)] == []
 
 
 @only_once
