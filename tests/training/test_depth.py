@@ -140,6 +140,9 @@ def test_init_goes_on_from_trunk_and_head(prepared, joint, tmp_path):
     first, last = read_metrics(out / "metrics.csv")[0], read_metrics(joint / "metrics.csv")[-1]
     assert (first["nll_nats"], first["fine_nll_nats"]) == (last["nll_nats"], last["fine_nll_nats"])
     assert read_json(out / "config.json")["preset"] == "hybrid-xs"
+    # A window has no weights.
+    train(prepared, tmp_path / "window", model={"window_steps": 4}, dry_run=True,
+          init=str(joint), **SETTINGS)  # fmt: skip
     # Another shape of head is drawn anew; the trunk still comes along.
     out = tmp_path / "other"
     settings = {**SETTINGS, "max_steps": 1, "init": str(joint)}

@@ -42,7 +42,8 @@ def test_a_known_codec_starts_from_the_packaged_model():
         chosen, settings = planned(other)
         assert chosen.preset == "voice-xs" and settings.init == ""
     assert "--mel-sources decoded-8" in shape_for(facts(mel_sources=("wave",))).why
-    assert shape_for(facts(), wants_shape=True).preset == "voice-xs"
+    shaped = shape_for(facts(), wants_shape=True)
+    assert shaped.preset == "voice-xs" and "another shape than that of starter" in shaped.why
 
 
 def test_size_and_codebooks_follow_audio_and_codec():

@@ -19,7 +19,7 @@ from wgpt.runs.pretrained import model_folder
 _FINE_FIELDS = ("n_fine", "fine_dim", "n_fine_layers", "fine_head_dim", "fine_ffn_dim")
 _LATENT_FIELDS = ("n_fine", "latent_steps", "latent_dim", "latent_hidden")
 # Fields of ModelConfig that may differ from those of --init.
-CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout", "end_of_clip")
+CHANGEABLE_FIELDS = (*_FINE_FIELDS, *_LATENT_FIELDS, "dropout", "window_steps", "end_of_clip")
 
 
 class InitialWeights:
@@ -73,9 +73,9 @@ class InitialWeights:
         model.load_state_dict({**own, **state})
 
     def shape(self, changes: dict[str, Any]) -> ModelConfig:
-        """The model's configuration with the fields of fine head and latents, or dropout, changed.
+        """The model's configuration with changes that leave the trunk's weights their meaning.
 
-        Raises ConfigError for any other field: the weights would not fit, or mean something else.
+        Raises ConfigError for a field that is not in CHANGEABLE_FIELDS.
         """
         for name, value in changes.items():
             own = getattr(self.model.config, name)

@@ -74,7 +74,9 @@ def shape_for(facts: Facts, wants_shape: bool = False) -> Plan:
     if facts.start and facts.start_mel_source in facts.mel_sources and not wants_shape:
         settings = {**common, "init": facts.start, "mel_source": facts.start_mel_source, "lr": 1e-3}
         return Plan(f"from {facts.start}, which knows this codec", None, model, settings)
-    if facts.start and not wants_shape:
+    if facts.start and wants_shape:
+        why = f"from scratch: the flags ask for another shape than that of {facts.start}"
+    elif facts.start:
         why = (
             f"from scratch: {facts.start} wants the mel source {facts.start_mel_source} "
             f"(prepare with --mel-sources {facts.start_mel_source})"
