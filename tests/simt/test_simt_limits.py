@@ -5,8 +5,13 @@ One policy of the fast build each: a count that is cut off is so in any order of
 
 import pytest
 import torch
-from attention_cases import check_rows, forward
-from embed_cases import check_concat_backward, check_mel_backward, check_mel_forward
+from attention_cases import backward, check_rows, forward
+from embed_cases import (
+    check_concat_backward,
+    check_mel_backward,
+    check_mel_forward,
+    concat_forward,
+)
 
 pytestmark = pytest.mark.parametrize("built", ["fast"], indirect=True)
 BF16 = torch.bfloat16
@@ -84,3 +89,35 @@ def test_frames_beyond_32_bits(built, strides):
     built.reset()
     check_mel_forward(built, (2, 3, 4, 4, 1, 1), torch.float32, frame_strides=strides)
     check_mel_backward(built, (2, 3, 4, 4, 1, 1), torch.float32, frame_strides=strides)
+
+
+@pytest.mark.parametrize("strides", [(FAR, 4), (64, FAR)], ids=["batch", "step"])
+def test_mel_beyond_32_bits_beside_the_tokens(built, strides):
+    built.reset()
+    mel = built.empty((strides[0] + 2 * strides[1] + 4,), BF16).as_strided((2, 3, 4), (*strides, 1))
+    mel.copy_(torch.randn(2, 3, 4))
+    tokens, table = torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.randn(3, 4).to(BF16)
+    y = concat_forward(built, tokens, table, mel, None)
+    assert torch.equal(y, torch.cat([table[tokens], mel], -1))
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["decode", "tiles"])
+@pytest.mark.parametrize("far", range(4), ids=["q", "k", "v", "d_out"])
+@pytest.mark.parametrize("axis", ["batch", "step", "head"])
+def test_attention_beyond_32_bits(built, axis, far, steps):
+    """Of one tensor at a time, for all of them would pass the arena."""
+    built.reset()
+    shape, generator = (2, steps, 2, 32), torch.Generator().manual_seed(far)
+    strides = {"batch": (FAR, 64, 32), "step": (64, FAR, 32), "head": (32 * steps, 32, FAR)}[axis]
+    tensors = []
+    for i in range(4):
+        values = torch.randn(shape, generator=generator).to(BF16)
+        if i != far:
+            tensors.append(built.tensor(values))
+            continue
+        size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=False)) + 32
+        tensors.append(built.empty((size,), BF16).as_strided(shape, (*strides, 1)).copy_(values))
+    q, k, v, d_out = tensors
+    out, lse = forward(built, q, k, v, 0.2)
+    grads = backward(built, q, k, v, out, lse, d_out, 0.2)
+    check_rows([out, *grads], q, k, v, 0.2, d_out=d_out)
