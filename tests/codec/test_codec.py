@@ -16,7 +16,7 @@ import torch
 from wgpt import codec
 from wgpt.codec import weights as codec_weights
 from wgpt.codec.training import synth
-from wgpt.files import read_json
+from wgpt.files import read_json, sha256_of
 
 HOP = 320
 
@@ -327,7 +327,48 @@ def test_encodec_24khz_is_found_in_the_caches(original, monkeypatch, tmp_path):
     checkpoints.mkdir(parents=True)
     monkeypatch.setattr(codec_weights, "ENCODEC_FILE", original.name)
     (checkpoints / original.name).symlink_to(original)
+    with pytest.raises(codec.CodecError, match="must have sha256 d7cc33bcf1aad7f2dad9836f36431530"):
+        codec.load("encodec_24khz")
+    monkeypatch.setattr(codec_weights, "ENCODEC_FILE_SHA256", sha256_of(original))
     assert codec.load("encodec_24khz").n_codebooks == 32
+
+
+def test_a_download_of_encodec_24khz_is_of_one_commit_and_checked(monkeypatch, tmp_path):
+    asked = []
+    commit = codec_weights.ENCODEC_REVISION
+    repository = tmp_path / "hub" / "models--facebook--encodec_24khz"
+
+    def download(name, revision, allow_patterns):
+        """As huggingface_hub lays its cache: names of a snapshot link to files named by hash."""
+        asked.append((name, revision))
+        snapshot, blobs = repository / "snapshots" / revision, repository / "blobs"
+        blobs.mkdir(parents=True)
+        _random_model(pad_mode="constant").save_pretrained(snapshot)
+        weights = snapshot / "model.safetensors"
+        blob = blobs / sha256_of(weights)
+        weights.rename(blob)
+        weights.symlink_to(blob)
+        return str(snapshot)
+
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert codec.load("encodec_24khz", download=True).n_codebooks == 2
+    assert asked == [("facebook/encodec_24khz", commit)] and len(commit) == 40
+    (
+        other := repository / "snapshots" / ("0" * 40)
+    ).mkdir()  # of the cache, the same commit is taken
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_text("{}")
+    assert codec.load("encodec_24khz").n_codebooks == 2
+    blob = next((repository / "blobs").iterdir())
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(codec.CodecError, match=f"recorded, {blob.name}, got .* download it again"):
+        codec.load("encodec_24khz")
 
 
 def test_missing_encodec_24khz_says_at_once_what_to_put_where(monkeypatch, tmp_path):

@@ -32,7 +32,9 @@ PACKAGED = {  # and the sha256 of their files; mini-v1 is what mini was in versi
     },
 }
 ENCODEC_REPOSITORY = "facebook/encodec_24khz"
+ENCODEC_REVISION = "c1dbe2ae3f1de713481a3b3e7c47f357092ee040"  # what a download takes
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
+ENCODEC_FILE_SHA256 = "d7cc33bcf1aad7f2dad9836f36431530744abeace3ca033005e3290ed4fa47bf"
 
 # The codebooks' running means serve training only; a file may leave them out.
 _TRAINING_ONLY = ("embed_avg", "cluster_size", "inited")
@@ -136,7 +138,14 @@ def _read_folder(folder: Path, name: str) -> CodecWeights:
     if "sha256" in config:  # written by `wgpt codec-train`
         sums = {"model.safetensors": config["sha256"]}
         check_sha256(folder, sums, CodecError, "train or get the codec again")
-    return _checked(name, config, tensors, sha256_of(weights_path))
+    sha256 = sha256_of(weights_path)
+    recorded = weights_path.resolve().name  # the Hub's cache names large files by their sha256
+    if re.fullmatch("[0-9a-f]{64}", recorded) and sha256 != recorded:
+        raise CodecError(
+            f"codec: {weights_path} must have the sha256 that the Hub recorded, {recorded}, got "
+            f"{sha256}; delete {weights_path.resolve()} and download it again"
+        )
+    return _checked(name, config, tensors, sha256)
 
 
 def _read_original(path: Path) -> CodecWeights:
@@ -187,10 +196,13 @@ def _checked(
 
 def _find_encodec_24khz(download: bool) -> Path:
     """A folder in the Hub's cache, or the .th in torch's; downloads only when asked to."""
-    if found := hub.cached(ENCODEC_REPOSITORY):
+    found = hub.cached(ENCODEC_REPOSITORY, ENCODEC_REVISION) or hub.cached(ENCODEC_REPOSITORY)
+    if found:
         return found
     original = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
     if original.is_file():
+        sums = {ENCODEC_FILE: ENCODEC_FILE_SHA256}
+        check_sha256(original.parent, sums, CodecError, "get the file again")
         return original
     places = (
         f"put the original file {ENCODEC_FILE} (sha256 begins with d7cc33bc) into "
@@ -203,6 +215,6 @@ def _find_encodec_24khz(download: bool) -> Path:
             f"{places}"
         )
     try:
-        return hub.find(ENCODEC_REPOSITORY, download=True, error=CodecError)
+        return hub.find(ENCODEC_REPOSITORY, ENCODEC_REVISION, download=True, error=CodecError)
     except CodecError as error:
         raise CodecError(f"codec: {error}; or {places}") from error
