@@ -146,8 +146,12 @@ class Dataset:
             }
             groups = _groups(manifest)
             # Earlier versions knew no test split.
-            totals = {name: manifest["totals"][name] for name in SPLITS[:2]}
-            totals["test"] = manifest["totals"].get("test")
+            given = {name: manifest["totals"][name] for name in SPLITS[:2]}
+            given["test"] = manifest["totals"].get("test")
+            totals = {
+                name: (int(total["steps"]), int(total["clips"])) if total else (0, 0)
+                for name, total in given.items()
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where}: must follow the format, got a bad entry: {error}") from error
         for source in self.mel_sources:  # it becomes part of a path
@@ -158,7 +162,7 @@ class Dataset:
                 _require(where, f"normalisation of {source}", (self.mel_config.n_mels,),
                          tuple(values.shape))  # fmt: skip
         self._splits = {
-            name: self._open(name, total, groups[name]) if total else self._empty(name)
+            name: self._open(name, *total, groups[name]) if given[name] else self._empty(name)
             for name, total in totals.items()
         }
 
@@ -212,7 +216,11 @@ class Dataset:
         missing = sorted(set(names) - set(files))
         if missing:
             raise DataError(f"{self.path / 'manifest.json'}: has no sha256 of {missing[0]}")
-        sums = {name: files[name]["sha256"] for name in names}
+        try:
+            sums = {name: files[name]["sha256"] for name in names}
+        except (KeyError, TypeError) as error:
+            where = self.path / "manifest.json"
+            raise DataError(f"{where}: must follow the format, got a bad entry: {error}") from error
         check_sha256(self.path, sums, DataError, "prepare the data again")
 
     def _empty(self, name: str) -> Split:
@@ -222,9 +230,8 @@ class Dataset:
         return Split(name, tokens, np.zeros(1, np.int64), mel, [], config.frames_per_step,
                      self.codebook_size, float(torch.tensor(config.floor).log()))  # fmt: skip
 
-    def _open(self, name: str, totals: dict[str, Any], groups: list[str]) -> Split:
+    def _open(self, name: str, n_steps: int, n_clips: int, groups: list[str]) -> Split:
         folder, config = self.path / name, self.mel_config
-        n_steps, n_clips = int(totals["steps"]), int(totals["clips"])
         n_frames = n_steps * config.frames_per_step
         offsets_path = folder / "offsets.npy"
         offsets = np.asarray(_load(offsets_path, np.int64, (n_clips + 1,)))
