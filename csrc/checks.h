@@ -115,6 +115,10 @@ inline void check_at_least(const char* op, const char* name, int64_t value, int6
   if (value < low) fail(op, name, " must be at least ", low, ", got ", value);
 }
 
+inline void check_at_most(const char* op, const char* name, int64_t value, int64_t high) {
+  if (value > high) fail(op, name, " must be at most ", high, ", got ", value);
+}
+
 // The kernels' name for the element type of a floating-point argument.
 inline DType floating_type(const char* op, const char* name, ScalarType dtype) {
   switch (dtype) {

@@ -96,6 +96,8 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
                             causal,
                             window,
                             group};
+  // Tk sees all, and a position and it together are a number.
+  shape.window = std::min(window, std::max<int64_t>(shape.kv_steps, 1));
   if (shape.head_dim != 32 && shape.head_dim != 64 && shape.head_dim != 128) {
     fail(op, "the head dimension D must be 32, 64 or 128, got ", shape.head_dim);
   }

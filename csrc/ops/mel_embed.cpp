@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -66,6 +67,12 @@ MelEmbedShape check_slices(const char* op, const Tensor& frames, const Tensor& m
   if (n_frames % frames_per_step != 0) {
     fail(op, "the number of frames F must be a multiple of frames_per_step = ", frames_per_step,
          ", got ", n_frames);
+  }
+  // Their sum times M, a row of weight, is computed from here on.
+  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(mels, 1) / 2;
+  if (frames_per_step > most || context_frames > most) {
+    fail(op, "frames_per_step and context_frames must be at most ", most, " for M = ", mels,
+         ", got ", frames_per_step, " and ", context_frames);
   }
   shape.dtype = element_type(op, like_name, like);
   shape.frames_dtype = frames_type(op, frames, like_name, like);

@@ -21,7 +21,7 @@ Tensor forward(const Tensor& x_in, const Tensor& panels, const std::optional<Ten
   check_at_least(kOp, "columns", n, 0);
   check_dtype(kOp, "panels", panels, ScalarType::Float);
   check_shape(kOp, "panels", panels, "(P, K, 64)",
-              {(n + kPanelColumns - 1) / kPanelColumns, x_in.size(1), kPanelColumns});
+              {n / kPanelColumns + (n % kPanelColumns != 0), x_in.size(1), kPanelColumns});
   if (!panels.is_contiguous()) fail(kOp, "panels must be contiguous");
   const Tensor x = with_dense_rows(x_in);
   Gemm call{};

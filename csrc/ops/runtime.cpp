@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -46,15 +47,21 @@ int64_t element_bytes(ScalarType dtype) {
   }
 }
 
-// numel: of the tensor that torch did not give.
+constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+
+// numel: of the tensor that torch did not give, or kHuge; words: what torch says.
 [[noreturn]] void fail_to_allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
-                                   ScalarType dtype, int64_t numel) {
-  const std::string words = torch_says();
+                                   ScalarType dtype, int64_t numel, const std::string& words) {
   if (!words.empty() && !says_out_of_memory(words)) throw std::runtime_error(words);
   std::ostringstream message;
   message << "out of memory on " << device_text(like) << ": a " << dtype_text(dtype)
-          << " tensor of shape " << shape_text(sizes) << " needs " << numel * element_bytes(dtype)
-          << " bytes. Lower the batch size or the length";
+          << " tensor of shape " << shape_text(sizes) << " needs ";
+  if (numel >= kHuge / element_bytes(dtype)) {
+    message << "2^63 or more";
+  } else {
+    message << numel * element_bytes(dtype);
+  }
+  message << " bytes. Lower the batch size or the length";
   if (!words.empty()) message << ". torch says: " << words;
   throw OutOfMemory(message.str());
 }
@@ -75,8 +82,12 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+    const int64_t size = std::max<int64_t>(sizes.begin()[i], 1);
+    stride = stride > kHuge / size ? kHuge : stride * size;
   }
+  const bool is_empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
+  if (stride >= kHuge / element_bytes(dtype) && !is_empty)
+    fail_to_allocate(like, sizes, dtype, kHuge, "");
   int32_t device_type = 0;
   check_torch(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -84,7 +95,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   const AOTITorchError status =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
                                shim_dtype, device_type, like.get_device_index(), &handle);
-  if (status != AOTI_TORCH_SUCCESS) fail_to_allocate(like, sizes, dtype, stride);
+  if (status != AOTI_TORCH_SUCCESS) fail_to_allocate(like, sizes, dtype, stride, torch_says());
   return Tensor(handle);
 }
 

@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import quote_from_bytes
 
 import numpy as np
@@ -164,9 +166,129 @@ def upload_target(folder: Path) -> Target:
     return run
 
 
+class _Bytes:
+    """Bytes, one after the other; zeros follow."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = iter(data)
+
+    def __call__(self) -> int:
+        return next(self._data, 0)
+
+
+_OP_SIZES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    12,
+    15,
+    16,
+    17,
+    24,
+    31,
+    32,
+    33,
+    40,
+    48,
+    63,
+    64,
+    65,
+    80,
+    128,
+    129,
+)
+# As sizes, the large ones are more than any memory: none between that would be allocated for long.
+_OP_INTS = (0, 1, 2, 3, 4, 7, 8, 16, 17, 64, -1, -2, -100, -(1 << 31), 1 << 48, (1 << 62) + 1,
+            (1 << 63) - 1, -(1 << 63))  # fmt: skip
+_OP_FLOATS = (1.0, 0.125, 1e-5, 0.0, -1.0, 1e38, math.inf, math.nan)
+_OP_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
+             torch.bool, torch.uint8)  # fmt: skip
+_N_POOLED = 6
+
+
+def _op_tensor(take: _Bytes, sizes: list[int]) -> torch.Tensor:
+    """type, axes, an axis each (a pooled size, two of them together, or one by itself), layout,
+    values."""
+    dtype = _OP_TYPES[take() % len(_OP_TYPES)]
+    shape = []
+    for _ in range(take() % 6):
+        kind = take()
+        size = sizes[kind % 8] if kind % 8 < _N_POOLED else _OP_SIZES[take() % len(_OP_SIZES)]
+        shape.append(size + (sizes[kind // 8 % _N_POOLED] if kind % 8 == 7 else 0))
+    if math.prod(shape) > 1 << 16:
+        shape = [min(size, 3) for size in shape]
+    layout, values = take() % 6, take()
+    spread = [2 * n if layout == 1 and i == len(shape) - 1 else n for i, n in enumerate(shape)]
+    made = torch.Generator().manual_seed(values)
+    if values == 0:
+        tensor = torch.zeros(spread, dtype=dtype)
+    elif dtype.is_floating_point:
+        tensor = torch.randn(spread, generator=made).to(dtype)
+    else:
+        tensor = torch.randint(-1 if values % 4 == 3 else 0, 3, spread, generator=made).to(dtype)
+    if layout == 1 and shape:
+        tensor = tensor[..., ::2]  # strided rows
+    elif layout == 2 and len(shape) > 1:
+        tensor = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == 3 and shape and shape[0]:
+        tensor = tensor[:1].expand(shape)  # one memory for all
+    elif layout == 4 and shape:
+        flat = torch.empty(tensor.numel() + 1, dtype=dtype)
+        tensor = flat[1:].view(shape).copy_(tensor)  # not aligned
+    return tensor
+
+
+def ops_target(folder: Path) -> Target:
+    """The ops' checks of their arguments, and the kernels behind them, without Python's own checks:
+    the op, six sizes, and what each argument of its schema takes."""
+    del folder
+    from wgpt import ops
+
+    assert ops.info()  # they are registered
+    names = sorted(
+        n for n in torch._C._dispatch_get_all_op_names() if n.startswith("wgpt_kernels::")
+    )
+    known = [getattr(torch.ops.wgpt_kernels, name.partition("::")[2]).default for name in names]
+
+    def value(kind: str, take: _Bytes, sizes: list[int]) -> Any:
+        if kind.startswith("Optional["):
+            return value(kind[9:-1], take, sizes) if take() % 2 else None
+        if kind == "Tensor":
+            return _op_tensor(take, sizes)
+        if kind == "bool":
+            return bool(take() % 2)
+        if kind == "float":
+            return _OP_FLOATS[take() % len(_OP_FLOATS)]
+        which = take()
+        return sizes[which % _N_POOLED] if which >= 128 else _OP_INTS[which % len(_OP_INTS)]
+
+    def run(data: bytes) -> None:
+        take = _Bytes(data)
+        op = known[take() % len(known)]
+        sizes = [_OP_SIZES[take() % len(_OP_SIZES)] for _ in range(_N_POOLED)]
+        given = []
+        for argument in op._schema.arguments:
+            kind = str(argument.real_type)
+            if "ScalarType" in kind:
+                one = None if kind.startswith("Optional") and take() % 4 == 0 else take()
+                given.append(None if one is None else _OP_TYPES[one % len(_OP_TYPES)])
+            else:
+                given.append(value(kind, take, sizes))
+        with contextlib.suppress(ValueError, MemoryError), torch.inference_mode():
+            op(*given)
+
+    return run
+
+
 TARGETS = {
     "audio": audio_target,
     "json": json_target,
+    "ops": ops_target,
     "tensors": tensors_target,
     "upload": upload_target,
 }

@@ -238,3 +238,12 @@ def test_flash_attention_first_key_matches_hand_computed_answer(device: str) -> 
     out, lse = ops.flash_attention(q, q, v, first_key=first_key, return_lse=True)
     assert torch.allclose(out[0, :, 0, 7].cpu(), torch.tensor([3.0, 4.0, 10.0, 15.0]))
     assert torch.allclose(lse.flatten().cpu(), torch.tensor([0.0, math.log(2)] * 2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_of_any_number_is_at_most_all_keys(causal: bool) -> None:
+    """Found by make fuzz FUZZ=ops: a position and a window together wrapped round."""
+    q, k, v = (torch.randn(1, n, 2, 32) for n in (5, 9, 9))
+    whole = ops.flash_attention(q, k, v, causal=causal)
+    huge = ops.flash_attention(q, k, v, causal=causal, window=(1 << 63) - 1)
+    torch.testing.assert_close(huge, whole, rtol=0, atol=0)

@@ -54,3 +54,23 @@ def test_out_of_memory_names_op_tensor_and_bytes(in_backward: bool) -> None:
         call()
     if torch.__version__ >= "2.13":
         assert "torch says:" in str(caught.value)
+
+
+def test_sizes_whose_product_is_no_number_are_out_of_memory_too() -> None:
+    """Found by make fuzz FUZZ=ops: the product wrapped round."""
+    backward = torch.ops.wgpt_kernels.token_concat_backward.default
+    given = torch.ones(1, 1, 8), torch.zeros(1, 1, dtype=torch.int64)
+    words = r"of shape \(4611686018427387905, 8\) needs 2\^63 or more bytes"
+    with pytest.raises(MemoryError, match=words):
+        backward(*given, 1, 8, (1 << 62) + 1)
+    with pytest.raises(ValueError, match="vocab must be at most 281474976710656, got 46116860184"):
+        backward(*given, (1 << 62) + 1, 0, -1)  # no channels, no table: its workspace wrapped round
+    packed = torch.ops.wgpt_kernels.packed_addmm.default
+    with pytest.raises(
+        ValueError, match=r"panels must have shape .* = \(144115188075855872, 4, 64\)"
+    ):
+        packed(torch.zeros(2, 4), torch.zeros(1, 4, 64), None, (1 << 63) - 1)
+    mel = torch.ops.wgpt_kernels.check_mel_embed.default
+    row = torch.ones(8)
+    with pytest.raises(ValueError, match=r"context_frames must be at most .* for M = 8, got 1 and"):
+        mel(torch.ones(1, 5, 8), row, row, torch.ones(4, 8), row[:4], None, 1, (1 << 62) + 1)
