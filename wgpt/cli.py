@@ -65,6 +65,16 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(name: object) -> str:
+    """A name for stdout: a terminal gets no new line that stands in it, a program its bytes."""
+    text = str(name)
+    return _without_new_lines(text) if sys.stdout.isatty() else text
+
+
+def _without_new_lines(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
 class CommandParser(argparse.ArgumentParser):
     """The parser of one verb: knows other spellings of its flags, and suggests the nearest one."""
 
@@ -128,7 +138,7 @@ class CommandParser(argparse.ArgumentParser):
                 action.nargs = "*" if is_list else "?"
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        super().error(printable(_without_new_lines(message)))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -233,6 +243,12 @@ def _run(argv: list[str]) -> int:
 
 class _LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):  # names, and errors that quote them, not our own words
+            args = tuple(
+                _without_new_lines(str(value)) if "\n" in str(value) else value
+                for value in record.args
+            )
+            record = logging.makeLogRecord({**vars(record), "args": args})
         return printable(super().format(record))
 
 
@@ -265,7 +281,7 @@ def _names_of_files() -> Iterator[None]:
 
 def _say(who: str, what: object) -> None:
     """One line on stderr."""
-    sys.stderr.write(printable(f"{who}: {what}") + "\n")
+    sys.stderr.write(printable(_without_new_lines(f"{who}: {what}")) + "\n")
 
 
 def _to_nowhere() -> None:

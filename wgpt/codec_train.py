@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from wgpt.cli import one_line
 from wgpt.codec.training.run import train_codec
 from wgpt.codec.training.trainer import DTYPES, CodecTrainConfig
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     summary = train_codec(
         args.data, args.work, args.out, config, init=args.init, resume=args.resume
     )
-    sys.stdout.write(json.dumps(summary) + "\n" if args.json else f"{args.out}\n")
+    sys.stdout.write((json.dumps(summary) if args.json else one_line(args.out)) + "\n")
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from wgpt.cli import one_line
 from wgpt.evaluation.tables import distance_table
 from wgpt.experiments.demo import demo
 from wgpt.experiments.study_tables import as_markdown
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         tables = f"{as_markdown(result)}\n\n{distance_table(result['likeness'])}"
-        sys.stdout.write(f"{tables}\n\n{Path(args.out) / 'report.html'}\n")
+        sys.stdout.write(f"{tables}\n\n{one_line(Path(args.out) / 'report.html')}\n")
     return 0
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from wgpt import audio
 from wgpt.audio.writing import WRITERS
+from wgpt.cli import one_line
 from wgpt.config import SAMPLE_RATE_HZ, STEP_RATE_HZ
 from wgpt.errors import ConfigError
 from wgpt.files import remove_leftovers
@@ -261,7 +262,7 @@ def _write(
         for warning in warnings:
             log.warning("%s: %s", out, warning)
         if not args.json:
-            sys.stdout.write(f"{out}\n")
+            sys.stdout.write(f"{one_line(out)}\n")
             continue
         facts = {
             "out": str(out),

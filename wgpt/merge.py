@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from wgpt.cli import one_line
 from wgpt.data import merge
 from wgpt.data.report import report_lines
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"out": args.out, **{n: manifest[n] for n in shown}}) + "\n")
         return 0
     lines = [*report_lines(manifest), f"listen and look: {args.out}/report.html"]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(one_line, lines)) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 
+from wgpt.cli import one_line
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
 from wgpt.data.parts import shard_of
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(line) + "\n")
         return 0
     lines = [*report_lines(manifest), f"listen and look: {args.out}/report.html"]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(one_line, lines)) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 
 from wgpt import config
+from wgpt.cli import one_line
 from wgpt.config import ModelConfig, TrainConfig
 from wgpt.model.presets import PRESETS
 from wgpt.training import train
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 f"step {summary['best_step']}: validation NLL {best['nll_nats']:.4f} nats, "
                 f"accuracy {100 * best['accuracy']:.2f} %\n"
             )
-        sys.stdout.write(f"{args.out}\n")
+        sys.stdout.write(f"{one_line(args.out)}\n")
     return 0
 
 

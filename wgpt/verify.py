@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from wgpt import codec, commits
+from wgpt.cli import one_line
 from wgpt.codec.training.corpus import Corpus
 from wgpt.data.dataset import Dataset
 from wgpt.errors import ConfigError, WgptError
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"whole": whole, "parts": parts}) + "\n")
     else:
         for part, problem in found:
-            sys.stdout.write(f"DAMAGED  {part}: {problem}\n" if problem else f"whole    {part}\n")
+            said = f"DAMAGED  {part}: {problem}" if problem else f"whole    {part}"
+            sys.stdout.write(one_line(said) + "\n")
     return int(any(problem for _, problem in found))
 
 
