@@ -10,14 +10,24 @@
 #   make docs    docs/ and the docstrings as a site, in build/site/index.html
 #   make study   what mel is worth on real recordings (needs apt; never timed as a whole)
 #   make faults  every command that writes, hit at every file-system event, run again, compared
-#                (some 2800 cases, more than an hour; ARGS="-k prepare" for one command)
-#   make fuzz    what reads files of others, with what coverage leads to (SECONDS=120 a target)
+#                (2760 cases, two hours on a busy machine; ARGS="-k prepare" for one command)
+#   make fuzz    what reads files of others, and the ops' checks of their arguments, with what
+#                coverage leads to (SECONDS=120 a target; FUZZ="json ops" for some)
+#   make lock    renew the pins and hashes of all that build, test and demo install
+#   make sbom    what is installed, as a CycloneDX bill of materials: build/sbom.json
 #   make bench   the CPU benchmarks
 #   make gpu     on a machine with a GPU: build, test, benchmark (DRY=1: the same path without one)
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+# Everything is installed at pinned versions and by hash (requirements/), not what `pip install wgpt`
+# takes: that has lower bounds. `make build LOCK=` takes what the package index has today.
+LOCK ?= requirements/locked.txt
+BY_HASH = --no-deps --require-hashes
+# torch itself, where $(PYTHON) has none: by hash too, unless pip is configured to look elsewhere than
+# in the common index, as for a build of torch without CUDA, which has other hashes.
+TORCH ?= $(if $(shell $(PYTHON) -m pip config list 2>/dev/null | grep -E "(index-url|find-links)="), \
+  torch==2.13.0,$(if $(LOCK),$(BY_HASH) -r requirements/torch.txt,torch==2.13.0))
 JOBS ?= 2
 # Compiling CUDA kernels for six architectures takes minutes: only where a GPU could run them, or
 # where WGPT_CUDA says so. (A plain `pip install .` compiles them wherever nvcc is.)
@@ -29,7 +39,8 @@ STAMP = $(VENV)/.wgpt-installed
 SOURCES = $(shell find csrc wgpt build_backend -type f -not -name '*.so' -not -name '*.pyc') \
           CMakeLists.txt pyproject.toml
 
-.PHONY: build test test-all check format sanitize emulated neon faults fuzz bench demo study docs gpu dev clean
+.PHONY: build test test-all check format sanitize emulated neon faults fuzz fuzz-ops lock sbom bench demo \
+  study docs gpu dev clean
 
 build: $(STAMP)
 
@@ -41,14 +52,16 @@ IS_VENV = import sys; sys.exit(sys.prefix == sys.base_prefix)
 $(VENV)/bin/python:
 	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && ! $(PYTHON) -c '$(IS_VENV)'; \
 	then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
-	$(VENV_PYTHON) -m pip install --quiet --upgrade pip
 
-$(VENV)/.torch: | $(VENV)/bin/python
-	$(VENV_PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(VENV_PYTHON) -m pip install --quiet "$(TORCH)"
+REFUSED = { echo "make: make build LOCK= installs without pins; make lock pins anew"; exit 1; }
+$(VENV)/.torch: $(LOCK) | $(VENV)/bin/python
+	$(VENV_PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(VENV_PYTHON) -m pip install --quiet $(TORCH)
+	$(if $(LOCK),$(VENV_PYTHON) -m pip install --quiet $(BY_HASH) -r $(LOCK) || $(REFUSED))
 	touch $@
 
 $(STAMP): $(VENV)/.torch $(SOURCES)
-	WGPT_CUDA=$(WGPT_CUDA) CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(VENV_PYTHON) -m pip install ".[test]"
+	WGPT_CUDA=$(WGPT_CUDA) CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(VENV_PYTHON) -m pip install \
+	  $(if $(LOCK),--no-deps --no-build-isolation .,".[test]")
 	touch $@
 
 # Plain `pytest`, not `python -m pytest`: the latter puts the source wgpt/, which has no _C, first.
@@ -61,7 +74,8 @@ test-all: build
 
 # The tools need no build of wgpt; mypy sees torch.
 $(VENV)/.tools: $(VENV)/.torch
-	$(VENV_PYTHON) -m pip install --quiet "ruff~=0.17.6" "mypy>=1.14" "clang-format~=23.1"
+	$(VENV_PYTHON) -m pip install --quiet $(if $(LOCK),$(BY_HASH) -r requirements/ci.txt || $(REFUSED), \
+	  "ruff~=0.17.6" "mypy>=1.14" "clang-format~=23.1")
 	touch $@
 
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -128,14 +142,66 @@ neon:
 
 # Each finding is left beside the corpus as tests/fuzz/crash-HASH.
 SECONDS ?= 120
-FUZZ ?= audio json tensors upload
+FUZZ ?= audio json tensors upload ops
+FUZZ_OUT = build/fuzz
 fuzz: build
 	$(VENV_PYTHON) -m pip install --quiet "atheris>=3.0" "wgpt[serve]"
-	for target in $(FUZZ); do \
+	for target in $(filter-out ops,$(FUZZ)); do \
 	  $(VENV_PYTHON) tests/fuzz/run.py $$target $(SECONDS) || exit 1; done
+	$(if $(filter ops,$(FUZZ)),if command -v clang++ >/dev/null; then $(MAKE) fuzz-ops; else \
+	  echo "make: the target ops is left out: it needs clang++ (apt-get install clang)"; fi)
+
+# The ops' own C++ (csrc/ops, csrc/checks.h) with libFuzzer's counters, AddressSanitizer and UBSan;
+# kernels as they are. atheris brings a libFuzzer with the sanitizers' runtime, to be loaded first.
+FUZZ_TORCH = $(shell $(VENV_PYTHON) -c \
+  'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+FUZZ_OPS = $(patsubst csrc/ops/%.cpp,$(FUZZ_OUT)/%.o,$(wildcard csrc/ops/*.cpp))
+$(FUZZ_OUT)/%.o: csrc/ops/%.cpp $(wildcard csrc/*.h csrc/ops/*.h csrc/kernels/*.h)
+	@mkdir -p $(@D)
+	clang++ -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -Icsrc -isystem $(FUZZ_TORCH)/include \
+	  -DTORCH_TARGET_VERSION=0x020a000000000000 -fsanitize=fuzzer-no-link,address,undefined \
+	  -fno-sanitize=vptr,function -fno-sanitize-recover=all -c $< -o $@
+
+fuzz-ops: $(FUZZ_OPS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" sh -ec ' \
+	  cmake -S . -B $(FUZZ_OUT)/kernels -G Ninja -DWGPT_CUDA=OFF -DWGPT_TORCH_DIR=$(FUZZ_TORCH) \
+	    -DPython_EXECUTABLE=$(VENV_PYTHON) -Dpybind11_DIR=$$($(VENV_PYTHON) -m pybind11 --cmakedir); \
+	  ninja -C $(FUZZ_OUT)/kernels -j$(JOBS)' >$(FUZZ_OUT)/kernels.log
+	rm -rf $(FUZZ_OUT)/package && mkdir $(FUZZ_OUT)/package && cp -rs $(abspath wgpt) $(FUZZ_OUT)/package
+	rm -f $(FUZZ_OUT)/package/wgpt/_C.*.so
+	clang++ -shared $(FUZZ_OPS) $$(find $(FUZZ_OUT)/kernels -name "*.o" -not -path "*/csrc/ops/*") \
+	  -L$(FUZZ_TORCH)/lib -ltorch_cpu -o $(FUZZ_OUT)/package/wgpt/_C$$($(VENV_PYTHON) -c \
+	    'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+	LD_PRELOAD=$$($(VENV_PYTHON) -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$(FUZZ_OUT)/package \
+	  $(VENV_PYTHON) tests/fuzz/run.py ops $(SECONDS)
 
 faults: build
 	WGPT_FAULTS_EVERY=1 $(VENV)/bin/pytest -m "" tests/faults $(ARGS)
+
+# Two tools, in an environment of their own.
+TOOLS = build/tools/bin
+$(TOOLS)/uv:
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/pip install --quiet uv cyclonedx-bom
+
+# For every Python from 3.10 and every platform in one file. torch.txt comes first: what torch brings
+# has the same versions in both. What of it is for GPUs alone stays out of locked.txt.
+COMPILE = $(TOOLS)/uv pip compile --universal --python-version 3.10 --generate-hashes --no-annotate \
+  --custom-compile-command "make lock" --quiet --upgrade
+NOT_OF_TORCH = $$(sed -nE 's/^((torch|triton|nvidia|cuda)[a-z0-9-]*)==.*/--no-emit-package \1/p' \
+  requirements/torch.txt | sort -u)
+lock: $(TOOLS)/uv
+	echo torch==2.13.0 | $(COMPILE) - -o requirements/torch.txt
+	$(COMPILE) requirements/locked.in pyproject.toml --extra test \
+	  --constraint requirements/torch.txt -o requirements/locked.txt $(NOT_OF_TORCH)
+	$(COMPILE) pyproject.toml --extra test --extra serve --extra browser-test --extra tools-test \
+	  --extra dev --constraint requirements/torch.txt \
+	  --constraint requirements/locked.txt -o requirements/ci.txt $(NOT_OF_TORCH)
+	printf "encodec\neinops\n" | $(COMPILE) --no-deps - -o requirements/encodec.txt
+
+sbom: build $(TOOLS)/uv
+	$(TOOLS)/cyclonedx-py environment $(VENV_PYTHON) --pyproject pyproject.toml -o build/sbom.json
 
 bench: build
 	for script in benchmarks/bench_*.py; do $(VENV_PYTHON) $$script $(ARGS) || exit 1; done
