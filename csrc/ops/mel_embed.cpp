@@ -18,6 +18,7 @@ namespace {
 
 constexpr const char* kOp = "mel_embed";
 constexpr const char* kBackward = "mel_embed_backward";
+constexpr int64_t kMostFrames = int64_t{1} << 24;  // of a step and its context: days of sound
 
 void launch(const MelEmbedForward& call, const Tensor& where) {
   if (!on_cuda(where)) return cpu::active().mel_embed_forward(call, torch_executor());
@@ -68,8 +69,9 @@ MelEmbedShape check_slices(const char* op, const Tensor& frames, const Tensor& m
     fail(op, "the number of frames F must be a multiple of frames_per_step = ", frames_per_step,
          ", got ", n_frames);
   }
-  // Their sum times M, a row of weight, is computed from here on.
-  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(mels, 1) / 2;
+  // A row of weight, their sum times M, is a number; and without M nothing else bounds a loop over them.
+  const int64_t most =
+      std::min(kMostFrames, std::numeric_limits<int64_t>::max() / std::max<int64_t>(mels, 1) / 2);
   if (frames_per_step > most || context_frames > most) {
     fail(op, "frames_per_step and context_frames must be at most ", most, " for M = ", mels,
          ", got ", frames_per_step, " and ", context_frames);
