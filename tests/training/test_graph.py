@@ -24,8 +24,9 @@ from wgpt.training.distributed import ProcessGroup
 from wgpt.training.graph import N_WARM, READ_EVERY, DeviceStep
 
 N_STEPS = 12  # of two shapes of batches
-# A rate that float32 holds exactly, as a tensor on the GPU does.
-EXACT = {"lr": 2.0**-7, "warmup_steps": 0, "min_lr_ratio": 1.0}
+# A rate that float32 holds exactly, as a tensor on the GPU does, and no clipping, which divides
+# there and multiplies on the CPU.
+EXACT = {"lr": 2.0**-7, "warmup_steps": 0, "min_lr_ratio": 1.0, "grad_clip": 0.0}
 
 
 def device_step(shape=SHAPE, **changes) -> DeviceStep:
@@ -77,9 +78,20 @@ def test_graphed_training_has_the_bits_of_the_cpus(dtype, accumulate):
         assert_same(state(plain), state(graphed))
 
 
-def test_every_step_has_its_learning_rate():
+def test_a_frozen_trunk_stays_as_it_is():
+    changes = {**EXACT, "freeze_trunk": True, "init": "another run"}
+    plain, graphed = step_with(**changes), device_step(**changes)
+    before = parameters(graphed)
+    run(plain), run(graphed)
+    assert graphed.gpu.n_captured == 2
+    for name, value in parameters(graphed).items():
+        assert torch.equal(value, parameters(plain)[name])
+        assert torch.equal(value, before[name]) == (not name.startswith("fine."))
+
+
+def test_every_step_has_its_learning_rate_and_is_clipped():
     """A warm-up and a half cosine, on tensors: against floats, to float32's rounding."""
-    schedule = {"warmup_steps": 4, "max_steps": N_STEPS}
+    schedule = {"warmup_steps": 4, "max_steps": N_STEPS, "grad_clip": 0.5}
     plain, graphed = step_with(**schedule), device_step(**schedule)
     rows = run(plain), run(graphed)
     assert len({row["lr"] for row in rows[1]}) > 8

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from wgpt import ops
 from wgpt.config import ModelConfig
 from wgpt.model.cache import Cache
-from wgpt.model.transformer import Block, add_norm, rotary_angles
+from wgpt.model.transformer import Block, RotaryAngles, add_norm
 
 
 class MelBranch(nn.Module):
@@ -39,6 +39,7 @@ class MelBranch(nn.Module):
             for _ in range(config.n_mel_layers)
         )
         self.norm = nn.RMSNorm(config.mel_dim, eps=1e-6)
+        self.angles = RotaryAngles(config.mel_head_dim, config.rope_base)
 
     def forward(
         self, frames: Tensor, cache: Cache | None, first_key: Tensor | None = None
@@ -55,7 +56,7 @@ class MelBranch(nn.Module):
         else:
             x = self._embed(frames)
             x = x[:, x.shape[1] - steps :]
-        angles = rotary_angles(position, steps, config.mel_head_dim, config.rope_base, x.device)
+        angles = self.angles(position, steps, x.device)
         delta = None
         for i, block in enumerate(self.blocks):
             layer = cache.mel_layers[i] if cache is not None else None

@@ -22,7 +22,7 @@ from wgpt.model.cache import Cache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.fusion import Fusion
 from wgpt.model.latent import LatentHistory, centred
-from wgpt.model.transformer import Attention, Block, add_norm, is_plain, rotary_angles
+from wgpt.model.transformer import Attention, Block, RotaryAngles, add_norm, is_plain
 
 _FORMAT = "wgpt-model-1"
 
@@ -62,6 +62,7 @@ class HybridModel(nn.Module):
             for _ in range(config.n_layers)
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.angles = RotaryAngles(config.head_dim, config.rope_base)
         self.head = nn.Linear(config.width, config.codebook_size + config.end_of_clip, bias=False)
         self.fine: DepthTransformer | None = None
         self.latent: LatentHistory | None = None
@@ -116,6 +117,14 @@ class HybridModel(nn.Module):
             if isinstance(layer, Attention):
                 layer.window_steps = window_steps
 
+    def keep_angles(self, n_steps: int) -> None:
+        """Windows of n_steps that begin a sequence find their rotary angles made, on the device of
+        the weights: ten kernels fewer for each width of heads, and memory that a CUDA graph may
+        hold."""
+        for module in self.modules():
+            if isinstance(module, RotaryAngles):
+                module.keep(n_steps, self.head.weight.device)
+
     @property
     def n_codebooks_read(self) -> int:
         """Codebooks of past steps in the input: all with latents, else the coarse one."""
@@ -169,15 +178,12 @@ class HybridModel(nn.Module):
         self._check_inputs(tokens, frames)
         if cache is not None and first_key is not None:
             raise ValueError("first_key must be None with a cache, which holds one clip")
-        config = self.config
         coarse = tokens if self.latent is None else tokens[:, :, 0]
         x = self.fusion(coarse, frames, cache, first_key)
         if self.latent is not None:
             x = x + self.latent(tokens, cache, first_key)
         position = cache.position if cache is not None else 0
-        angles = rotary_angles(
-            position, tokens.shape[1], config.head_dim, config.rope_base, x.device
-        )
+        angles = self.angles(position, tokens.shape[1], x.device)
         delta = None
         for i, block in enumerate(self.blocks):
             layer = cache.layers[i] if cache is not None else None

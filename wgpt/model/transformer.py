@@ -79,6 +79,30 @@ def rotary_angles(
     return angles.cos().float(), angles.sin().float()
 
 
+class RotaryAngles(nn.Module):
+    """`rotary_angles` of one width of heads; those of a window can be made once and kept."""
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self._kept: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def keep(self, n_steps: int, device: torch.device) -> None:
+        """Makes those of positions 0 .. n_steps - 1, unless they are there."""
+        if (n_steps, device) not in self._kept:
+            made = rotary_angles(0, n_steps, self.head_dim, self.base, device)
+            self._kept[n_steps, device] = made
+
+    def forward(self, start: int, n_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of positions start .. start + n_steps - 1."""
+        kept = None
+        if (
+            self._kept and start == 0 and type(n_steps) is int
+        ):  # of an exported model it is a symbol
+            kept = self._kept.get((n_steps, device))
+        return kept or rotary_angles(start, n_steps, self.head_dim, self.base, device)
+
+
 class Attention(nn.Module):
     """Causal self-attention, (B, T, C) to (B, T, C), optionally within a sliding window."""
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wgpt.config import TrainConfig
 from wgpt.data.batches import Batch
@@ -24,7 +26,7 @@ from wgpt.errors import ConfigError
 from wgpt.model import HybridModel
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate
-from wgpt.training.step import Finished, Losses, TrainingStep, not_finite
+from wgpt.training.step import Finished, Losses, TrainingStep, figures, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -146,12 +148,12 @@ class _Graph:
 class DeviceStep(TrainingStep):
     """TrainingStep without a wait in it, captured in a CUDA graph for each shape of batches.
 
-    Gradients are those of TrainingStep. Under torchrun, where gradients are summed while they are
-    made, and for models whose windows the host lays out, each kernel is launched by itself.
+    Gradients are those of TrainingStep; AdamW's kernel divides them by the factor that clips. Under
+    torchrun, where gradients are summed while they are made, and for models whose windows the host
+    lays out, each kernel is launched by itself.
     """
 
     n_timed = N_WARM + 4
-    foreach = True
 
     def __init__(
         self,
@@ -168,12 +170,14 @@ class DeviceStep(TrainingStep):
         if settings.dtype == "bf16" and isinstance(self.losses, Losses):
             self.weights = Bf16Weights(self.losses)
         self.rate = torch.zeros((), device=device)
+        self.share = torch.zeros((), device=device)  # of a token in the loss
+        self.fine_weight = torch.full((), settings.fine_weight, device=device)
         self.stopped = torch.zeros((), device=device)  # 1 from the first step on that went wrong
         for group in self.optimizer.param_groups:
             group["capturable"], group["lr"] = True, self.rate
         # As GradScaler does: with 1 here the fused kernel returns before it writes anything.
         self.optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
-        self._figures = torch.zeros(READ_EVERY, 6, device=device)
+        self._figures = torch.zeros(READ_EVERY, 4 + (model.fine is not None), device=device)
         self._unread: list[tuple[int, Batch]] = []
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._n_warm: dict[tuple[Any, ...], int] = {}
@@ -192,12 +196,13 @@ class DeviceStep(TrainingStep):
         """Enqueues a step; every READ_EVERY-th call waits for the figures of those before."""
         self._set_modes()
         with self.gpu.stepping():
+            self.model.keep_angles(batch.tokens.shape[1])
             self.rate.fill_(learning_rate(step - 1, self.settings))
+            self.share.fill_(self._share_of_a_token(batch))
             given = {name: getattr(batch, name) for name in _READ_BY_MODEL}
             given["chosen"] = self._chosen_steps(step, batch)
             inputs = self.gpu.upload({n: t for n, t in given.items() if t is not None})
-            figures = self._launch(step, inputs)
-            self._figures[len(self._unread)].copy_(figures)
+            self._figures[len(self._unread)].copy_(self._launch(step, inputs))
         self._unread.append((step, batch))
         return self.settle() if len(self._unread) == READ_EVERY else []
 
@@ -212,17 +217,15 @@ class DeviceStep(TrainingStep):
         with self.gpu.stepping():
             rows = self._figures[: len(unread)].tolist()
         finished: list[Finished] = []
-        for (step, batch), (nll, correct, fine_nll, norm, n_tokens, stopped) in zip(
-            unread, rows, strict=True
-        ):
-            if stopped:
+        for (step, batch), row in zip(unread, rows, strict=True):
+            norm, share, losses, correct, *fine_nll = row
+            nll = losses * share
+            if not all(map(math.isfinite, row)):
                 self.stopped.zero_()
                 raise not_finite(step, nll, norm, batch, finished)
             rate = learning_rate(step - 1, self.settings)
-            values = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
-            if batch.codes is not None:
-                values["fine_nll_nats"] = fine_nll
-            finished.append(Finished(step, values, int(n_tokens)))
+            values = figures(nll, correct * share, fine_nll, norm, rate)
+            finished.append(Finished(step, values, round(1 / share)))
         return finished
 
     def _launch(self, step: int, inputs: dict[str, Tensor]) -> Tensor:
@@ -249,14 +252,14 @@ class DeviceStep(TrainingStep):
         memory = {name: tensor.clone() for name, tensor in inputs.items()}
         self._is_capturing = True
         try:
-            replay, figures = self.gpu.capture(lambda: self._compute(step, memory))
+            replay, read = self.gpu.capture(lambda: self._compute(step, memory))
         except RuntimeError as error:
             self.optimizer.zero_grad(set_to_none=True)
             self._go_without(str(error).partition("\n")[0])
             return None
         finally:
             self._is_capturing = False
-        return _Graph(memory, figures, replay)
+        return _Graph(memory, read, replay)
 
     def _go_without(self, reason: str) -> None:
         if self.settings.graph == "on":
@@ -273,32 +276,58 @@ class DeviceStep(TrainingStep):
         self._uses_graphs = False
 
     def _compute(self, step: int, inputs: dict[str, Tensor]) -> Tensor:
-        """The whole step; returns nll, accuracy, nll of residual codebooks, gradient norm, tokens
-        and whether updates have stopped, float32 (6,)."""
+        """The whole step; returns gradient norm, a token's share, the tokens' summed NLL, how many
+        are correct and, with residual codebooks, their mean NLL: float32 (4,) or (5,)."""
         chosen = inputs.get("chosen")
         held = {name: inputs.get(name) for name in _READ_BY_MODEL}
         # Which clips they are of is the host's business.
         batch = Batch(**held, clips=held["targets"], steps=held["targets"])  # type: ignore[arg-type]
         if self.weights is not None:
             self.weights.refresh()
-        scored = (batch.targets >= 0).sum(dtype=torch.float32)
-        n_scored = self.processes.sum(scored)
-        sums = self._gradients(step, batch, chosen, n_scored)
+        parts = self._gradients(step, batch, chosen, self.share)
         norm = self._clip()
-        figures = torch.cat([self.processes.sum(sums), torch.stack([norm, n_scored])])
+        sums = [functools.reduce(torch.add, of) for of in zip(*parts, strict=True)]
+        if self.processes.size > 1:
+            sums = list(self.processes.sum(torch.stack(sums)).unbind())
+        read = torch.stack([norm, self.share, *sums])
         # 0 * x is 0, or NaN for an x that is not finite, and NaN counts as true.
-        self.stopped.logical_or_((0 * figures).sum())
+        self.stopped.logical_or_((0 * read).sum())
         self.optimizer.step()
-        return torch.cat([figures, self.stopped[None]])
+        return read
+
+    def _share_of_a_token(self, batch: Batch) -> float:
+        """1 over the tokens that are scored, in all processes."""
+        n_scored = (batch.targets >= 0).sum()
+        if self.processes.size > 1:
+            n_scored = self.processes.sum(n_scored.to(self.processes.device))
+        return 1 / int(n_scored) if n_scored else math.inf
 
     def _backward(
-        self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
-    ) -> Tensor:
-        if self.weights is None:
-            return super()._backward(batch, chosen, n_scored, n_fine)
-        sums = self._add_gradients(self.weights(batch, chosen), chosen, n_scored, n_fine)
-        self.weights.collect()
+        self, batch: Batch, chosen: Tensor | None, share: Tensor, n_fine: Tensor | None
+    ) -> list[Tensor]:
+        """As TrainingStep, but for a token's share instead of their number; sums of NLL and correct
+        tokens are the host's to divide: where the backward begins, the loss is not needed."""
+        of = self.losses if self.weights is None else self.weights
+        losses, correct, *fine = of(batch, chosen)
+        sums = [losses.detach(), correct.float()]
+        begin = [(losses, share)] if losses.requires_grad else []  # not of a frozen trunk
+        for summed in fine:
+            assert n_fine is not None
+            begin.append((summed, self.fine_weight / n_fine))
+            sums.append(summed.detach() / n_fine)
+        torch.autograd.backward([root for root, _ in begin], [gradient for _, gradient in begin])
+        if self.weights is not None:
+            self.weights.collect()
         return sums
+
+    def _clip(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.settings.grad_clip:
+            # Read by AdamW, as found_inf is.
+            scale = (norm / self.settings.grad_clip).clamp(min=1)
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        return norm
 
     def _seed(self, step: int) -> None:
         if not self._is_capturing:  # a replay takes the seed that is set before it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,14 @@ class Finished:
     n_tokens: int  # that were scored
 
 
+def figures(
+    nll: float, correct: float, fine_nll: list[float], norm: float, rate: float
+) -> dict[str, float]:
+    """A row of metrics.csv; fine_nll: one value, or none without residual codebooks."""
+    row = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
+    return row | ({"fine_nll_nats": fine_nll[0]} if fine_nll else {})
+
+
 def not_finite(
     step: int, nll: float, norm: float, batch: Batch, finished: Sequence[Finished] = ()
 ) -> NotFiniteError:
@@ -46,9 +55,11 @@ class Losses(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings
 
-    def forward(self, batch: Batch, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed NLL of the coarse tokens, how many the model puts first, and summed NLL of the
-        residual codebooks at the chosen steps (B, n); 0 for None."""
+    def forward(
+        self, batch: Batch, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """Summed NLL of the coarse tokens, how many the model puts first, and, unless `chosen` is
+        None, summed NLL of the residual codebooks at the chosen steps (B, n)."""
         model, settings = self.model, self.settings
         autocast = torch.autocast(
             batch.tokens.device.type, torch.bfloat16, enabled=settings.dtype == "bf16"
@@ -56,13 +67,12 @@ class Losses(nn.Module):
         with autocast, torch.set_grad_enabled(not settings.freeze_trunk):
             hidden = model.hidden(batch.tokens, batch.frames, first_key=batch.first_key)
             losses, correct = model.score(hidden, batch.targets)
-        fine = torch.zeros_like(losses)
-        if chosen is not None and batch.codes is not None and model.fine is not None:
-            state = hidden.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
-            with autocast:
-                nll, _ = model.fine.nll(state, _codes_at(batch.codes, chosen))
-            fine = nll.sum()
-        return losses, correct, fine
+        if chosen is None or batch.codes is None or model.fine is None:
+            return losses, correct
+        state = hidden.gather(1, chosen[:, :, None].expand(-1, -1, hidden.shape[2]))
+        with autocast:
+            nll, _ = model.fine.nll(state, _codes_at(batch.codes, chosen))
+        return losses, correct, nll.sum()
 
 
 class TrainingStep:
@@ -73,7 +83,6 @@ class TrainingStep:
     """
 
     n_timed = 3  # steps that show what one takes
-    foreach: bool | None = None  # whether few launches clip all gradients; None: as torch likes
 
     def __init__(
         self, model: HybridModel, settings: TrainConfig, processes: ProcessGroup, rows: range
@@ -105,14 +114,14 @@ class TrainingStep:
         if chosen is not None:
             chosen = chosen.to(processes.device)
         n_scored = processes.sum((batch.targets >= 0).sum())
-        sums = self._gradients(step, batch, chosen, n_scored)
+        parts = self._gradients(step, batch, chosen, n_scored)
         norm = self._clip().item()
-        nll, correct, fine_nll = processes.sum(sums).tolist()
+        sums = functools.reduce(torch.add, (torch.stack(part).float() for part in parts))
+        nll, correct, *fine_nll = processes.sum(sums).tolist()
         if not (math.isfinite(nll) and math.isfinite(norm)):
             raise not_finite(step, nll, norm, given)
         self.optimizer.step()
-        row = {"nll_nats": nll, "accuracy": correct, "lr": rate, "grad_norm": norm}
-        return row | ({} if chosen is None else {"fine_nll_nats": fine_nll}), int(n_scored)
+        return figures(nll, correct, fine_nll, norm, rate), int(n_scored)
 
     def run(self, step: int, batch: Batch) -> list[Finished]:
         """Makes a step as `__call__` does; returns those whose figures are there, in order."""
@@ -130,8 +139,7 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """Clips the gradients; returns their global norm before that."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        largest = self.settings.grad_clip or math.inf
-        return nn.utils.clip_grad_norm_(parameters, largest, foreach=self.foreach)
+        return nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip or math.inf)
 
     def _chosen_steps(self, step: int, batch: Batch) -> Tensor | None:
         """Steps (B, n) whose residual codebooks are scored, on the CPU; None without them.
@@ -144,10 +152,10 @@ class TrainingStep:
         settings, n_steps = self.settings, batch.codes.shape[2]
         return scored_steps(n_steps, settings.fine_share, settings.seed, step, self.rows)
 
-    def _n_fine(self, batch: Batch, chosen: Tensor | None) -> Tensor:
-        """Residual codes to score in all processes, at least 1."""
+    def _n_fine(self, batch: Batch, chosen: Tensor | None) -> Tensor | None:
+        """Residual codes to score in all processes, at least 1; None without them."""
         if chosen is None or batch.codes is None or self.model.fine is None:
-            return torch.ones(())
+            return None
         known = self.model.fine.known_targets(_codes_at(batch.codes, chosen))
         return self.processes.sum(known.sum()).clamp(min=1)
 
@@ -159,9 +167,9 @@ class TrainingStep:
 
     def _gradients(
         self, step: int, batch: Batch, chosen: Tensor | None, n_scored: Tensor
-    ) -> Tensor:
-        """Gradients of all parts and processes; returns NLL, share correct and NLL of residual
-        codebooks of this one.
+    ) -> list[list[Tensor]]:
+        """Gradients of all parts and processes; returns what `_backward` did for the parts of this
+        one.
 
         The last part's backward sums gradients over processes while it runs. The first step is
         tried twice before, and the gradients dropped: without a sum, where a part may run out of
@@ -173,12 +181,13 @@ class TrainingStep:
         while True:
             self._seed(step)
             self.optimizer.zero_grad(set_to_none=True)
-            sums, failed = torch.zeros(3, device=processes.device), False
+            sums: list[list[Tensor]] = []
+            failed = False
             parts = list(_parts(batch, chosen, self.n_parts))
             try:
                 for i, (part, of_part) in enumerate(parts, 1):
                     with self._reduction(self._fits and i == len(parts)):
-                        sums += self._backward(part, of_part, n_scored, n_fine)
+                        sums.append(self._backward(part, of_part, n_scored, n_fine))
             except (MemoryError, RuntimeError) as error:
                 if self._fits or self.n_parts >= n_rows or not is_out_of_memory(error):
                     raise
@@ -209,24 +218,20 @@ class TrainingStep:
         return no_sync
 
     def _backward(
-        self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor
-    ) -> Tensor:
-        """Adds the gradients of some rows; returns their share of the three sums."""
-        return self._add_gradients(self.losses(batch, chosen), chosen, n_scored, n_fine)
-
-    def _add_gradients(
-        self,
-        sums: tuple[Tensor, Tensor, Tensor],
-        chosen: Tensor | None,
-        n_scored: Tensor,
-        n_fine: Tensor,
-    ) -> Tensor:
-        """Backward of what Losses returned; their share of the batch."""
-        losses, correct, fine = sums
-        loss, fine_nll = losses / n_scored, fine / n_fine
-        total = loss if chosen is None else loss + self.settings.fine_weight * fine_nll
+        self, batch: Batch, chosen: Tensor | None, n_scored: Tensor, n_fine: Tensor | None
+    ) -> list[Tensor]:
+        """Adds the gradients of some rows; returns their share of NLL, correct tokens and, if
+        chosen, NLL of residual codebooks."""
+        losses, correct, *fine = self.losses(batch, chosen)
+        total = loss = losses / n_scored
+        shares = [loss.detach(), correct / n_scored]
+        for summed in fine:
+            assert n_fine is not None
+            fine_nll = summed / n_fine
+            total = loss + self.settings.fine_weight * fine_nll
+            shares.append(fine_nll.detach())
         total.backward()
-        return torch.stack([loss.detach(), correct / n_scored, fine_nll.detach()]).float()
+        return shares
 
 
 def _codes_at(codes: Tensor, chosen: Tensor) -> Tensor:
