@@ -10,7 +10,8 @@ saves is `over_causal`, their time over its (`one_thread_over_causal`: CPU time 
 SDPA has the block-diagonal mask there.
 CUDA: ours against SDPA pinned to each backend, compiled flex_attention and eager; device time by
 events around a replayed graph (`*_ms`), and the wall time of an eager call (`*_wall_ms`). One row a
-backend. A run that stops at --time-limit goes on with --resume.
+backend. --quick: twelve cases, against SDPA alone. A run that stops at --time-limit goes on with
+--resume.
 
 --adversarial (CPU) instead asks what the lazy softmax maximum costs at its worst: scores that rise
 along the keys, so that it is raised again and again, over flat scores of the same shape.
@@ -59,13 +60,29 @@ CPU_QUICK = [
 ]
 
 
-def cuda_cases(quick: bool) -> list[Case]:
+# The first minutes of a GPU: shapes of the training step and those that papers quote, D 64 first.
+CUDA_QUICK = [
+    Case(8, 4, 750, 64),
+    Case(16, 8, 1024, 64),
+    Case(8, 8, 2048, 64),
+    Case(16, 8, 1024, 64, documents=8),
+    Case(5, 8, 3000, 64),
+    Case(2, 8, 8192, 64),
+    Case(2, 8, 8192, 64, 1024),
+    Case(8, 4, 750, 32),
+    Case(16, 16, 1024, 32),
+    Case(8, 16, 2048, 32),
+    Case(16, 4, 1024, 128),
+    Case(8, 4, 2048, 128),
+]
+
+
+def cuda_cases() -> list[Case]:
     """About 16k steps a batch, and small batches, at the lengths the models use and beyond."""
-    steps = (750, 1024, 3000) if quick else (500, 512, 750, 1000, 1024, 2048, 3000, 8192, 32768)
     cases = []
-    for head_dim in (64,) if quick else (32, 64, 128):
+    for head_dim in (32, 64, 128):
         heads = 512 // head_dim
-        for n in steps:
+        for n in (500, 512, 750, 1000, 1024, 2048, 3000, 8192, 32768):
             cases.append(Case(max(1, 16384 // n), heads, n, head_dim))
             if n <= 3000:
                 cases.append(Case(2, heads, n, head_dim))
@@ -187,19 +204,26 @@ def adversarial_row(
 # ---- CUDA
 
 
-def cuda_contestants(case: Case, inputs: Inputs, passes: str) -> dict[str, Callable[[], Any]]:
-    """Every contestant that runs this case; stderr names the backends that refuse it."""
+def cuda_contestants(
+    case: Case, inputs: Inputs, passes: str, quick: bool
+) -> dict[str, Callable[[], Any]]:
+    """Every contestant that runs this case; stderr names the backends that refuse it.
+
+    quick: SDPA alone, and one that takes a mask only where there is one.
+    """
     device = torch.device("cuda")
     first_key = case.first_key(device)
     mask = visible_mask(case, device) if case.steps <= 8192 else None
     attends: dict[str, Callable[..., Tensor]] = {"ours": functools.partial(ours, case, first_key)}
     if case.window == 0 or mask is not None:
         attends |= {
-            name: functools.partial(sdpa, mask, backend) for name, backend in SDPA_BACKENDS.items()
+            name: functools.partial(sdpa, mask, backend)
+            for name, backend in SDPA_BACKENDS.items()
+            if not (quick and name == ("efficient" if mask is None else "flash"))
         }
-    if case.head_dim >= 16:
+    if case.head_dim >= 16 and not quick:
         attends["flex"] = functools.partial(flex, flex_block_mask(case))
-    if eager_fits(case, passes):
+    if eager_fits(case, passes) and not quick:
         attends["eager"] = functools.partial(eager, case, first_key)
     contestants = {}
     for name, attend in attends.items():
@@ -220,7 +244,7 @@ def cuda_rows(
     case: Case, passes: str, dtype_name: str, args: argparse.Namespace, peak: float
 ) -> Iterator[dict]:
     inputs = Inputs.make(case, DTYPES[dtype_name], "cuda")
-    contestants = cuda_contestants(case, inputs, passes)
+    contestants = cuda_contestants(case, inputs, passes, args.quick)
     rounds = 5 if args.quick else 15
     walls = harness.interleave(
         contestants, rounds=rounds, time_limit_s=args.case_limit / 2, clock=harness.cuda_wall_ms
@@ -306,7 +330,7 @@ def main() -> None:
         parser.exit(1, "bench_attention: --device cuda needs a CUDA GPU; this machine has none\n")
     dtype_names = args.dtype or (["fp32", "bf16"] if args.device == "cpu" else ["bf16"])
     if args.device == "cuda":
-        cases, rows_of = cuda_cases(args.quick), cuda_rows
+        cases, rows_of = (CUDA_QUICK if args.quick else cuda_cases()), cuda_rows
     else:
         cases, rows_of = (
             (CPU_QUICK if args.quick else CPU_CASES + (CPU_SWEEP if args.sweep else [])),

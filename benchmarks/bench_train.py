@@ -6,7 +6,8 @@ in a process of its own, so that its memory is its own: peak_memory_bytes is how
 the resident set (on CUDA: the caching allocator) above what it held before its first step,
 optimizer state included, and for `compiled` what compiling left behind. They still take turns
 within a round. wgpt's process keeps freed memory, as `wgpt train` does. On CUDA there is also
-wgpt's step replayed from one CUDA graph.
+`wgpt_graphed`: the step as `wgpt train` makes it, of one CUDA graph, its batch copied from pinned
+memory each time.
 
 `--profile FILE` writes where the time of wgpt's and of eager's step goes, as a markdown table.
 """
@@ -26,8 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wgpt.config import TrainConfig
+from wgpt.data.batches import Batch
 from wgpt.model import HybridModel, presets
 from wgpt.training.allocator import keep_freed_memory
+from wgpt.training.distributed import ProcessGroup
+from wgpt.training.graph import training_step
 from wgpt.training.optimizer import make_optimizer
 
 COLUMNS = [
@@ -109,48 +113,61 @@ class Step:
         self.optimizer.step()
         self.loss = loss.detach()
 
+    def first(self) -> list[float]:
+        """The losses of two steps."""
+        losses = []
+        for _ in range(2):
+            self()
+            assert self.loss is not None
+            losses.append(self.loss.item())
+        return losses
 
-class GraphedStep:
-    """A Step captured once in a CUDA graph: forward, backward, clipping and AdamW in one launch."""
 
-    def __init__(self, step: Step) -> None:
-        for group in step.optimizer.param_groups:
-            group["capturable"] = True
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            step()
+class ProductStep:
+    """The step of `wgpt train --device cuda`, on the inputs of Step."""
+
+    def __init__(self, preset: str, dtype: str, device: str, batch: int, steps: int) -> None:
+        inputs = Step("wgpt", preset, dtype, "cpu", batch, steps)
+        self.device = device
+        settings = TrainConfig(
+            lr=1e-4, min_lr_ratio=1, warmup_steps=0, dtype=dtype, graph="on", batch_size=batch
+        )
+        self.batch = Batch(
+            inputs.tokens, None if inputs.frames is None else inputs.frames.half(), inputs.targets,
+            clips=inputs.targets, steps=inputs.targets,
+        ).pin_memory()  # fmt: skip
+        processes = ProcessGroup(device=torch.device(device, torch.cuda.current_device()))
+        model = inputs.ours.to(processes.device)
+        self.step = training_step(model, settings, processes, range(batch))
+        self.n_steps = 0
+
+    def first(self) -> list[float]:
+        """The losses of two steps; afterwards the step is captured."""
+        losses = []
+        for _ in range(self.step.n_timed):
+            self.n_steps += 1
+            losses.append(self.step(self.n_steps, self.batch)[0]["nll_nats"])
+        return losses[:2]
 
     def __call__(self) -> None:
-        self.graph.replay()
+        self.n_steps += 1
+        self.step.run(self.n_steps, self.batch)
 
 
 def serve(connection: Connection, threads: int, name: str, *settings: Any) -> None:
     """A contestant's process: answers "first" (two losses), "step" (ms), "profile" and "memory"."""
     torch.set_num_threads(threads)
-    step = Step(name, *settings)
-    run: Any = step
+    step: Any = ProductStep(*settings) if name == "wgpt_graphed" else Step(name, *settings)
     device = step.device
     meter = harness.MemoryMeter(device)
     clock = harness.cuda_wall_ms if device == "cuda" else harness.wall_ms
     for request in iter(connection.recv, "stop"):
         if request == "first":
-            losses = []
-            for _ in range(2):
-                step()
-                assert step.loss is not None
-                losses.append(step.loss.item())
-            if name == "wgpt_graphed":
-                run = GraphedStep(step)
+            losses = step.first()
             meter.forget_peak()  # of compiling
             connection.send(losses)
         elif request == "step":
-            connection.send(clock(run))
+            connection.send(clock(step))
         elif request == "profile":
             connection.send(profile(step))
         elif request == "memory":
@@ -169,6 +186,9 @@ class Contestant:
 
     def ask(self, request: str) -> Any:
         self.connection.send(request)
+        return self.answer()
+
+    def answer(self) -> Any:
         while not self.connection.poll(1):
             if not self.process.is_alive():
                 raise RuntimeError(f"a contestant's process ended with {self.process.exitcode}")
@@ -180,12 +200,13 @@ class Contestant:
 
 
 def contestants(names: list[str], *settings: Any) -> dict[str, Contestant]:
-    """Started and warm, one after the other; AssertionError if their first losses differ."""
-    made, losses = {}, {}
-    for name in names:
-        say(f"{' '.join(map(str, settings))}: first steps of {name}")
-        made[name] = Contestant(name, *settings)
-        losses[name] = made[name].ask("first")
+    """Started and warm, all at once: one may compile for a minute. AssertionError if their first
+    losses differ."""
+    say(f"{' '.join(map(str, settings))}: first steps of {', '.join(names)}")
+    made = {name: Contestant(name, *settings) for name in names}
+    for contestant in made.values():
+        contestant.connection.send("first")
+    losses = {name: contestant.answer() for name, contestant in made.items()}
     tolerance = 2e-2 if settings[1] == "bf16" else 1e-4
     for values in zip(*losses.values(), strict=True):
         assert max(values) - min(values) < tolerance, f"the losses differ: {losses}"

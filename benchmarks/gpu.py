@@ -1,9 +1,9 @@
 """What a machine with a GPU is asked, in about 7 minutes and without a network. `make gpu` runs it.
 
-Small things first. Each step has its own log and time limit; a step that fails or is over its limit
-does not stop the others. A step that has passed is not run again: call once more to resume, or
-remove the folder to begin anew. Afterwards the folder holds `gpu.md` (one table) and `gpu.tgz`
-(everything), also when the run was cut off after some steps.
+Small things first, then figures, then sanitizers and counters. Each step has its own log and time
+limit; a step that fails or is over its limit does not stop the others. A step that has passed is
+not run again: call once more to resume, or remove the folder to begin anew. Afterwards the folder
+holds `gpu.md` (one table) and `gpu.tgz` (everything), also when the run was cut off.
 
 PYTHON needs torch (CUDA), pytest and numpy; soundfile and soxr are not needed. A folder `.gpu/` may
 bring what is slow to make there: `_C.*.so` (built with nvcc elsewhere), `gpu_golden` and
@@ -132,7 +132,7 @@ def write_table(out: Path, facts: dict[str, str], rows: list[dict]) -> None:
 
 def pack(out: Path) -> None:
     with tarfile.open(out / "gpu.tgz", "w:gz") as archive:
-        for path in sorted(out.iterdir()):
+        for path in sorted([*out.iterdir(), *out.glob("runs/losses.json")]):
             if path.is_file() and path.name != "gpu.tgz":
                 archive.add(path, path.name)
 
@@ -159,23 +159,29 @@ def steps_of(dry: bool, out: Path, arch: str) -> list[Step]:
     steps.append(Step("driver-build", 150, ["bash", "-c", build]))
     mode = "--small" if dry else "--check"
     steps.append(Step("driver", 90, [*driver, mode], driver_passed))
+    tests = ["tests/ops"] if dry else ["tests/ops", "tests/training/test_on_gpu.py"]
     chosen = "cpu and hand_computed" if dry else "cuda"
-    selected = [*pytest, "tests/ops", "--continue-on-collection-errors", "-k", chosen]
+    selected = [*pytest, *tests, "--continue-on-collection-errors", "-k", chosen]
     steps.append(Step("tests", 120, selected, tests_passed))
-    for tool in SANITIZERS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *driver, "--small"]
-        steps.append(Step(tool, 40, command, driver_passed, "compute-sanitizer"))
+    losses = [python, "benchmarks/train_on_gpu.py", f"--device={device}", f"--out={out}/runs"]
+    if dry:
+        losses += ["--max-steps=2", "--dtype=fp32", "--batch=1"]
+    steps.append(Step("losses", 90, losses))
     attention = [python, "benchmarks/bench_attention.py", f"--device={device}", "--quick"]
-    attention += ["--resume", f"--out={out}/attention.json", f"--time-limit={2 if dry else 55}"]
-    steps.append(Step("attention", 75, attention))
+    attention += ["--resume", f"--out={out}/attention.json", "--case-limit=2"]
+    attention += [f"--time-limit={2 if dry else 70}"]
+    steps.append(Step("attention", 85, attention))
     train = [python, "benchmarks/bench_train.py", f"--device={device}", "--resume"]
     train += [f"--out={out}/train.json", f"--presets={'hybrid-xs' if dry else 'hybrid'}"]
     if dry:
         train += ["--dtype=fp32", "--batch=1", "--steps=16", "--rounds=1", "--contestants", "wgpt",
                   "eager"]  # fmt: skip
     else:
-        train += ["--dtype=bf16"]
+        train += ["--dtype=bf16", "--time-limit=30"]
     steps.append(Step("train", 120, train))
+    for tool in SANITIZERS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *driver, "--small"]
+        steps.append(Step(tool, 40, command, driver_passed, "compute-sanitizer"))
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "-k", "regex:forward|grad|decode"]
     steps.append(Step("ncu", 60, [*ncu, "-c", "12", *driver, "--bench"], kernels_profiled, "ncu"))
     return steps

@@ -110,6 +110,6 @@ def test_dry_run_needs_neither_gpu_nor_network_nor_audio_packages(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for step in ("module", "golden", "driver", "tests", "attention", "train"):
+    for step in ("module", "golden", "driver", "tests", "losses", "attention", "train"):
         assert f"| {step} | passed |" in done.stdout
     assert "nothing here is a measurement" in done.stdout
