@@ -15,6 +15,7 @@ if not (ROOT / "benchmarks" / "gpu.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import train_on_gpu  # noqa: E402
 
 FACTS = {"date": "today", "gpu": "none"}
 WITHOUT_AUDIO = "raise ImportError('this machine has none')\n"
@@ -79,6 +80,18 @@ def test_driver_that_finds_something_wrong_is_a_failure(tmp_path, log, words):
     step = gpu.Step("driver", 20, python(f"print({log!r})"), gpu.driver_passed)
     n_failed, table = run(tmp_path, step)
     assert n_failed == 1 and f"| driver | failed: {words} |" in table
+
+
+def test_losses_that_are_not_the_cpus_are_wrong():
+    """Of the first steps each counts, of the last quarter the mean."""
+    plain = [7 - i / 100 for i in range(200)]
+    late = [*plain[:150], *(loss + 0.04 for loss in plain[150:])]
+    assert train_on_gpu.compare(plain, plain, "fp32")["right"]
+    assert train_on_gpu.compare(late, plain, "fp32")["right"]
+    assert not train_on_gpu.compare([plain[0], plain[1] + 0.01, *plain[2:]], plain, "fp32")["right"]
+    assert not train_on_gpu.compare([loss + 0.02 for loss in late], plain, "fp32")["right"]
+    lost = [*plain[:3], float("nan"), *plain[4:]]
+    assert not train_on_gpu.compare(lost, plain, "bf16")["right"]
 
 
 def test_second_run_repeats_only_what_failed(tmp_path):
