@@ -76,7 +76,7 @@ def test_help_shows_choices(capsys):
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
     assert "--preset {hybrid,gpt-s," in out
-    assert "--dtype {fp32,bf16}" in out
+    assert "--dtype {auto,fp32,bf16}" in out
 
 
 def test_wgpt_alone_prints_the_commands(capsys):
@@ -264,7 +264,7 @@ def test_names_of_files_do_nothing_to_a_terminal(is_terminal, monkeypatch, capfd
     def run(args):
         logging.getLogger("wgpt.test").warning("skipped %s", ODD)
         sys.stdout.write(f"{ODD}\u00a0\u00e9\n")
-        raise WgptError(f"{ODD}: is broken\nsecond line")
+        raise WgptError(f"{ODD}\nforged: is broken")
 
     monkeypatch.setattr("wgpt.presets.run", run)
     out = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
@@ -277,7 +277,7 @@ def test_names_of_files_do_nothing_to_a_terminal(is_terminal, monkeypatch, capfd
     shown = SHOWN if is_terminal else ODD
     assert wrote == f"{shown}\u00a0\u00e9\n".encode("utf-8", "surrogateescape")
     assert f"wgpt.test: skipped {SHOWN}\n".encode() in said
-    assert f"wgpt presets: {SHOWN}: is broken\nsecond line\n".encode() in said
+    assert f"wgpt presets: {SHOWN}\\nforged: is broken\n".encode() in said
 
 
 def test_odd_names_in_usage_errors_are_escaped(capsys):

@@ -206,7 +206,7 @@ def test_an_unreadable_folder_and_missing_list_entries_are_in_the_account(tmp_pa
 def test_all_silent_data_are_refused(tmp_path: Path) -> None:
     for i in range(3):
         soundfile.write(tmp_path / f"{i}.wav", np.zeros(9600 + i), 24_000)
-    with pytest.raises(DataError, match=r"all 3 were skipped:\n  0.wav: must hold sound"):
+    with pytest.raises(DataError, match=r"all 3 were skipped: 0.wav: must hold sound"):
         prepare(tmp_path, tmp_path / "data", codec=FakeCodec())
 
 

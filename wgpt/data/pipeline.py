@@ -348,6 +348,6 @@ def choose_jobs(todo: list[Job]) -> int:
 def _raise_all_skipped(skipped: list[dict[str, Any]]) -> NoReturn:
     why = [f"{entry['path']}: {entry['reason']}" for entry in skipped]
     raise DataError(
-        f"prepare: at least one usable audio file is needed, all {len(why)} were skipped:\n  "
-        + "\n  ".join(why[:3])
+        f"prepare: at least one usable audio file is needed, all {len(why)} were skipped: "
+        + "; ".join(why[:3])
     )
