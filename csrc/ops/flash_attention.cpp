@@ -99,7 +99,7 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
   // Tk sees all, and a position and it together are a number.
   shape.window = std::min(window, std::max<int64_t>(shape.kv_steps, 1));
   if (shape.head_dim != 32 && shape.head_dim != 64 && shape.head_dim != 128) {
-    fail(op, "the head dimension D must be 32, 64 or 128, got ", shape.head_dim);
+    fail(op, "the head dimension D must be a multiple of 8 up to 128, got ", shape.head_dim);
   }
   // The last query stands at the last key; an earlier start than key 0 would leave queries blind.
   if ((causal || window > 0) && shape.q_steps > shape.kv_steps) {

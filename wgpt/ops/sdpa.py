@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from wgpt.errors import OpError
+from wgpt.ops.flash_attention import HEAD_DIMS
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
-_HEAD_DIMS = (32, 64, 128)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many multiply-adds of q k^T the call into Python costs more than our kernel gains
 # (about 40 us, both kernels near 100 GFLOP/s).
@@ -162,7 +162,7 @@ def _serves(
     return (
         attn_mask is None
         and dropout_p == 0.0
-        and head_dim in _HEAD_DIMS
+        and head_dim in HEAD_DIMS
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
         and (scale is None or 0 < scale < math.inf)
