@@ -1,10 +1,11 @@
 """Are models that we did not write faster on a CPU with `wgpt.ops.use_for_sdpa()`, unchanged?
 
 transformers' own classes with random weights of real configurations (no download): GPT-2, a small
-Llama, Whisper-tiny's encoder and decoder, ViT-S, MusicGen-small's decoder at two layers. Forward
-(inference) and training step (forward, backward; no optimizer), with and without the line, taken in
-turns in one process; median times and their ratio. What bounds a ratio is attention's share of a
-step; `ops.info()["sdpa"]` says how many calls ours served. The last line of stdout is JSON.
+Llama (also with grouped keys), Whisper-tiny's encoder and decoder, ViT-S, MusicGen-small's decoder
+at two layers. Forward (inference) and training step (forward, backward; no optimizer), with and
+without the line, taken in turns in one process; median times and their ratio. What bounds a ratio
+is attention's share of a step; `ops.info()["sdpa"]` says how many calls ours served. The last line
+of stdout is JSON.
 
     python benchmarks/bench_models.py [--models gpt2 llama ...] [--rounds 9] [--dtype float32]
 """
@@ -41,16 +42,21 @@ def gpt2() -> Case:
     return model, lambda: {"input_ids": _ids(4, 1024, 50257)}, lambda out: out.logits, 4096
 
 
-def llama() -> Case:
+def llama(kv_heads: int = 8) -> Case:
     """A Llama of 8 heads of 64, as many key as query heads, 4 layers, 4 x 1024 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=8, use_cache=False,
+        num_attention_heads=8, num_key_value_heads=kv_heads, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     return model, lambda: {"input_ids": _ids(4, 1024, 8192)}, lambda out: out.logits, 4096
+
+
+def llama_gqa() -> Case:
+    """The same with 2 key heads: grouped-query attention."""
+    return llama(kv_heads=2)
 
 
 def whisper_encoder() -> Case:
@@ -116,6 +122,7 @@ def musicgen() -> Case:
 MODELS: dict[str, Callable[[], Case]] = {
     "gpt2": gpt2,
     "llama": llama,
+    "llama-gqa": llama_gqa,
     "whisper-encoder": whisper_encoder,
     "whisper-decoder": whisper_decoder,
     "vit": vit,
