@@ -237,5 +237,5 @@ dev:
 	  ninja -C $(DEV_BUILD) -j$(JOBS)'
 
 clean:
-	rm -rf build dist $(VENV) wgpt/_C.*.so
+	rm -rf build dist $(VENV) wgpt/_C.*.so wgpt/libwgpt_ops.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

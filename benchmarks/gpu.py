@@ -6,8 +6,8 @@ not run again: call once more to resume, or remove the folder to begin anew. Aft
 holds `gpu.md` (one table) and `gpu.tgz` (everything), also when the run was cut off.
 
 PYTHON needs torch (CUDA), pytest and numpy; soundfile and soxr are not needed. A folder `.gpu/` may
-bring what is slow to make there: `_C.*.so` (built with nvcc elsewhere), `gpu_golden` and
-`gpu_driver`. What it does not hold is built.
+bring what is slow to make there: `_C.*.so` and `libwgpt_ops.so` (built with nvcc elsewhere),
+`gpu_golden` and `gpu_driver`. What it does not hold is built.
 
 --dry walks the path without a GPU: probes and kernels on the emulator, ops and training steps on
 the CPU.
@@ -248,7 +248,7 @@ def main() -> int:
     args = parser.parse_args()
     default = ROOT / ("build/gpu-dry" if args.dry else "benchmarks/results/gpu")
     out = (args.out or default).resolve()
-    for module in CARRIED.glob("_C.*.so"):
+    for module in (*CARRIED.glob("_C.*.so"), *CARRIED.glob("libwgpt_ops.so")):
         if not args.dry:
             shutil.copy(module, ROOT / "wgpt")
     env = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

@@ -21,10 +21,23 @@ PACKAGE = Path(wgpt.__file__).parent
 OPS = ["flash_attention", "mel_embed", "token_concat"]
 
 
-def binary() -> Path:
+def module() -> Path:
+    """What is tied to this Python."""
     spec = importlib.util.find_spec("wgpt._C")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin)
+
+
+def library() -> Path:
+    """The ops."""
+    return module().parent / "libwgpt_ops.so"
+
+
+def read(tool: str, *arguments: object) -> str:
+    if shutil.which(tool) is None:
+        pytest.skip(f"needs {tool}")
+    command = [tool, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def run_python(code: str, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess:
@@ -87,27 +100,25 @@ def test_backend_asks_for_torch_where_there_is_none(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF")
-def test_binary_links_no_torch_library_but_libtorch_cpu() -> None:
-    if shutil.which("readelf") is None:
-        pytest.skip("needs readelf")
-    dynamic = subprocess.run(
-        ["readelf", "-d", binary()], capture_output=True, text=True, check=True
-    ).stdout
+@pytest.mark.parametrize(
+    "path, expected, search",
+    [(library, "libtorch_cpu.so", set()), (module, "libwgpt_ops.so", {"$ORIGIN"})],
+)
+def test_binary_links_one_library_of_ours_or_torchs(path, expected: str, search: set) -> None:
+    """The ops torch's, which is loaded already; the module the ops, which lie beside it."""
+    dynamic = read("readelf", "-d", path())
     needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\]", dynamic))
     system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so|ld-linux"
-    assert {name for name in needed if not re.match(system, name)} == {"libtorch_cpu.so"}
-    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    assert {name for name in needed if not re.match(system, name)} == {expected}
+    assert set(re.findall(r"\(R(?:UN)?PATH\).*\[(.*?)\]", dynamic)) == search
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF")
 def test_binary_uses_the_stable_abi_only() -> None:
-    if shutil.which("nm") is None:
-        pytest.skip("needs nm")
-    undefined = subprocess.run(
-        ["nm", "-D", "--undefined-only", binary()], capture_output=True, text=True, check=True
-    ).stdout.split()
+    undefined = read("nm", "-D", "--undefined-only", library()).split()
     symbols = [word for word in undefined if len(word) > 1]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    assert not any(re.match(r"_?Py[A-Z_]", symbol) for symbol in symbols), "knows a Python"
     # Mangled names of namespaces at, c10, caffe2 and torch are what changes from release to
     # release.
     unstable = [s for s in symbols if re.match(r"_ZN?K?(2at|3c10|6caffe2|5torch)", s)]
@@ -120,7 +131,9 @@ def test_importing_wgpt_is_light() -> None:
 
 
 def test_missing_binary_says_how_to_build_it(tmp_path: Path) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "wgpt", ignore=shutil.ignore_patterns("_C*", "assets"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "wgpt", ignore=shutil.ignore_patterns("_C*", "lib*", "assets")
+    )
     result = run_python("import wgpt.ops", PYTHONPATH=str(tmp_path))
     assert "ImportError: wgpt._C is not built for this Python." in result.stderr
     assert "make dev" in result.stderr
@@ -203,7 +216,7 @@ def test_build_info_names_the_machine_code_and_ptx_inside() -> None:
         pytest.skip("needs a build with CUDA kernels, and cuobjdump")
     for kind, key in (("elf", "cuda_archs"), ("ptx", "cuda_ptx")):
         listed = subprocess.run(
-            [cuobjdump, f"-l{kind}", binary()], capture_output=True, text=True, check=True
+            [cuobjdump, f"-l{kind}", library()], capture_output=True, text=True, check=True
         )
         assert set(re.findall(r"\bsm_(\w+)\.", listed.stdout)) == set(info[key])
 

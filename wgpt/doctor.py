@@ -28,9 +28,9 @@ REQUIRED: tuple[str, ...] = (
     "soxr",
     "safetensors",
     "tqdm",
-    "matplotlib",
 )
 OPTIONAL = {
+    "matplotlib": "the pictures of wgpt train, study and demo (pip install 'wgpt[plots]')",
     "starlette": "the page of wgpt serve (pip install 'wgpt[serve]')",
     "uvicorn": "the page of wgpt serve (pip install 'wgpt[serve]')",
     "transformers": "another implementation of the codec (pip install 'wgpt[transformers]')",

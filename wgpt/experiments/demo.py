@@ -31,7 +31,7 @@ from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.listener import Listener
 from wgpt.generation.sampling import Sampling
 from wgpt.ops.runtime import one_thread, resolve_device
-from wgpt.runs import pretrained
+from wgpt.runs import plots, pretrained
 from wgpt.training import train
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def demo(
     TrainConfig(**settings, max_steps=steps, device=resolve_device(device))  # before any work
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out: {out} is not empty; name a new folder, or remove it first")
+    plots.require("wgpt demo")
     began = time.monotonic()
     seconds: dict[str, float] = {}
 

@@ -40,6 +40,7 @@ from wgpt.files import locked, read_json, remove_leftovers, write_sealed
 from wgpt.model import HybridModel
 from wgpt.model.presets import preset as preset_shape
 from wgpt.ops.runtime import resolve_device
+from wgpt.runs import plots
 from wgpt.runs.run import facts_of
 from wgpt.training import train
 
@@ -80,6 +81,7 @@ def study(
     Raises ConfigError, DataError (also where a mel source tells the future, leak_check),
     Interrupted; TrainError when all else is done, where a run failed: it names each, and why.
     """
+    plots.require("wgpt study")
     job = _Study(Path(data), Path(out), plan, arms, model or {}, settings)
     chosen = job.runs(only)
     job.compare()

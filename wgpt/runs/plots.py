@@ -5,6 +5,7 @@ Functions that return a figure draw; `save` and those that take `out` write a PN
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from wgpt.audio.mel import hz_to_mel
 from wgpt.config import STEP_RATE_HZ, MelConfig
+from wgpt.errors import ConfigError
 from wgpt.files import replacing
 from wgpt.runs.metrics import read_metrics
 
@@ -24,6 +26,17 @@ TICKS_HZ = (250, 500, 1000, 2000, 4000, 8000)
 # Where `spectrogram` puts its axes, in shares of the picture: left, bottom, width, height. A page
 # can lay a playhead over them.
 AXES = (0.115, 0.2, 0.765, 0.72)
+
+
+def require(what: str) -> None:
+    """Raises ConfigError where `what` cannot be drawn: before the work whose picture it is."""
+    if not can_draw():
+        raise ConfigError(f"{what} needs matplotlib for its pictures: pip install 'wgpt[plots]'")
+
+
+def can_draw() -> bool:
+    """Whether there is a matplotlib."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure(size: tuple[float, float], **options: Any) -> Any:

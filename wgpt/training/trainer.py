@@ -152,7 +152,10 @@ class Trainer:
                 self.record.close()
         if self.record:
             self.record.warn_if_behind()
-            plots.loss_curves(self.run.folder)
+            if plots.can_draw():
+                plots.loss_curves(self.run.folder)
+            else:
+                log.info("no picture of the losses, without matplotlib: pip install 'wgpt[plots]'")
         seconds = time.monotonic() - began
         return {
             "run": str(self.run.folder),

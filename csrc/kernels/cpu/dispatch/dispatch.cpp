@@ -1,5 +1,5 @@
 // Picks a target once, from what was compiled in, what the machine can run, and $WGPT_CPU_TARGET.
-#include "kernels/cpu/dispatch/dispatch.h"
+#include "kernels/cpu/dispatch/exported.h"
 
 #if defined(__linux__)
 #include <sys/syscall.h>
