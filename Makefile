@@ -10,7 +10,7 @@
 #   make docs    docs/ and the docstrings as a site, in build/site/index.html
 #   make study   what mel is worth on real recordings (needs apt; never timed as a whole)
 #   make faults  every command that writes, hit at every file-system event, run again, compared
-#                (2760 cases, two hours on a busy machine; ARGS="-k prepare" for one command)
+#                (2748 cases, two hours on a busy machine; ARGS="-k prepare" for one command)
 #   make fuzz    what reads files of others, and the ops' checks of their arguments, with what
 #                coverage leads to (SECONDS=120 a target; FUZZ="json ops" for some)
 #   make lock    renew the pins and hashes of all that build, test and demo install
