@@ -22,6 +22,7 @@ from wgpt.train import train
 from wgpt.training import graph
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.graph import N_WARM, READ_EVERY, DeviceStep
+from wgpt.training.launch import arithmetic
 
 N_STEPS = 12  # of two shapes of batches
 # A rate that float32 holds exactly, as a tensor on the GPU does, and no clipping, which divides
@@ -193,6 +194,26 @@ def test_several_processes_and_mel_context_launch_by_themselves(caplog):
     assert step.gpu.n_captured == 0 and not caplog.records
 
 
+def test_mel_stays_as_it_is_stored():
+    """A device step reads float16, half the bytes, and has the losses of the same float32."""
+    drawn, stored = batches(), batches()
+    stored.mel_dtype = torch.float16
+    wide, narrow = drawn.batch(1), stored.batch(1)
+    assert narrow.frames.dtype == torch.float16
+    assert torch.equal(narrow.frames.float(), wide.frames)
+    losses = [device_step()(1, batch)[0]["nll_nats"] for batch in (wide, narrow)]
+    assert losses[0] == losses[1]
+
+
+def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch):
+    a100, t4, cpu = (torch.device(name) for name in ("cuda:0", "cuda:1", "cpu"))
+    for has, gpu in ((True, a100), (False, t4)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, h=has: h)
+        assert arithmetic("auto", gpu) == ("bf16" if has else "fp32")
+        assert arithmetic("fp32", gpu) == "fp32" and arithmetic("bf16", gpu) == "bf16"
+        assert arithmetic("auto", cpu) == "fp32"
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """`wgpt train` takes the CPU for a GPU; holds the steps that it made."""
@@ -262,4 +283,5 @@ def test_a_failing_batch_is_named_with_its_run(prepared, tmp_path, on_a_gpu, mon
     trained = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
     assert [int(row["step"]) for row in trained] == [1, 2, 3]
     assert commits.newest_step(tmp_path / "run" / "checkpoints") == 0
-    assert Run.open(tmp_path / "run").config.graph == "auto"
+    config = Run.open(tmp_path / "run").config
+    assert (config.graph, config.dtype) == ("auto", "fp32")  # what auto meant there, for ever
