@@ -44,8 +44,8 @@ def build():
     headers += [f"-isystem{sysconfig.get_path('include')}"]
     defines = ["-DWGPT_WITH_CUDA", '-DWGPT_COMPILER=""', '-DWGPT_CUDA_ARCHS="emulated"']
     defines += ['-DWGPT_CUDA_PTX=""', '-DWGPT_CUDA_TOOLKIT=""']
-    defines += [f'-DBUILT_AGAINST_TORCH="{torch.__version__}"']  # another torch, another object
-    flags = ["-O1", *headers]
+    another_torch = f'-DBUILT_AGAINST_TORCH="{torch.__version__}"'  # another torch, another object
+    flags = ["-O1", *headers, another_torch]
     stable = [*flags, *defines, "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # as CMakeLists.txt
     dispatch = CSRC / "kernels" / "cpu" / "dispatch"
     sources = [path for path in sorted((CSRC / "ops").glob("*.cpp")) if path.stem != "device"]

@@ -351,9 +351,3 @@ def heads_view(t):
     """(B, T, H, D), channels contiguous."""
     assert t.stride(3) == 1 or t.shape[3] == 1
     return HeadsView(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
-
-
-def relative_error(got, expected):
-    """|got - expected| / |expected| in float64; NaN anywhere gives NaN."""
-    got, expected = got.double(), expected.double()
-    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
