@@ -168,10 +168,11 @@ fuzz-ops: $(FUZZ_OPS)
 	    -DPython_EXECUTABLE=$(VENV_PYTHON) -Dpybind11_DIR=$$($(VENV_PYTHON) -m pybind11 --cmakedir); \
 	  ninja -C $(FUZZ_OUT)/kernels -j$(JOBS)' >$(FUZZ_OUT)/kernels.log
 	rm -rf $(FUZZ_OUT)/package && mkdir $(FUZZ_OUT)/package && cp -rs $(abspath wgpt) $(FUZZ_OUT)/package
-	rm -f $(FUZZ_OUT)/package/wgpt/_C.*.so
-	clang++ -shared $(FUZZ_OPS) $$(find $(FUZZ_OUT)/kernels -name "*.o" -not -path "*/csrc/ops/*") \
-	  -L$(FUZZ_TORCH)/lib -ltorch_cpu -o $(FUZZ_OUT)/package/wgpt/_C$$($(VENV_PYTHON) -c \
-	    'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+	rm -f $(FUZZ_OUT)/package/wgpt/_C.*.so $(FUZZ_OUT)/package/wgpt/libwgpt_ops.*
+	cp $(FUZZ_OUT)/kernels/_C.*.so $(FUZZ_OUT)/package/wgpt
+	clang++ -shared $(FUZZ_OPS) -L$(FUZZ_TORCH)/lib -ltorch_cpu -Wl,-soname,libwgpt_ops.so \
+	  $$(find $(FUZZ_OUT)/kernels -path "*wgpt_ops.dir*" -name "*.o" -not -path "*/csrc/ops/*") \
+	  -o $(FUZZ_OUT)/package/wgpt/libwgpt_ops.so
 	LD_PRELOAD=$$($(VENV_PYTHON) -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$(FUZZ_OUT)/package \
 	  $(VENV_PYTHON) tests/fuzz/run.py ops $(SECONDS)
