@@ -359,6 +359,8 @@ void small() {
     for (const int64_t channels : {13, 64, 300})
       add_rms_norm({dtype, dtype, dtype, 37, channels}, true);
     add_rms_norm({DType::kFloat32, dtype, dtype, 9, 72}, true);
+    token_concat_norm({dtype, dtype, dtype, 37, 24, 40}, true);
+    token_concat_norm({DType::kFloat32, dtype, dtype, 9, 5, 7}, true);
     rotary({dtype, 2, 19, 2, 32}, true);
     rotary({dtype, 1, 5, 1, 6}, true);
     gelu(dtype, 1003, 0, true);
@@ -409,6 +411,8 @@ void ragged_and_real() {
     for (const int64_t channels : {1, 128, 256, 257, 640, 768, 772, 2100})
       add_rms_norm({dtype, dtype, dtype, 131, channels, channels % 2 == 0}, true);
     add_rms_norm({DType::kFloat32, dtype, dtype, 6000, 256}, true);
+    token_concat_norm({DType::kFloat32, dtype, dtype, 6000, 128, 128}, true);
+    token_concat_norm({dtype, dtype, dtype, 131, 384, 384}, true);
     for (const int64_t d : {32, 64, 128}) rotary({dtype, 8, 750, 512 / d, d}, true);
     gelu(dtype, 6000 * 1024, 0, true);
     for (const int64_t vocab : {1, 1152, 1153, 1280, 1281, 5000})
@@ -427,6 +431,7 @@ void bench() {
   mel_embed({DType::kBFloat16, DType::kFloat16, 8, 750, 64, 128, 1, 0}, false);
   token_concat({DType::kBFloat16, 8, 750, 1024, 128, 128}, false);
   add_rms_norm({DType::kFloat32, DType::kBFloat16, DType::kBFloat16, 6000, 256}, false);
+  token_concat_norm({DType::kFloat32, DType::kBFloat16, DType::kBFloat16, 6000, 128, 128}, false);
   rotary({DType::kBFloat16, 8, 750, 4, 64}, false);
   gelu(DType::kBFloat16, 6000 * 1024, 0, false);
   cross_entropy({DType::kBFloat16, 6000, 1025}, false);

@@ -89,6 +89,110 @@ inline void add_rms_norm(const NormCase& c, bool checked) {
   free_all();
 }
 
+struct ConcatNormCase {
+  DType table, delta, y;
+  int64_t rows, token_channels, mel_channels;
+};
+
+inline void token_concat_norm(const ConcatNormCase& c, bool checked) {
+  const int64_t ct = c.token_channels, cm = c.mel_channels, channels = ct + cm, vocab = 11;
+  const int64_t n = c.rows * channels, n_mel = c.rows * cm;
+  const TokenConcatNormShape shape{c.table, c.table, c.delta, c.y, c.rows, vocab, ct, cm};
+  const double mel_eps = 1e-5, eps = 1e-6;
+  const Tensor table = input(c.table, vocab * ct), x = input(c.table, n_mel),
+               delta = input(c.delta, n_mel), mel_weight = input(DType::kFloat32, cm),
+               weight = input(DType::kFloat32, channels), d_cat = input(c.table, n),
+               d_y = input(c.y, n), cat = output(c.table, n), y = output(c.y, n),
+               mel_root = output(DType::kFloat32, c.rows), root = output(DType::kFloat32, c.rows),
+               d_tokens = output(c.table, c.rows * ct), d_x = output(c.table, n_mel),
+               d_delta = output(c.delta, n_mel), d_weights = output(DType::kFloat32, channels + cm);
+  std::vector<int64_t> tokens(c.rows);
+  for (int64_t row = 0; row < c.rows; ++row) tokens[row] = row * 7 % vocab;
+  const std::string what = text_of("token_concat_norm %s %s N %lld Ct %lld Cm %lld",
+                                   name_of(c.table), name_of(c.y), static_cast<long long>(c.rows),
+                                   static_cast<long long>(ct), static_cast<long long>(cm));
+  const TokenConcatNormForward forward{shape,
+                                       static_cast<const int64_t*>(integers(tokens)),
+                                       table.data(),
+                                       x.data(),
+                                       delta.data(),
+                                       mel_weight.data(),
+                                       weight.data(),
+                                       cat.data(),
+                                       y.data(),
+                                       mel_root.data(),
+                                       root.data(),
+                                       mel_eps,
+                                       eps};
+  check_launch(what, cuda::token_concat_norm_forward(forward, nullptr));
+  const TokenConcatNormBackward backward{
+      shape,
+      d_cat.data(),
+      d_y.data(),
+      cat.data(),
+      x.data(),
+      delta.data(),
+      mel_root.data(),
+      root.data(),
+      mel_weight.data(),
+      weight.data(),
+      d_tokens.data(),
+      d_x.data(),
+      d_delta.data(),
+      d_weights.data(),
+      workspace(cuda::token_concat_norm_backward_workspace_bytes(shape))};
+  check_launch(what, cuda::token_concat_norm_backward(backward, nullptr));
+  wait();
+  if (!checked) return free_all();
+
+  bool touched = false;
+  const Values seen = fetch(cat, touched);  // with its own rounding
+  Values want(n), want_y(n), want_tokens(c.rows * ct), want_x(n_mel), want_weight(channels, 0),
+      want_mel_weight(cm, 0);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const double* cat_row = &seen[row * channels];
+    const double* d_y_row = &d_y.values[row * channels];
+    Values h(cm), d(channels);
+    for (int64_t i = 0; i < cm; ++i) h[i] = x.values[row * cm + i] + delta.values[row * cm + i];
+    const double mel_r = 1 / std::sqrt(dot(h.data(), h.data(), cm) / cm + mel_eps);
+    const double r = 1 / std::sqrt(dot(cat_row, cat_row, channels) / channels + eps);
+    double mean = 0, mel_mean = 0;
+    for (int64_t i = 0; i < channels; ++i)
+      mean += d_y_row[i] * weight.values[i] * cat_row[i] * r / channels;
+    for (int64_t i = 0; i < channels; ++i) {
+      want_y[row * channels + i] = cat_row[i] * r * weight.values[i];
+      d[i] = d_cat.values[row * channels + i] +
+             r * (d_y_row[i] * weight.values[i] - cat_row[i] * r * mean);
+      want_weight[i] += d_y_row[i] * cat_row[i] * r;
+      if (i < ct) {
+        want[row * channels + i] = table.values[tokens[row] * ct + i];
+        want_tokens[row * ct + i] = d[i];
+        continue;
+      }
+      h[i - ct] *= mel_r;
+      want[row * channels + i] = h[i - ct] * mel_weight.values[i - ct];
+      want_mel_weight[i - ct] += d[i] * h[i - ct];
+      mel_mean += d[i] * mel_weight.values[i - ct] * h[i - ct] / cm;
+    }
+    for (int64_t i = 0; i < cm; ++i)
+      want_x[row * cm + i] = mel_r * (d[ct + i] * mel_weight.values[i] - h[i] * mel_mean);
+  }
+  const Values got_weights = fetch(d_weights, touched);
+  // The halves differ in size, so a row of cat is held by the larger one.
+  report(what + " cat", worst_row(seen.data(), want, channels), kTraining.of(c.table));
+  report(what + " y", worst_row(fetch(y, touched).data(), want_y, channels), kTraining.of(c.y));
+  const double limit = kDifference.of(c.table);
+  report(what + " d_tokens", worst_row(fetch(d_tokens, touched).data(), want_tokens, ct), limit);
+  report(what + " d_x", worst_row(fetch(d_x, touched).data(), want_x, cm), limit);
+  report(what + " d_delta", worst_row(fetch(d_delta, touched).data(), want_x, cm),
+         kDifference.of(c.delta));
+  report(what + " d_weight", worst_row(got_weights.data(), want_weight, channels), limit);
+  report(what + " d_mel_weight", worst_row(got_weights.data() + channels, want_mel_weight, cm),
+         limit);
+  if (touched) report(what + " writes outside its tensors", 1, 0);
+  free_all();
+}
+
 struct RotaryCase {
   DType dtype;
   int64_t batch, steps, heads, head_dim;

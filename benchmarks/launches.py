@@ -123,6 +123,11 @@ OURS: dict[str, Callable[..., tuple[int, int, float, int]]] = {
     "mel_embed_backward": lambda d, slope, x, *_: (0, 2, 2.0 * d.numel() * x.shape[2], 0),
     "token_concat": lambda *_: (0, 1, 0.0, 0),
     "token_concat_backward": lambda *_: (0, 5, 0.0, 0),
+    "token_concat_norm": lambda *_: (0, 1, 0.0, 0),
+    # Both norms, their weights, and token_concat's; the gradient of the tokens' half both ways.
+    "token_concat_norm_backward": lambda d_fused, d_normed, fused, *rest: (
+        0, 7, 0.0, 2 * fused.numel() // fused.shape[-1] * (rest[6].shape[0] - rest[5].shape[0])
+    ),
     "add_rms_norm": lambda *_: (0, 1, 0.0, 0),
     "add_rms_norm_backward": lambda *_: (0, 2, 0.0, 0),
     "rotary_qkv": lambda *_: (0, 1, 0.0, 0),

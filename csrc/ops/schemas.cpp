@@ -54,6 +54,18 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("packed_addmm(Tensor x, Tensor panels, Tensor? addend, SymInt columns) -> Tensor");
 }
 
+// What only the second name has: a kernel in whose place the public function runs others where it does not fit.
+void define_kernels(torch::stable::detail::StableLibrary& m) {
+  m.def(
+      "token_concat_norm(Tensor tokens, Tensor table, Tensor x, Tensor? delta, Tensor mel_weight, "
+      "Tensor weight, float mel_eps, float eps, ScalarType dtype) "
+      "-> (Tensor cat, Tensor y, Tensor mel_inv_rms, Tensor inv_rms)");
+  m.def(
+      "token_concat_norm_backward(Tensor? d_cat, Tensor d_y, Tensor cat, Tensor tokens, Tensor x, "
+      "Tensor? delta, Tensor mel_inv_rms, Tensor inv_rms, Tensor mel_weight, Tensor weight, "
+      "int vocab) -> (Tensor d_table, Tensor d_x, Tensor d_delta, Tensor d_weights)");
+}
+
 // An op's checks of its arguments by themselves, on any device: for where the formula runs in plain torch.
 void define_checks(torch::stable::detail::StableLibrary& m) {
   m.def(
@@ -75,5 +87,6 @@ void define_checks(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY(wgpt, m) { define_ops(m); }
 STABLE_TORCH_LIBRARY(wgpt_kernels, m) {
   define_ops(m);
+  define_kernels(m);
   define_checks(m);
 }

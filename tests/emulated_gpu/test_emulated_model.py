@@ -77,6 +77,7 @@ def test_model_trains_five_steps_as_on_the_cpu(emulated_gpu):
     with emulated_gpu.on() as launches:
         ours = train(model_of())
     assert kernels(launches) >= set(TRAINED_BY)
+    assert sum("token_concat_norm" in launch.kernel for launch in launches) == 2 * N_STEPS
     plain, exact = train(model_of()), train(model_of(torch.float64))
     nudged = train(model_of(torch.float64, nudged=True))
     for name, value in ours.items():

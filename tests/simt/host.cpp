@@ -49,6 +49,16 @@ size_t add_rms_norm_backward_workspace_bytes(const AddRmsNormShape* s) {
   return cuda::add_rms_norm_backward_workspace_bytes(*s);
 }
 
+const char* token_concat_norm_forward(const TokenConcatNormForward* a) {
+  return cuda::token_concat_norm_forward(*a, nullptr);
+}
+const char* token_concat_norm_backward(const TokenConcatNormBackward* a) {
+  return cuda::token_concat_norm_backward(*a, nullptr);
+}
+size_t token_concat_norm_backward_workspace_bytes(const TokenConcatNormShape* s) {
+  return cuda::token_concat_norm_backward_workspace_bytes(*s);
+}
+
 const char* rotary_qkv_forward(const RotaryForward* a) {
   return cuda::rotary_qkv_forward(*a, nullptr);
 }

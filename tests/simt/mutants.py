@@ -212,8 +212,6 @@ MUTANTS = [
         "add_rms_norm.cuh",
         "  __syncthreads();\n",
         "",
-        0,
-        2,
     ),
     Mutant(
         "gradient_of_the_sum_in_another_turn",
@@ -228,6 +226,23 @@ MUTANTS = [
         "add_rms_norm.cuh",
         "if (row >= a.shape.rows) break;",
         "if (row + 1 >= a.shape.rows) break;",
+    ),
+    Mutant("none_concat_norm", "token_concat_norm", "token_concat_norm.cuh", "", ""),
+    Mutant(
+        "mean_of_both_halves",
+        "token_concat_norm",
+        "token_concat_norm.cuh",
+        "inverse_rms(squares, mel_channels, a.mel_eps)",
+        "inverse_rms(squares, channels, a.mel_eps)",
+    ),
+    Mutant(
+        "missing_barrier_between_two_weights",
+        "token_concat_norm",
+        "token_concat_norm.cuh",
+        "  __syncthreads();\n",
+        "",
+        0,
+        2,
     ),
     Mutant("none_rotary", "rotary_qkv", "rotary_qkv.cuh", "", ""),
     Mutant(
@@ -299,6 +314,11 @@ CALLS = {
         ("const char*", "add_rms_norm_forward", "AddRmsNormForward"),
         ("const char*", "add_rms_norm_backward", "AddRmsNormBackward"),
         ("size_t", "add_rms_norm_backward_workspace_bytes", "AddRmsNormShape"),
+    ],
+    "token_concat_norm": [
+        ("const char*", "token_concat_norm_forward", "TokenConcatNormForward"),
+        ("const char*", "token_concat_norm_backward", "TokenConcatNormBackward"),
+        ("size_t", "token_concat_norm_backward_workspace_bytes", "TokenConcatNormShape"),
     ],
     "rotary_qkv": [
         ("const char*", "rotary_qkv_forward", "RotaryForward"),

@@ -16,7 +16,8 @@ from cuda_tools import find_tool
 from emulator import CACHE, CSRC
 from launch_limits import demangled, launches_of_the_driver, misfit, most_threads
 
-TRAINING_UNITS = ["add_rms_norm", "rotary_qkv", "feed_forward", "linear_cross_entropy"]
+TRAINING_UNITS = ["add_rms_norm", "token_concat_norm", "rotary_qkv", "feed_forward",
+                  "linear_cross_entropy"]  # fmt: skip
 UNITS = [
     *("token_concat", "mel_embed", "flash_attention", "flash_attention_backward"),
     *TRAINING_UNITS,
@@ -159,7 +160,7 @@ def test_flash_attention_16_bit_kernels_have_the_expected_registers():
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("unit", TRAINING_UNITS)
 def test_memory_bound_kernels_leave_room_for_16_warps_and_move_16_bytes(unit, arch):
-    """Of add_rms_norm rows of 768 channels may take more: it holds them in registers."""
+    """The norms' rows of 768 channels may take more: registers hold them."""
     cubin, report = compile_unit(unit, arch)
     for name, facts in kernels_of(report).items():
         if "ILi4ELi6E" not in name:

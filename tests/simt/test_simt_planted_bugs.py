@@ -8,7 +8,7 @@ from embed_cases import check_mel_forward, concat_backward_values, concat_forwar
 from emulator import CACHE, POLICIES, Emulator
 from mutants import MUTANTS, build_mutants
 from numerics import worst_row
-from training_cases import gelu, norm, rotary, scores, worst_of_rows
+from training_cases import concat_norm, gelu, norm, rotary, scores, worst_of_rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 SEEDS = [1, 2, 3]
@@ -105,6 +105,10 @@ def norm_error(emu, dtype):
     return max(map(worst_of_rows, errors))
 
 
+def concat_norm_error(emu, dtype):
+    return worst_of_rows(concat_norm(emu, 37, 24, 40, dtype, dtype, dtype))
+
+
 def rotary_error(emu, dtype):
     return worst_of_rows(rotary(emu, 2, 5, 2, 32, dtype))
 
@@ -122,6 +126,7 @@ def loss_error(emu, dtype):
 
 ERRORS = {
     "add_rms_norm": norm_error,
+    "token_concat_norm": concat_norm_error,
     "rotary_qkv": rotary_error,
     "feed_forward": gelu_error,
     "linear_cross_entropy": loss_error,

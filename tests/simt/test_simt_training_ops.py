@@ -6,6 +6,7 @@ import torch
 from training_cases import (
     DTYPES,
     check_rows,
+    concat_norm,
     cross_entropy,
     gelu,
     norm,
@@ -37,6 +38,10 @@ NORM_SIZES = [  # both sides of a turn of 256 and of 768 channels, of vectors of
     (2, 1540),
 ]
 ROTARY_SIZES = [(1, 1, 1, 2), (2, 5, 3, 32), (1, 37, 2, 64), (2, 3, 1, 6), (3, 11, 4, 128)]
+# rows, Ct, Cm: of a lane two vectors of four channels, six, and eight of one
+CONCAT_NORM_SIZES = [
+    (1, 4, 8), (67, 128, 128), (3, 132, 128), (2, 512, 256), (5, 7, 13), (2, 128, 127),
+]  # fmt: skip
 # rows, vocab: both sides of what a warp holds in float32, 1152, and in 16-bit types, 1280
 SCORE_SIZES = [(1, 1), (3, 5), (9, 29), (17, 1024), (5, 1025), (4, 1153), (3, 1281)]
 
@@ -67,6 +72,18 @@ def test_add_rms_norm_bits_do_not_depend_on_the_order_of_blocks_and_warps(built)
         results.append({name: values[0].clone() for name, values in answers.items()})
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize("size", CONCAT_NORM_SIZES, ids=str)
+def test_token_concat_norm_matches_float64(emu, size):
+    for types in ((F32, F32, F32), (BF16, BF16, BF16), (F32, BF16, BF16), (F32, None, F16)):
+        check_rows(concat_norm(emu, *size, *types))
+
+
+def test_token_concat_norm_is_refused_beyond_its_channels(emu):
+    for ct, cm, words in ((384, 388, "768"), (129, 128, "256")):
+        with pytest.raises(RuntimeError, match=f"more than {words} channels"):
+            concat_norm(emu, 1, ct, cm, F32, None, F32)
 
 
 @pytest.mark.parametrize("size", ROTARY_SIZES, ids=str)

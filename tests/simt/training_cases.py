@@ -61,6 +61,52 @@ CrossEntropySums = structure(
     "CrossEntropySums", loss=ptr, correct=ptr, rows=i64, total=ptr, n_correct=ptr
 )
 
+TokenConcatNormShape = structure(
+    "TokenConcatNormShape",
+    table=i32,
+    x=i32,
+    delta=i32,
+    y=i32,
+    rows=i64,
+    vocab=i64,
+    token_channels=i64,
+    mel_channels=i64,
+)
+TokenConcatNormForward = structure(
+    "TokenConcatNormForward",
+    shape=TokenConcatNormShape,
+    tokens=ptr,
+    table=ptr,
+    x=ptr,
+    delta=ptr,
+    mel_weight=ptr,
+    weight=ptr,
+    cat=ptr,
+    y=ptr,
+    mel_inv_rms=ptr,
+    inv_rms=ptr,
+    mel_eps=f64,
+    eps=f64,
+)
+TokenConcatNormBackward = structure(
+    "TokenConcatNormBackward",
+    shape=TokenConcatNormShape,
+    d_cat=ptr,
+    d_y=ptr,
+    cat=ptr,
+    x=ptr,
+    delta=ptr,
+    mel_inv_rms=ptr,
+    inv_rms=ptr,
+    mel_weight=ptr,
+    weight=ptr,
+    d_tokens=ptr,
+    d_x=ptr,
+    d_delta=ptr,
+    d_weights=ptr,
+    workspace=ptr,
+)
+
 
 def check_rows(answers):
     """{name: (got, plain torch, float64, float64 of nudged inputs)} to the rule, row by row."""
@@ -160,6 +206,50 @@ def norm_alone(emu, x, delta, y_dtype):
     tensors = (emu.tensor(x), emu.tensor(delta), weight, total, y, inv_rms)
     emu.call("add_rms_norm_forward", AddRmsNormForward(shape, *map(address, tensors), 1e-6))
     return x if total is None else total, y
+
+
+# ---- token_concat_norm
+
+
+def concat_norm(emu, rows, ct, cm, table_type, delta_type, y_type, seed=0):
+    """Forward and backward: what `compare` gives. delta_type None: there is no delta."""
+    g = torch.Generator().manual_seed(seed)
+    c, vocab = ct + cm, 5
+
+    def tensor(dtype, *shape, gain=1.0):
+        return emu.tensor((torch.randn(shape, generator=g) * gain).to(dtype))
+
+    tokens = emu.tensor(torch.randint(vocab, (rows,), generator=g))
+    table, x = tensor(table_type, vocab, ct, gain=0.1), tensor(table_type, rows, cm)
+    delta = None if delta_type is None else tensor(delta_type, rows, cm)
+    weights = tensor(torch.float32, cm, gain=0.1), tensor(torch.float32, c)
+    d_cat, d_y = tensor(table_type, rows, c), tensor(y_type, rows, c)
+    codes = (DTYPE_CODES[t] for t in (table_type, table_type, delta_type or table_type, y_type))
+    shape = TokenConcatNormShape(*codes, rows, vocab, ct, cm)
+    cat, y = emu.empty((rows, c), table_type), emu.empty((rows, c), y_type)
+    roots = [emu.empty((rows,), torch.float32) for _ in range(2)]
+    tensors = (tokens, table, x, delta, *weights, cat, y, *roots)
+    call = TokenConcatNormForward(shape, *map(address, tensors), 1e-5, 1e-6)
+    emu.call("token_concat_norm_forward", call)
+    d_tokens, d_x = emu.empty((rows, ct), table_type), emu.empty(x.shape, table_type)
+    has_type = delta_type not in (None, table_type)
+    d_delta = emu.empty(x.shape, delta_type) if has_type else None
+    d_weights = emu.empty((c + cm,), torch.float32)
+    work = emu.workspace("token_concat_norm_backward_workspace_bytes", shape)
+    tensors = (d_cat, d_y, cat, x, delta, *roots, *weights, d_tokens, d_x, d_delta, d_weights, work)
+    call = TokenConcatNormBackward(shape, *map(address, tensors))
+    emu.call("token_concat_norm_backward", call)
+
+    def function(embedded, x, delta, mel_weight, weight):
+        mel = norm_reference(x, delta, mel_weight, table_type, 1e-5)[1]
+        return norm_reference(torch.cat([embedded, mel], -1), None, weight, y_type)
+
+    names = ["cat", "y", "d_tokens", "d_x", "d_delta", "d_mel_weight", "d_weight"]
+    got = [cat, y, d_tokens, d_x, d_x if d_delta is None else d_delta, d_weights[c:], d_weights[:c]]
+    if delta is None:
+        del names[4], got[4]
+    inputs = (table[tokens], x, delta, *weights)
+    return compare(names, got, function, inputs, (d_cat, d_y))
 
 
 # ---- rotary_qkv

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from wgpt import ops
 from wgpt.config import ModelConfig
 from wgpt.model.cache import Cache
-from wgpt.model.transformer import Block, RotaryAngles, add_norm
+from wgpt.model.transformer import Block, RotaryAngles, add_norm, is_plain
+from wgpt.ops.cuda import is_gpu
 
 
 class MelBranch(nn.Module):
@@ -45,6 +48,13 @@ class MelBranch(nn.Module):
         self, frames: Tensor, cache: Cache | None, first_key: Tensor | None = None
     ) -> Tensor:
         """(B, T*r, M) log-mel frames to (B, T, Cm); first_key as in HybridModel.hidden."""
+        x, delta = self.states(frames, cache, first_key)
+        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
+
+    def states(
+        self, frames: Tensor, cache: Cache | None, first_key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `norm` then norms: a pair that stands for its sum, as Block gives it."""
         config = self.config
         steps = frames.shape[1] // config.frames_per_step
         position = 0
@@ -61,7 +71,7 @@ class MelBranch(nn.Module):
         for i, block in enumerate(self.blocks):
             layer = cache.mel_layers[i] if cache is not None else None
             x, delta = block(x, delta, angles, layer, first_key)
-        return add_norm(self.norm, x, delta, dtype=self.norm.weight.dtype)[1]
+        return x, delta
 
     def _embed(self, frames: Tensor) -> Tensor:
         return ops.mel_embed(
@@ -100,10 +110,38 @@ class Fusion(nn.Module):
         frames: Tensor | None,
         cache: Cache | None,
         first_key: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) int64 and frames (B, T*r, M) to (B, T, Ct + Cm)."""
-        hidden = None
-        if self.mel is not None:
-            assert frames is not None
-            hidden = self.mel(frames, cache, first_key)
-        return ops.token_concat(tokens, self.table, hidden)
+        norm: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """tokens (B, T) int64 and frames (B, T*r, M) to (B, T, Ct + Cm).
+
+        norm: the one that follows; its result is the second, or None where it was not fused.
+        """
+        if self.mel is None:
+            return ops.token_concat(tokens, self.table), None
+        assert frames is not None
+        if norm is None or not self._may_fuse(norm):
+            return ops.token_concat(tokens, self.table, self.mel(frames, cache, first_key)), None
+        last: Any = self.mel.norm
+        following: Any = norm
+        return ops.token_concat_norm(
+            tokens,
+            self.table,
+            *self.mel.states(frames, cache, first_key),
+            last.weight,
+            following.weight,
+            mel_eps=last.eps,
+            eps=following.eps,
+        )
+
+    def _may_fuse(self, norm: nn.Module) -> bool:
+        """Whether there may be one kernel for it: on a GPU, with modules that nobody changed and
+        weights that are here (those of a sharded block are not, before it runs)."""
+        assert self.mel is not None
+        return (
+            is_gpu(self.table.device)
+            and is_plain(self.mel, MelBranch, may_have_bias=True)
+            and all(
+                is_plain(n, nn.RMSNorm) and not hasattr(n.weight, "device_mesh")
+                for n in (self.mel.norm, norm)
+            )
+        )

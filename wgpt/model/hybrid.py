@@ -179,7 +179,8 @@ class HybridModel(nn.Module):
         if cache is not None and first_key is not None:
             raise ValueError("first_key must be None with a cache, which holds one clip")
         coarse = tokens if self.latent is None else tokens[:, :, 0]
-        x = self.fusion(coarse, frames, cache, first_key)
+        first_norm = self.blocks[0].attention_norm if self.latent is None else None
+        x, normed = self.fusion(coarse, frames, cache, first_key, first_norm)
         if self.latent is not None:
             x = x + self.latent(tokens, cache, first_key)
         position = cache.position if cache is not None else 0
@@ -187,7 +188,7 @@ class HybridModel(nn.Module):
         delta = None
         for i, block in enumerate(self.blocks):
             layer = cache.layers[i] if cache is not None else None
-            x, delta = block(x, delta, angles, layer, first_key)
+            x, delta = block(x, delta, angles, layer, first_key, normed if i == 0 else None)
         if cache is not None:
             cache.position += tokens.shape[1]
         return add_norm(self.norm, x, delta)[1]

@@ -173,9 +173,14 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         cache: LayerCache | None = None,
         first_key: Tensor | None = None,
+        normed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, delta (B, T, C) to a new pair of them; first_key as in Attention."""
-        x, normed = add_norm(self.attention_norm, x, delta)
+        """x, delta (B, T, C) to a new pair of them; first_key as in Attention.
+
+        normed: what attention_norm makes of x, where that is known and there is no delta.
+        """
+        if normed is None:
+            x, normed = add_norm(self.attention_norm, x, delta)
         delta = self.dropout(self.attention(normed, angles, cache, first_key))
         x, normed = add_norm(self.ffn_norm, x, delta)
         return x, self.dropout(self.ffn(normed))

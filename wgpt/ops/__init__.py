@@ -5,6 +5,7 @@
     add_rms_norm, rotary_qkv                 kernels   kernels           `reference`
     feed_forward, linear_cross_entropy       kernels   kernels, cuBLAS   `reference`
     linear                                   kernels   `reference`       `reference`
+    token_concat_norm                        its parts kernels           its parts
     PackedMatrix (float32)                   kernels   torch's GEMM      torch's GEMM
 
 `reference` holds the formula of every op in plain torch. float64 is for the CPU.
@@ -49,6 +50,7 @@ from wgpt.ops.rotary_qkv import rotary_qkv
 from wgpt.ops.sdpa import SdpaCalls, SdpaHandle, sdpa_calls, use_for_sdpa
 from wgpt.ops.switch import use_plain_torch
 from wgpt.ops.token_concat import token_concat
+from wgpt.ops.token_concat_norm import token_concat_norm
 
 __all__ = [
     "Info",
@@ -66,6 +68,7 @@ __all__ = [
     "rotary_qkv",
     "set_cpu_target",
     "token_concat",
+    "token_concat_norm",
     "use_for_sdpa",
     "use_plain_torch",
 ]

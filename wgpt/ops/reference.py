@@ -160,6 +160,22 @@ def add_rms_norm(
     return total.to(x.dtype), y.to(dtype or autocast_type(x))
 
 
+def token_concat_norm(
+    tokens: Tensor,
+    table: Tensor,
+    x: Tensor,
+    delta: Tensor | None,
+    mel_weight: Tensor,
+    weight: Tensor,
+    *,
+    mel_eps: float = 1e-6,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """See `wgpt.ops.token_concat_norm`."""
+    mel = add_rms_norm(x, delta, mel_weight, eps=mel_eps, dtype=mel_weight.dtype)[1]
+    return add_rms_norm(token_concat(tokens, table, mel), None, weight, eps=eps)
+
+
 def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `wgpt.ops.rotary_qkv`."""
     wide = torch.promote_types(qkv.dtype, torch.float32)

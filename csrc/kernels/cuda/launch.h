@@ -11,6 +11,7 @@
 #include "kernels/mel_embed.h"
 #include "kernels/rotary_qkv.h"
 #include "kernels/token_concat.h"
+#include "kernels/token_concat_norm.h"
 
 namespace wgpt::cuda {
 
@@ -26,6 +27,9 @@ size_t mel_embed_backward_workspace_bytes(const MelEmbedShape&);
 const char* token_concat_forward(const TokenConcatForward&, Stream);
 const char* token_concat_backward(const TokenConcatBackward&, Stream);
 size_t token_concat_backward_workspace_bytes(const TokenConcatShape&);
+const char* token_concat_norm_forward(const TokenConcatNormForward&, Stream);
+const char* token_concat_norm_backward(const TokenConcatNormBackward&, Stream);
+size_t token_concat_norm_backward_workspace_bytes(const TokenConcatNormShape&);
 const char* add_rms_norm_forward(const AddRmsNormForward&, Stream);
 const char* add_rms_norm_backward(const AddRmsNormBackward&, Stream);
 size_t add_rms_norm_backward_workspace_bytes(const AddRmsNormShape&);
