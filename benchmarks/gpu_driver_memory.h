@@ -17,7 +17,6 @@
 extern "C" {
 void* simt_allocate(size_t bytes);
 void simt_free_all();
-void simt_set_multiprocessors(int n);
 }
 #endif
 
@@ -53,11 +52,6 @@ inline void to_host(void* to, const void* from, size_t bytes) {
   check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));  // waits for the kernels before
 }
 inline void wait() { check(cudaDeviceSynchronize()); }
-inline int multiprocessors() {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
-  return count;
-}
 #else
 inline void* device_allocate(size_t bytes) {
   void* memory = simt_allocate(bytes);
@@ -68,7 +62,6 @@ inline void free_all() { simt_free_all(); }
 inline void to_device(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 inline void to_host(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 inline void wait() {}
-inline int multiprocessors() { return 132; }
 #endif
 
 inline size_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

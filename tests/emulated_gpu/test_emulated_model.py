@@ -25,7 +25,7 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 SETTINGS = TrainConfig(batch_size=3, context_s=0.6, lr=0.01, warmup_steps=1, device="cpu")
 N_STEPS = 5
-TRAINED_BY = ["project_kernel", "forward_kernel", "packed_forward_kernel", "delta_kernel",
+TRAINED_BY = ["project_kernel", "forward_kernel", "delta_kernel",
               "key_value_grad_kernel", "query_grad_kernel", "rank_kernel", "scan_kernel",
               "place_kernel", "sum_kernel", "weight_grad_kernel", "add_splits_kernel",
               "backward_kernel", "add_partials_kernel", "rotate_kernel", "gelu_kernel",
@@ -78,6 +78,8 @@ def test_model_trains_five_steps_as_on_the_cpu(emulated_gpu):
         ours = train(model_of())
     assert kernels(launches) >= set(TRAINED_BY)
     assert sum("token_concat_norm" in launch.kernel for launch in launches) == 2 * N_STEPS
+    packed = "flash::forward_kernel<float, 32, true>"
+    assert any(packed in launch.kernel for launch in launches)
     plain, exact = train(model_of()), train(model_of(torch.float64))
     nudged = train(model_of(torch.float64, nudged=True))
     for name, value in ours.items():

@@ -19,7 +19,7 @@ def check(emu, b, tq, tk, h, d, dtype, causal, window, **kwargs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 128])
-@pytest.mark.parametrize("t", [1, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("t", [1, 5, 33, 64, 65, 127, 129])
 def test_causal_forward(built, t, d, dtype):
     built.reset(("random", "mixed", t))
     check(built, 1, t, t, 2, d, dtype, True, 0)
@@ -92,26 +92,23 @@ def test_what_cuda_refuses(built):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 128])
-def test_blocks_of_128_rows(built, d, dtype):
+def test_window_that_leaves_tiles_out_on_both_sides(built, d, dtype):
     built.reset()
-    built.lib.simt_set_multiprocessors(1)  # a small machine: four blocks fill it
-    check(built, 2, 130, 130, 1, d, dtype, True, 0)
     check(built, 2, 130, 150, 1, d, dtype, False, 33)
 
 
 @pytest.mark.parametrize(
-    "heads,steps,warps",
-    [(3, 100, 4), (4, 100, 8), (2, 128, 4), (2, 129, 8), (1, 384, 4), (1, 385, 8)],
+    "d,dtype,rows",
+    [(32, torch.bfloat16, 128), (64, torch.float16, 128), (128, torch.bfloat16, 64)]
+    + [(d, torch.float32, 64) for d in (32, 64, 128)],
 )
-def test_four_blocks_a_multiprocessor_are_taken_high(built, heads, steps, warps):
+def test_blocks_cover_the_rows_once(built, d, dtype, rows):
     built.reset()
-    built.lib.simt_set_multiprocessors(1)
-    with built.recorded() as launches:
-        forward(built, *inputs(built, 1, steps, steps, heads, 32, torch.bfloat16), 0.2)
-    (launch,) = launches
-    assert "forward_kernel<wgpt::cuda::Bf16, 32," in launch.kernel
-    assert launch.block == (32 * warps, 1, 1)
-    assert launch.grid == (heads * -(-steps // (16 * warps)), 1, 1)
+    for steps in (rows, rows + 1):
+        with built.recorded() as launches:
+            forward(built, *inputs(built, 1, steps, steps, 2, d, dtype), 0.2)
+        (launch,) = launches
+        assert launch.block == (128, 1, 1) and launch.grid == (2 * -(-steps // rows), 1, 1)
 
 
 def test_offsets_beyond_32_bits(emu):

@@ -90,7 +90,6 @@ def flash_attention(
         first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
             last key that the query sees without it, non-decreasing along a row. Causal attention
             over packed documents: the start of the query's document (`first_key_of`). No gradient.
-            On CUDA in float32 at D = 128 torch's attention with a mask runs.
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -115,7 +114,7 @@ def flash_attention(
         )
         out = out[..., :head_dim].contiguous()
         return (out, lse) if return_lse else out
-    if runs_plain_torch(q.device) or (first_key is not None and _has_no_packed_kernel(q)):
+    if runs_plain_torch(q.device):
         arguments = (q, k, v, scale, causal, window, first_key)
         _check(*arguments)
         if return_lse:
@@ -134,11 +133,6 @@ def _padded(head_dim: int) -> int:
     if head_dim % 8 != 0:
         return head_dim
     return next((size for size in HEAD_DIMS if 0 < head_dim <= size), head_dim)
-
-
-def _has_no_packed_kernel(q: Tensor) -> bool:
-    """Whether the CUDA kernels know no first_key for this type and size: registers would spill."""
-    return is_gpu(q.device) and q.dtype == torch.float32 and q.shape[-1] == 128
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:

@@ -11,9 +11,8 @@
 // S and dP are computed in both passes: 7 GEMMs, 14 D FLOPs per visible pair, instead of 5 and an unordered or
 // serialised addition into dQ. Every gradient has one owner and a fixed order, so the bits are always the same. float32
 // accumulators; P and dS are rounded to the element type for the second GEMMs (float32 keeps them: 3xTF32).
-// A block's rows that belong to several packed documents (first_key) are taken one document after the other; not in
-// float32 at D = 128, where the registers do not suffice.
-// The limit is the tensor cores. Memory: delta, 4 bytes per row.
+// A block's rows that belong to several packed documents (first_key) are taken one document after the other.
+// The limit is what shared memory delivers to the fragments (docs/performance.md). Memory: delta, 4 bytes per row.
 #pragma once
 
 #include "kernels/cuda/flash_attention_common.cuh"
@@ -33,36 +32,38 @@ struct BackwardParams {
   bool aligned;
 };
 
-// Warps of a block (16 rows each) and rows of a streamed tile: no spills on any architecture, three blocks a
-// multiprocessor at D <= 64 by registers, and at most 99 KiB of shared memory.
-template <typename T, int D>
-constexpr int kStreamedQueries = sizeof(T) == 4 ? 16 : 2048 / D;
-template <typename T, int D>
-constexpr int kStreamedKeys = sizeof(T) == 4 ? (D == 128 ? 16 : 32)
-                              : D == 128     ? 32
-                                             : 2048 / D;
+// A warp owns 32 rows where the registers allow, so that each fragment of the streamed tile feeds two mma, else 16; at
+// D <= 64 dK and dV's own fragments then stay in registers.
 
-template <typename T, int D, int kStreamedRows, int kFactsPerRow, bool kPacked>
+// Rows of a streamed tile: no spills on any architecture, two blocks a multiprocessor, at most 99 KiB of shared memory.
+template <typename T, int D>
+constexpr int kStreamedQueries = sizeof(T) == 4 || D == 128 ? 16 : 32;
+template <typename T, int D>
+constexpr int kStreamedKeys = sizeof(T) == 4 && D == 128 ? 16 : 32;
+
+template <typename T, int D, int kBlocksOfRows, int kStreamedRows, int kFactsPerRow>
 struct BackwardTiles {
-  static constexpr int kWarps = sizeof(T) == 4 && D == 128 ? 2 : 4;
-  static constexpr int kOwned = 16 * kWarps;
+  static constexpr int kM = kBlocksOfRows;  // blocks of 16 rows that a warp owns
+  static constexpr int kWarps = sizeof(T) == 4 && D == 128 ? 2 : kMatrixWarps;
+  static constexpr int kOwned = 16 * kM * kWarps;
   static constexpr int kStreamed = kStreamedRows;
   static constexpr int kThreads = kWarps * kWarp;
-  // Blocks that a multiprocessor must hold, which bounds the registers; 0: as the compiler likes. The borders of
-  // documents take registers: three blocks then spill.
-  static constexpr int kMinBlocks = D == 128 ? 8 / kWarps : kPacked ? 2 : sizeof(T) == 4 ? 3 : 0;
-  // Whether the fragments of the owned rows stay in registers.
-  static constexpr bool kKeep = sizeof(T) == 2 && D == 32;
+  // Blocks that a multiprocessor must hold, which bounds the registers.
+  static constexpr int kMinBlocks = 2 * kMatrixWarps / kWarps;
+  // Steps of k of which the fragments of the owned rows stay in registers.
+  static constexpr int kKept = sizeof(T) == 2 && 16 * kM * D <= 1024 ? D / 16 : 0;
   // Numbers of 4 bytes that go with each streamed row.
   static constexpr int kFacts = kFactsPerRow;
   // Two owned tiles; two streamed ones and the facts in two stages.
   static constexpr int kElements = SmemTile<T, D>::elements(2 * kOwned + 4 * kStreamed);
   static constexpr size_t kSharedBytes = sizeof(T) * kElements + 4 * 2 * kFacts * kStreamed;
 };
+// dK and dV take twice the accumulators of dQ: 32 rows a warp spill at D = 64.
 template <typename T, int D, bool kPacked>
-using KeyValueGradTiles = BackwardTiles<T, D, kStreamedQueries<T, D>, kPacked ? 3 : 2, kPacked>;
-template <typename T, int D, bool kPacked>
-using QueryGradTiles = BackwardTiles<T, D, kStreamedKeys<T, D>, 0, kPacked>;
+using KeyValueGradTiles =
+    BackwardTiles<T, D, sizeof(T) == 2 && D == 32 ? 2 : 1, kStreamedQueries<T, D>, kPacked ? 3 : 2>;
+template <typename T, int D>
+using QueryGradTiles = BackwardTiles<T, D, kRowBlocks<T, D>, kStreamedKeys<T, D>, 0>;
 
 constexpr int kDeltaThreads = 256;
 
@@ -94,13 +95,12 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(BackwardParams<T> 
 }
 
 // The keys of a block in [key0, key_end), which have no border of documents between them.
-template <typename T, int D, typename V>
-WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const V& visible, T* base,
-                                     int batch_head, int key0, int key_end) {
-  using Sizes = KeyValueGradTiles<T, D, V::kPacked>;
+template <typename T, int D, bool kPacked>
+WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int key0, int key_end) {
+  using Sizes = KeyValueGradTiles<T, D, kPacked>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kKeys = Sizes::kOwned, kQueries = Sizes::kStreamed, kThreads = Sizes::kThreads,
-                kN = kQueries / 8;
+                kM = Sizes::kM, kN = kQueries / 8;
   const HeadTile k_tile = {base}, v_tile = {base + HeadTile::elements(kKeys)};
   const auto q_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kKeys + 2 * stage * kQueries)};
@@ -111,107 +111,128 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, const V& visibl
   // [stage][log2 e lse | delta | first key, where packed][query]
   float* const row_facts = reinterpret_cast<float*>(base + Sizes::kElements);
 
-  const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
-  const Rows<const T> q = p.q.head(b, h), d_out = p.d_out.head(b, h);
+  const BlockWork work(p);
+  const auto& visible = visibility_of_block<kPacked>(p);
   const int last_key = key0 + kKeys < key_end ? key0 + kKeys - 1 : key_end - 1;
   const Span queries = visible.queries_of(key0, last_key);
   const int query_origin = visible.query_origin(key0);
-  const int tile_begin = (queries.lo - query_origin) / kQueries,
-            tile_end = ceil_div(queries.hi - query_origin, kQueries);
-  const int q_end = visible.query_end(queries);
+  const int first_tile = query_origin + (queries.lo - query_origin) / kQueries * kQueries;
+  const int tile_end = queries.hi, q_end = visible.query_end(queries);
 
-  const auto load_queries = [&](int stage, int tile) {
-    const int query0 = query_origin + tile * kQueries;
-    q_tile(stage).template load<kQueries, kThreads>(q, query0, q_end, p.aligned);
-    d_out_tile(stage).template load<kQueries, kThreads>(d_out, query0, q_end, p.aligned);
+  TileStream<T, D, kQueries, kThreads> q_stream(p.q, work, first_tile, p.aligned),
+      d_out_stream(p.d_out, work, first_tile, p.aligned);
+  // A thread's facts of the next tile wait in registers until this one is done.
+  float lse_log2 = 0.f, delta = 0.f;
+  int first_key = 0;
+  int64_t at = static_cast<int64_t>(work.head) * visible.q_steps + first_tile + threadIdx.x;
+  const auto load_queries = [&](int stage, int query0) {
+    q_stream.load(q_tile(stage), query0, q_end);
+    d_out_stream.load(d_out_tile(stage), query0, q_end);
+    copy_async_commit();
     if (threadIdx.x < kQueries) {
       const int query = query0 + threadIdx.x;
-      const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + query;
-      float* facts = row_facts + Sizes::kFacts * stage * kQueries + threadIdx.x;
-      facts[0] = query < q_end ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
-      facts[kQueries] = query < q_end ? p.delta[at] : 0.f;
-      if constexpr (V::kPacked) {
-        reinterpret_cast<int*>(facts)[2 * kQueries] = visible.keys_of(query).lo;
-      }
+      lse_log2 = query < q_end ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
+      delta = query < q_end ? p.delta[at] : 0.f;
+      if constexpr (kPacked) first_key = visible.keys_of(query).lo;
+      at += kQueries;
     }
-    copy_async_commit();
+  };
+  const auto store_facts = [&](int stage) {
+    if (threadIdx.x < kQueries) {
+      float* facts = row_facts + Sizes::kFacts * stage * kQueries + threadIdx.x;
+      facts[0] = lse_log2;
+      facts[kQueries] = delta;
+      if constexpr (kPacked) reinterpret_cast<int*>(facts)[2 * kQueries] = first_key;
+    }
   };
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
-  const int warp_first = key0 + 16 * warp,
-            warp_last = warp_first + 15 < key_end ? warp_first + 15 : key_end - 1;
-  LeftRows<T, D, Sizes::kKeep> k_rows = {k_tile, 16 * warp, {}}, v_rows = {v_tile, 16 * warp, {}};
-  float dk[D / 8][4], dv[D / 8][4];
+  const int warp_first = key0 + 16 * kM * warp,
+            warp_last = warp_first + 16 * kM < key_end ? warp_first + 16 * kM - 1 : key_end - 1;
+  TileRange tiles(visible.queries_of(warp_first, warp_first),
+                  visible.queries_of(warp_last, warp_last), kQueries);
+  if (warp_first >= key_end) tiles.end = tiles.begin;
+  LeftRows<T, D, kM, Sizes::kKept> k_rows = {k_tile, 16 * kM * warp, {}},
+                                   v_rows = {v_tile, 16 * kM * warp, {}};
+  float dk[kM][D / 8][4], dv[kM][D / 8][4];
   clear(dk);
   clear(dv);
 
-  k_tile.template load<kKeys, kThreads>(p.k.head(b, h), key0, key_end, p.aligned);
-  v_tile.template load<kKeys, kThreads>(p.v.head(b, h), key0, key_end, p.aligned);
-  if (tile_begin < tile_end) {
-    load_queries(0, tile_begin);
+  load_tile<kKeys, kThreads>(k_tile, p.k, work, key0, key_end, p.aligned);
+  load_tile<kKeys, kThreads>(v_tile, p.v, work, key0, key_end, p.aligned);
+  if (first_tile < tile_end) {
+    load_queries(0, first_tile);
+    store_facts(0);
   } else {
     copy_async_commit();  // keys that no query sees: their gradients are zero
     copy_async_wait<0>();
     __syncthreads();
   }
-  for (int tile = tile_begin; tile < tile_end; ++tile) {
-    const int stage = (tile - tile_begin) % 2;
+  if constexpr (Sizes::kKept > 0) {
+    copy_async_wait<0>();
+    __syncthreads();
+    k_rows.prepare();
+    v_rows.prepare();
+  }
+  for (int tile = first_tile, stage = 0; tile < tile_end; tile += kQueries, stage = 1 - stage) {
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) load_queries(1 - stage, tile + 1);
-    if (tile == tile_begin) {
-      k_rows.prepare();
-      v_rows.prepare();
-    }
-    const int query0 = query_origin + tile * kQueries;
-    const int last_query = query0 + kQueries < q_end ? query0 + kQueries - 1 : q_end - 1;
-    // What a query of this tile sees; its first key is in shared memory where packed.
-    const auto keys_of = [=](int query) {
-      Span keys = visible.Visibility::keys_of(query);
-      if constexpr (V::kPacked) {
-        keys.lo = reinterpret_cast<const int*>(
-            row_facts)[(Sizes::kFacts * stage + 2) * kQueries + query - query0];
-      }
-      return keys;
-    };
-    const Span first_span = keys_of(query0), last_span = keys_of(last_query);
-    if (warp_first >= key_end || warp_first >= last_span.hi || warp_last < first_span.lo) continue;
-    const bool masked = warp_first < last_span.lo || warp_last >= first_span.hi;
-
-    float s[kN][4], ds[kN][4];  // rows: keys, columns: queries
-    gemm_by_rows<T, D>(s, k_rows, q_tile(stage));
-    gemm_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
-    const float* facts = row_facts + Sizes::kFacts * stage * kQueries;
-    WGPT_UNROLL
-    for (int n = 0; n < kN; ++n) {
-      const int column = 8 * n + 2 * t;
+    if (tile + kQueries < tile_end) load_queries(1 - stage, tile + kQueries);
+    const auto add_tile = [&](auto masked) {
+      const float* facts = row_facts + Sizes::kFacts * stage * kQueries;
+      int key = warp_first + g, query = tile + 2 * t;        // the lane's first
+      if (masked) key = opaque(key), query = opaque(query);  // masks are made where they are used
+      const auto is_hidden = [&](int m, int n, int i) {
+        Span span = p.visible.Visibility::keys_of(query + 8 * n + i % 2);
+        if constexpr (kPacked) {  // the first key of each query is in shared memory
+          span.lo = reinterpret_cast<const int*>(facts)[2 * kQueries + 8 * n + 2 * t + i % 2];
+        }
+        const int row = key + 16 * m + i / 2 * 8;
+        return row < span.lo || row >= span.hi;
+      };
+      float s[kM][kN][4], ds[kM][kN][4];  // rows: keys, columns: queries
+      gemm_by_rows<T, D>(s, k_rows, q_tile(stage));
       WGPT_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const float lse_log2 = facts[column + c], delta = facts[kQueries + column + c];
+      for (int n = 0; n < kN; ++n) {
+        const Vec<float, 2> lse = load_vec<2>(facts + 8 * n + 2 * t);
         WGPT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float weight = exp2_approx(s[n][2 * half + c] * p.scale_log2 - lse_log2);
-          if (masked) {
-            const Span span = keys_of(query0 + column + c);
-            const int key = warp_first + g + 8 * half;
-            if (key < span.lo || key >= span.hi) {
-              weight = 0.f;
-              if constexpr (V::kPacked) ds[n][2 * half + c] = delta;  // 0 times NaN is not 0
-            }
+        for (int m = 0; m < kM; ++m) {
+          WGPT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            s[m][n][i] = exp2_approx(s[m][n][i] * p.scale_log2 - lse.e[i % 2]);
+            if (masked && is_hidden(m, n, i)) s[m][n][i] = 0.f;
           }
-          s[n][2 * half + c] = weight;
-          ds[n][2 * half + c] = weight * (ds[n][2 * half + c] - delta);
         }
       }
-    }
-    add_weighted_rows<T, D>(dv, s, d_out_tile(stage));
-    add_weighted_rows<T, D>(dk, ds, q_tile(stage));
+      add_weighted_rows<T, D>(dv, s, d_out_tile(stage));  // before dP: fewer registers at once
+      gemm_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
+      WGPT_UNROLL
+      for (int n = 0; n < kN; ++n) {
+        const Vec<float, 2> row_delta = load_vec<2>(facts + kQueries + 8 * n + 2 * t);
+        WGPT_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          WGPT_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            ds[m][n][i] = s[m][n][i] * (ds[m][n][i] - row_delta.e[i % 2]);
+            // 0 times NaN is not 0.
+            if (masked && is_hidden(m, n, i)) ds[m][n][i] = 0.f;
+          }
+        }
+      }
+      add_weighted_rows<T, D>(dk, ds, q_tile(stage));
+    };
+    if (tiles.holds(tile)) with_mask<T>(tiles.is_masked(tile), add_tile);
+    if (tile + kQueries < tile_end) store_facts(1 - stage);
   }
+  const BlockWork end(p);
   // Only this warp reads these rows of K and V, so it may write their gradients through them.
-  store_rows<T, D>(dk, {p.scale, p.scale}, k_tile, 16 * warp, p.dk.head(b, h), warp_first, key_end,
-                   p.aligned);
-  store_rows<T, D>(dv, {1.f, 1.f}, v_tile, 16 * warp, p.dv.head(b, h), warp_first, key_end,
-                   p.aligned);
+  WGPT_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    const int row0 = 16 * (kM * warp + m), first = warp_first + 16 * m;
+    store_rows<T, D>(dk[m], {p.scale, p.scale}, k_tile, row0, p.dk.head(end), first, key_end,
+                     p.aligned);
+    store_rows<T, D>(dv[m], {1.f, 1.f}, v_tile, row0, p.dv.head(end), first, key_end, p.aligned);
+  }
 }
 
 template <typename T, int D, bool kPacked>
@@ -220,25 +241,22 @@ __global__ void __launch_bounds__(KeyValueGradTiles<T, D, kPacked>::kThreads,
     key_value_grad_kernel(BackwardParams<T> p) {
   constexpr int kKeys = KeyValueGradTiles<T, D, kPacked>::kOwned;
   WGPT_DYNAMIC_SHARED(shared);
-  const int batch_head = blockIdx.x % p.n_batch_heads;
-  const auto& visible = visibility_of_item<kPacked>(p.visible, batch_head / p.n_heads);
-  const int key0 =
-      static_cast<int>(blockIdx.x / p.n_batch_heads) * kKeys;  // for causal, the longest come first
-  const int offset = visible.kv_steps - visible.q_steps;  // from a query to the key at its position
-  for_each_run<kKeys>(visible, key0 - offset, [&](int begin, int end) {
-    key_value_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin + offset,
-                              end + offset);
+  // The queries at the block's keys; for causal, the longest come first.
+  const int offset = p.visible.kv_steps - p.visible.q_steps;
+  const auto first = [&] { return BlockWork(p).tile * kKeys - offset; };
+  for_each_run<kPacked, kKeys>(p, first, [&](int begin, int end) {
+    key_value_grad_rows<T, D, kPacked>(p, reinterpret_cast<T*>(shared), begin + offset,
+                                       end + offset);
   });
 }
 
 // The queries of a block in [row0, q_end), which have no border of documents between them.
-template <typename T, int D, typename V>
-WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const V& visible, T* base,
-                                 int batch_head, int row0, int q_end) {
-  using Sizes = QueryGradTiles<T, D, V::kPacked>;
+template <typename T, int D, bool kPacked>
+WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, T* base, int row0, int q_end) {
+  using Sizes = QueryGradTiles<T, D>;
   using HeadTile = SmemTile<T, D>;
   constexpr int kRows = Sizes::kOwned, kKeys = Sizes::kStreamed, kThreads = Sizes::kThreads,
-                kN = kKeys / 8;
+                kM = Sizes::kM, kN = kKeys / 8;
   const HeadTile q_tile = {base}, d_out_tile = {base + HeadTile::elements(kRows)};
   const auto k_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kRows + 2 * stage * kKeys)};
@@ -247,90 +265,100 @@ WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, const V& visible, T
     return HeadTile{base + HeadTile::elements(2 * kRows + (2 * stage + 1) * kKeys)};
   };
 
-  const int64_t b = batch_head / p.n_heads, h = batch_head % p.n_heads;
-  const Rows<const T> k = p.k.head(b, h), v = p.v.head(b, h);
+  const BlockWork work(p);
+  const auto& visible = visibility_of_block<kPacked>(p);
   const int last_row = row0 + kRows < q_end ? row0 + kRows - 1 : q_end - 1;
   const int key_origin = visible.key_origin(row0);
   const int key_end = visible.key_end(last_row);
-  const int tile_begin = (visible.keys_of(row0).lo - key_origin) / kKeys;
-  const int tile_end = ceil_div(visible.keys_of(last_row).hi - key_origin, kKeys);
+  const int first_tile = key_origin + (visible.keys_of(row0).lo - key_origin) / kKeys * kKeys;
+  const int tile_end = visible.keys_of(last_row).hi;
 
   const int warp = threadIdx.x / kWarp, g = lane_id() / 4, t = lane_id() % 4;
-  const int warp_row0 = row0 + 16 * warp,
-            warp_last = warp_row0 + 16 < q_end ? warp_row0 + 15 : q_end - 1;
-  const Span first_span = visible.keys_of(warp_row0), last_span = visible.keys_of(warp_last);
-  Span row_span[2];
-  float lse_log2[2], delta[2];
+  const int warp_row0 = row0 + 16 * kM * warp,
+            warp_last = warp_row0 + 16 * kM < q_end ? warp_row0 + 16 * kM - 1 : q_end - 1;
+  TileRange tiles(visible.keys_of(warp_row0), visible.keys_of(warp_last), kKeys);
+  if (warp_row0 >= q_end) tiles.end = tiles.begin;
+  float lse_log2[kM][2], delta[kM][2];
   WGPT_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row0 + g + 8 * half;
-    const int64_t at = static_cast<int64_t>(batch_head) * visible.q_steps + row;
-    row_span[half] = visible.keys_of(row);
-    lse_log2[half] = row < q_end ? p.lse[at] * kLog2E : INFINITY;
-    delta[half] = row < q_end ? p.delta[at] : 0.f;
+  for (int m = 0; m < kM; ++m) {
+    WGPT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row0 + 16 * m + g + 8 * half;
+      const int64_t at = static_cast<int64_t>(work.head) * visible.q_steps + row;
+      lse_log2[m][half] = row < q_end ? p.lse[at] * kLog2E : INFINITY;
+      delta[m][half] = row < q_end ? p.delta[at] : 0.f;
+    }
   }
-  LeftRows<T, D, Sizes::kKeep> q_rows = {q_tile, 16 * warp, {}},
-                               d_out_rows = {d_out_tile, 16 * warp, {}};
-  float dq[D / 8][4];
+  LeftRows<T, D, kM, Sizes::kKept> q_rows = {q_tile, 16 * kM * warp, {}},
+                                   d_out_rows = {d_out_tile, 16 * kM * warp, {}};
+  float dq[kM][D / 8][4];
   clear(dq);
 
-  const auto load_keys = [&](int stage, int tile) {
-    const int key0 = key_origin + tile * kKeys;
-    k_tile(stage).template load<kKeys, kThreads>(k, key0, key_end, p.aligned);
-    v_tile(stage).template load<kKeys, kThreads>(v, key0, key_end, p.aligned);
+  TileStream<T, D, kKeys, kThreads> k_stream(p.k, work, first_tile, p.aligned),
+      v_stream(p.v, work, first_tile, p.aligned);
+  const auto load_keys = [&](int stage, int key0) {
+    k_stream.load(k_tile(stage), key0, key_end);
+    v_stream.load(v_tile(stage), key0, key_end);
     copy_async_commit();
   };
-  q_tile.template load<kRows, kThreads>(p.q.head(b, h), row0, q_end, p.aligned);
-  d_out_tile.template load<kRows, kThreads>(p.d_out.head(b, h), row0, q_end, p.aligned);
-  load_keys(0, tile_begin);
-  for (int tile = tile_begin; tile < tile_end; ++tile) {
-    const int stage = (tile - tile_begin) % 2;
+  load_tile<kRows, kThreads>(q_tile, p.q, work, row0, q_end, p.aligned);
+  load_tile<kRows, kThreads>(d_out_tile, p.d_out, work, row0, q_end, p.aligned);
+  load_keys(0, first_tile);
+  if constexpr (Sizes::kKept > 0) {
+    copy_async_wait<0>();
+    __syncthreads();
+    q_rows.prepare();
+    d_out_rows.prepare();
+  }
+  for (int tile = first_tile, stage = 0; tile < tile_end; tile += kKeys, stage = 1 - stage) {
     copy_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + 1 < tile_end) load_keys(1 - stage, tile + 1);
-    if (tile == tile_begin) {
-      q_rows.prepare();
-      d_out_rows.prepare();
-    }
-    const int key0 = key_origin + tile * kKeys;
-    if (warp_row0 >= q_end || key0 >= last_span.hi || key0 + kKeys <= first_span.lo) continue;
-    const bool masked = key0 < last_span.lo || key0 + kKeys > first_span.hi;
+    if (tile + kKeys < tile_end) load_keys(1 - stage, tile + kKeys);
+    if (!tiles.holds(tile)) continue;
 
-    float s[kN][4], ds[kN][4];
-    gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
-    gemm_by_rows<T, D>(ds, d_out_rows, v_tile(stage));
-    WGPT_UNROLL
-    for (int n = 0; n < kN; ++n) {
+    with_mask<T>(tiles.is_masked(tile), [&](auto masked) {
+      int row = warp_row0 + g, key0 = tile + 2 * t;        // the lane's first
+      if (masked) row = opaque(row), key0 = opaque(key0);  // masks are made where they are used
+      const auto& seen = visibility_of_block<kPacked>(p);
+      float s[kM][kN][4], ds[kM][kN][4];
+      gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
+      gemm_by_rows<T, D>(ds, d_out_rows, v_tile(stage));
       WGPT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        float weight = exp2_approx(s[n][i] * p.scale_log2 - lse_log2[i / 2]);
-        if (masked) {
-          const int key = key0 + 8 * n + 2 * t + i % 2;
-          if (key < row_span[i / 2].lo || key >= row_span[i / 2].hi) {
-            weight = 0.f;
-            if constexpr (V::kPacked) ds[n][i] = delta[i / 2];
+      for (int m = 0; m < kM; ++m) {
+        WGPT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const Span span = seen.keys_of(row + 16 * m + 8 * half);
+          WGPT_UNROLL
+          for (int n = 0; n < kN; ++n) {
+            WGPT_UNROLL
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+              const float weight = exp2_approx(s[m][n][i] * p.scale_log2 - lse_log2[m][half]);
+              ds[m][n][i] = weight * (ds[m][n][i] - delta[m][half]);
+              const int key = key0 + 8 * n + i % 2;
+              if (masked && (key < span.lo || key >= span.hi)) ds[m][n][i] = 0.f;
+            }
           }
         }
-        ds[n][i] = weight * (ds[n][i] - delta[i / 2]);
       }
-    }
-    add_weighted_rows<T, D>(dq, ds, k_tile(stage));
+      add_weighted_rows<T, D>(dq, ds, k_tile(stage));
+    });
   }
-  store_rows<T, D>(dq, {p.scale, p.scale}, q_tile, 16 * warp, p.dq.head(b, h), warp_row0, q_end,
-                   p.aligned);
+  const BlockWork end(p);
+  WGPT_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    store_rows<T, D>(dq[m], {p.scale, p.scale}, q_tile, 16 * (kM * warp + m), p.dq.head(end),
+                     warp_row0 + 16 * m, q_end, p.aligned);
+  }
 }
 
 template <typename T, int D, bool kPacked>
-__global__ void __launch_bounds__(QueryGradTiles<T, D, kPacked>::kThreads,
-                                  QueryGradTiles<T, D, kPacked>::kMinBlocks)
+__global__ void __launch_bounds__(QueryGradTiles<T, D>::kThreads, QueryGradTiles<T, D>::kMinBlocks)
     query_grad_kernel(BackwardParams<T> p, int n_tiles) {
-  constexpr int kRows = QueryGradTiles<T, D, kPacked>::kOwned;
+  constexpr int kRows = QueryGradTiles<T, D>::kOwned;
   WGPT_DYNAMIC_SHARED(shared);
-  const int batch_head = blockIdx.x % p.n_batch_heads;
-  const auto& visible = visibility_of_item<kPacked>(p.visible, batch_head / p.n_heads);
-  const int row0 = (n_tiles - 1 - static_cast<int>(blockIdx.x / p.n_batch_heads)) * kRows;
-  for_each_run<kRows>(visible, row0, [&](int begin, int end) {
-    query_grad_rows<T, D>(p, visible, reinterpret_cast<T*>(shared), batch_head, begin, end);
+  const auto row0 = [&] { return (n_tiles - 1 - BlockWork(p).tile) * kRows; };
+  for_each_run<kPacked, kRows>(p, row0, [&](int begin, int end) {
+    query_grad_rows<T, D, kPacked>(p, reinterpret_cast<T*>(shared), begin, end);
   });
 }
 
@@ -338,7 +366,7 @@ template <typename T, int D, bool kPacked>
 const char* backward(const FlashAttentionBackward& a, Stream stream) {
   const FlashAttentionShape& s = a.shape;
   using KeyTiles = KeyValueGradTiles<T, D, kPacked>;
-  using QueryTiles = QueryGradTiles<T, D, kPacked>;
+  using QueryTiles = QueryGradTiles<T, D>;
   static_assert(KeyTiles::kSharedBytes <= kSharedLimit && QueryTiles::kSharedBytes <= kSharedLimit);
   BackwardParams<T> p;
   p.q = heads<const T>(a.q);
@@ -387,13 +415,8 @@ const char* flash_attention_backward(const FlashAttentionBackward& a, Stream str
     flash::with_head_dim(a.shape.head_dim, [&](auto head_dim) {
       using T = decltype(element);
       constexpr int D = decltype(head_dim)::value;
-      if (a.first_key == nullptr) {
-        error = flash::backward<T, D, false>(a, stream);
-      } else if constexpr (sizeof(T) == 4 && D == 128) {  // dK, dV would spill
-        error = "flash_attention: CUDA knows no first_key in float32 at head_dim 128";
-      } else {
-        error = flash::backward<T, D, true>(a, stream);
-      }
+      error = a.first_key == nullptr ? flash::backward<T, D, false>(a, stream)
+                                     : flash::backward<T, D, true>(a, stream);
     });
   });
   return error;

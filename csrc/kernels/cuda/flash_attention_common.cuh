@@ -1,4 +1,4 @@
-// What the passes of flash_attention share: which pairs are visible, the warp GEMMs of 16 rows with a tile, the checks.
+// What the passes of flash_attention share: which pairs are visible, tile loads, the warp GEMMs, the checks.
 #pragma once
 
 #include "kernels/cuda/launch.h"
@@ -118,38 +118,72 @@ struct PackedVisibility : Visibility {
 };
 
 // What the queries of item b see.
-template <bool kPacked>
-WGPT_DEVICE decltype(auto) visibility_of_item(const PackedVisibility& all, int64_t b) {
+WGPT_DEVICE PackedVisibility visibility_of_item(PackedVisibility all, int64_t b) {
+  all.first_key += b * all.q_steps;
+  return all;
+}
+
+// What a block works on: a tile of rows of one head; blocks are numbered with the head fastest. Each call computes it again,
+// so that a kernel need not keep it in registers while it loops over tiles.
+struct BlockWork {
+  int head, b, h, tile;
+
+  template <typename Params>
+  explicit WGPT_DEVICE BlockWork(const Params& p) {
+    const unsigned block = opaque(blockIdx.x), n_heads = static_cast<unsigned>(p.n_batch_heads);
+    head = static_cast<int>(block % n_heads);
+    b = head / p.n_heads;
+    h = head % p.n_heads;
+    tile = static_cast<int>(block / n_heads);
+  }
+};
+
+// What the queries of a block's head see.
+template <bool kPacked, typename Params>
+WGPT_DEVICE decltype(auto) visibility_of_block(const Params& p) {
   if constexpr (kPacked) {
-    PackedVisibility item = all;
-    item.first_key += b * all.q_steps;
-    return item;
+    return visibility_of_item(p.visible, BlockWork(p).b);
   } else {
-    return static_cast<const Visibility&>(all);
+    return static_cast<const Visibility&>(p.visible);
   }
 }
 
-// Calls f(begin, end) for each run of queries of a block, which owns kRows from `first` on: no border of packed
-// documents lies within a run. Without packing there is one, whose end is that of all queries.
-template <int kRows, typename V, typename F>
-WGPT_DEVICE void for_each_run(const V& visible, int first, F&& f) {
-  if constexpr (V::kPacked) {
-    const int end = first + kRows < visible.q_steps ? first + kRows : visible.q_steps;
-    for (int begin = first, next; begin < end; begin = next) {
-      next = visible.segment_end(begin, end);
-      if (begin > first) __syncthreads();  // every warp has done with the tiles of the run before
+// Calls f(begin, end) for each run of queries of a block, which owns kRows from first() on: no border of packed documents
+// lies within a run. Without packing there is one, whose end is that of all queries.
+template <bool kPacked, int kRows, typename Params, typename First, typename F>
+WGPT_DEVICE void for_each_run(const Params& p, First&& first, F&& f) {
+  const int q_steps = p.visible.q_steps;
+  if constexpr (kPacked) {
+    const auto end = [&] { return first() + kRows < q_steps ? first() + kRows : q_steps; };
+    for (int begin = first(), next; begin < end(); begin = next) {
+      if (begin > first()) __syncthreads();  // every warp has done with the tiles of the run before
+      next = visibility_of_block<true>(p).segment_end(begin, end());
       f(begin, next);
     }
   } else {
-    f(first, visible.q_steps);
+    f(first(), q_steps);
   }
 }
+
+// Where the tiles of n keys (or queries) begin that a warp must visit, [begin, end), and those in which it sees every
+// pair, [whole_begin, whole_end).
+struct TileRange {
+  int begin, end, whole_begin, whole_end;
+
+  // Of what the first and the last row of the warp see.
+  WGPT_DEVICE TileRange(const Span& first, const Span& last, int n)
+      : begin(first.lo - n + 1), end(last.hi), whole_begin(last.lo), whole_end(first.hi - n + 1) {}
+
+  WGPT_DEVICE bool holds(int tile) const { return tile >= begin && tile < end; }
+  WGPT_DEVICE bool is_masked(int tile) const { return tile < whole_begin || tile >= whole_end; }
+};
 
 template <typename T>
 struct Heads {
   T* data;
   int64_t batch_stride, step_stride, head_stride;
 
+  WGPT_DEVICE Rows<T> head(const BlockWork& at) const { return head(at.b, at.h); }
   WGPT_DEVICE Rows<T> head(int64_t b, int64_t h) const {
     return {data + b * batch_stride + h * head_stride, step_stride};
   }
@@ -168,66 +202,168 @@ bool rows_aligned(const HeadsView& v) {
          v.head_stride % kW == 0;
 }
 
-// ---- warp GEMMs ------------------------------------------------------------------------------------------------------
+// ---- loads -----------------------------------------------------------------------------------------------------------
 
-// 16 rows of the left tile: fragments kept in registers where kKeep, else loaded at every use.
-template <typename T, int D, bool kKeep>
-struct LeftRows {
-  SmemTile<T, D> tile;
-  int row0;
-  FragmentA<T> kept[kKeep ? D / 16 : 1];
+// Tiles of kRows rows of one head, one after the other, into shared memory. A whole and aligned tile costs an addition
+// to the thread's pointer for each of its copies.
+template <typename T, int D, int kRows, int kThreads>
+struct TileStream {
+  static constexpr int kW = kVecLanes<T>, kChunks = D / kW;
+  static constexpr int kStep = kThreads / kChunks;  // a thread's column stays, its row moves
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0,
+                "every thread loads equally many chunks");
 
-  WGPT_DEVICE void prepare() {
-    if constexpr (kKeep) {
+  const T* next;      // this thread's chunk of the next tile's first row that is its own
+  const T* readable;  // any address of the tensor
+  int64_t stride;
+  bool aligned;
+
+  WGPT_DEVICE TileStream(const Heads<const T>& heads, const BlockWork& work, int first,
+                         bool aligned)
+      : next(heads.head(work).row(first + row0()) + column()),
+        readable(heads.data),
+        stride(heads.step_stride),
+        aligned(aligned) {}
+
+  static WGPT_DEVICE int row0() { return threadIdx.x / kChunks; }
+  static WGPT_DEVICE int column() { return threadIdx.x % kChunks * kW; }
+
+  // Issues the loads of the next tile, whose first row is `first`, with zeros from n_rows on; they arrive with the
+  // thread's next group, or at once where rows are not 16-byte aligned.
+  WGPT_DEVICE void load(const SmemTile<T, D>& to, int first, int n_rows) {
+    T* const chunk = to.chunk(row0(), column());  // kStep rows on, the swizzle is the same
+    constexpr int kPitch = kStep * SmemTile<T, D>::kPitch;
+    if (aligned && first + kRows <= n_rows) {
       WGPT_UNROLL
-      for (int k = 0; k < D / 16; ++k) load_a(kept[k], tile, row0, 16 * k);
-    }
-  }
-
-  WGPT_DEVICE FragmentA<T> fragment(int k) const {
-    if constexpr (kKeep) {
-      return kept[k];
+      for (int i = 0; i < kRows / kStep; ++i) {
+        copy_async16(chunk + i * kPitch, next + i * kStep * stride, true);
+      }
+    } else if (aligned) {
+      WGPT_UNROLL
+      for (int i = 0; i < kRows / kStep; ++i) {
+        const bool valid = first + row0() + i * kStep < n_rows;
+        copy_async16(chunk + i * kPitch, valid ? next + i * kStep * stride : readable, valid);
+      }
     } else {
-      FragmentA<T> a;
-      load_a(a, tile, row0, 16 * k);
-      return a;
+      const T* source = opaque(next);
+      WGPT_UNROLL_BY(1)
+      for (int i = 0; i < kRows / kStep; ++i, source += kStep * stride) {
+        const bool valid = first + row0() + i * kStep < n_rows;
+        Vec<T, kW> v;
+        WGPT_UNROLL
+        for (int c = 0; c < kW; ++c) v.e[c] = valid ? source[c] : T{};
+        store_vec<kW>(chunk + i * kPitch, v);
+      }
     }
+    next += kRows * stride;
   }
 };
 
-// c[n] = left right[8n .. 8n + 7]^T, summed over D.
-template <typename T, int D, bool kKeep, int kN>
-WGPT_DEVICE void gemm_by_rows(float (&c)[kN][4], const LeftRows<T, D, kKeep>& left,
+// The same for one tile.
+template <int kRows, int kThreads, typename T, int D>
+WGPT_DEVICE void load_tile(const SmemTile<T, D>& to, const Heads<const T>& heads,
+                           const BlockWork& work, int first, int n_rows, bool aligned) {
+  TileStream<T, D, kRows, kThreads>(heads, work, first, aligned).load(to, first, n_rows);
+}
+
+// ---- warp GEMMs ------------------------------------------------------------------------------------------------------
+
+constexpr int kMatrixWarps = 4;  // of a block of the matrix kernels
+
+// Blocks of 16 rows that a warp owns: each fragment of the streamed tiles feeds so many mma. At D = 128, and in float32,
+// the registers suffice for one.
+template <typename T, int D>
+constexpr int kRowBlocks = sizeof(T) == 2 && D <= 64 ? 2 : 1;
+
+// 16 kM rows of the left tile: the fragments of the first kKept steps of k stay in registers, the others are loaded at every
+// use.
+template <typename T, int D, int kM, int kKept>
+struct LeftRows {
+  SmemTile<T, D> tile;
+  int row0;
+  FragmentA<T> kept[kKept > 0 ? kKept : 1][kM];
+
+  WGPT_DEVICE void prepare() {
+    WGPT_UNROLL
+    for (int k = 0; k < kKept; ++k) load(kept[k], k);
+  }
+
+  WGPT_DEVICE void fragments(FragmentA<T> (&a)[kM], int k) const {
+    if (k < kKept) {
+      WGPT_UNROLL
+      for (int m = 0; m < kM; ++m) a[m] = kept[k][m];
+    } else {
+      load(a, k);
+    }
+  }
+
+ private:
+  WGPT_DEVICE void load(FragmentA<T> (&a)[kM], int k) const {
+    WGPT_UNROLL
+    for (int m = 0; m < kM; ++m) load_a(a[m], tile, row0 + 16 * m, 16 * k);
+  }
+};
+
+// c[m][n] = left rows 16m to 16m + 15 times right[8n .. 8n + 7]^T, summed over D.
+template <typename T, int D, int kM, int kKept, int kN>
+WGPT_DEVICE void gemm_by_rows(float (&c)[kM][kN][4], const LeftRows<T, D, kM, kKept>& left,
                               const SmemTile<T, D>& right) {
   clear(c);
   WGPT_UNROLL_BY(sizeof(T) == 4 ? 1 : D / 16)  // float32 unrolled needs 20 to 50 registers more
   for (int k = 0; k < D / 16; ++k) {
-    const FragmentA<T> a = left.fragment(k);
+    FragmentA<T> a[kM];
+    left.fragments(a, k);
     WGPT_UNROLL
     for (int n = 0; n < kN; n += 2) {
       FragmentB<T> b[2];
       load_b_rows(b, right, 8 * n, 16 * k);
-      mma<T>(c[n], a, b[0]);
-      mma<T>(c[n + 1], a, b[1]);
+      WGPT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        mma<T>(c[m][n], a[m], b[0]);
+        mma<T>(c[m][n + 1], a[m], b[1]);
+      }
     }
   }
 }
 
-// c += weights right: weights are 16 x 8 kN accumulators, rounded to T; k runs along the rows of right.
-template <typename T, int D, int kN>
-WGPT_DEVICE void add_weighted_rows(float (&c)[D / 8][4], const float (&weights)[kN][4],
+// c += weights right: weights are 16 kM x 8 kN accumulators, rounded to T; k runs along the rows of right.
+template <typename T, int D, int kM, int kN>
+WGPT_DEVICE void add_weighted_rows(float (&c)[kM][D / 8][4], const float (&weights)[kM][kN][4],
                                    const SmemTile<T, D>& right) {
   WGPT_UNROLL
   for (int k = 0; k < kN; k += 2) {
-    FragmentA<T> a;
-    a_from_accumulators(a, weights[k], weights[k + 1]);
+    FragmentA<T> a[kM];
+    WGPT_UNROLL
+    for (int m = 0; m < kM; ++m) a_from_accumulators(a[m], weights[m][k], weights[m][k + 1]);
     WGPT_UNROLL
     for (int n = 0; n < D / 8; n += 2) {
       FragmentB<T> b[2];
       load_b_columns(b, right, 8 * k, 8 * n);
-      mma<T>(c[n], a, b[0]);
-      mma<T>(c[n + 1], a, b[1]);
+      WGPT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        mma<T>(c[m][n], a[m], b[0]);
+        mma<T>(c[m][n + 1], a[m], b[1]);
+      }
     }
+  }
+}
+
+// A bool that is known to the compiler.
+template <bool kValue>
+struct Known {
+  WGPT_DEVICE constexpr operator bool() const { return kValue; }
+};
+
+// Calls f(masked) for a tile: 16-bit tiles without hidden pairs get code of their own, which knows nothing of masks;
+// float32, short of registers, has one code for both.
+template <typename T, typename F>
+WGPT_DEVICE void with_mask(bool masked, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    f(masked);
+  } else if (masked) {
+    f(Known<true>{});
+  } else {
+    f(Known<false>{});
   }
 }
 

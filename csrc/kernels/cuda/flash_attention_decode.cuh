@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(DecodeParam
   Span all = p.visible.Visibility::keys_of(i);
   int from = p.visible.Visibility::keys_of(0).lo;
   if (p.visible.first_key != nullptr) {  // one kernel for both: the test is little beside the keys
-    const PackedVisibility visible = visibility_of_item<true>(p.visible, b);
+    const PackedVisibility visible = visibility_of_item(p.visible, b);
     all.lo = visible.keys_of(i).lo;
     from = visible.keys_of(0).lo;
   }

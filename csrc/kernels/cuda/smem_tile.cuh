@@ -37,40 +37,21 @@ struct SmemTile {
     if constexpr (kFloat) {
       return base + row * kPitch + column;
     } else {
-      const int c = column / kW;
-      const int swizzled = D == 32 ? c ^ (row / 2 % 4) : c ^ (row % 8);
-      return base + row * kPitch + swizzled * kW;
+      return base + offset(row, column);
     }
   }
 
-  // Issues the loads of rows [first, first + kRows) of `from`, zeros from n_rows on; arrives with the thread's next group,
-  // or at once where rows are not 16-byte aligned. `from` has at least one row.
-  template <int kRows, int kThreads>
-  WGPT_DEVICE void load(const Rows<const T>& from, int first, int n_rows, bool aligned) const {
-    constexpr int kChunks = D / kW,
-                  kStep = kThreads / kChunks;  // a thread's column stays, its row goes in steps
-    static_assert(kThreads % kChunks == 0 && kRows % kStep == 0,
-                  "every thread loads equally many chunks");
-    const int r0 = threadIdx.x / kChunks, column = threadIdx.x % kChunks * kW;
-    if (aligned) {
-      WGPT_UNROLL
-      for (int i = 0; i < kRows / kStep; ++i) {
-        const int r = r0 + i * kStep;
-        const bool valid = first + r < n_rows;
-        copy_async16(chunk(r, column), from.row(valid ? first + r : 0) + column, valid);
-      }
-    } else {
-      WGPT_UNROLL_BY(1)
-      for (int i = 0; i < kRows / kStep; ++i) {
-        const int r = r0 + i * kStep;
-        const bool valid = first + r < n_rows;
-        const T* source = from.row(valid ? first + r : 0) + column;
-        Vec<T, kW> v;
-        WGPT_UNROLL
-        for (int k = 0; k < kW; ++k) v.e[k] = valid ? source[k] : T{};
-        store_vec<kW>(chunk(r, column), v);
-      }
-    }
+  // The chunk of (row0 + row, column0 + column) in a 16-bit tile, with row0 a multiple of 8, column0 of 16 and column < 16:
+  // row and column are the lane's, so one offset serves all chunks that the lane reads.
+  WGPT_DEVICE T* chunk(int row0, int row, int column0, int column) const {
+    return base + row0 * kPitch + (offset(row, column) ^ column0);
+  }
+
+  // Of a 16-bit tile, in elements.
+  static WGPT_DEVICE int offset(int row, int column) {
+    const int c = column / kW;
+    const int swizzled = D == 32 ? c ^ (row / 2 % 4) : c ^ (row % 8);
+    return row * kPitch + swizzled * kW;
   }
 };
 
@@ -113,7 +94,7 @@ WGPT_DEVICE void load_a(FragmentA<T>& a, const SmemTile<T, D>& tile, int row0, i
     }
   } else {
     const int matrix = lane / 8;  // rows 0-7 | 8-15 of columns 0-7, then of columns 8-15
-    ldmatrix_x4(a.r, tile.chunk(row0 + matrix % 2 * 8 + lane % 8, k0 + matrix / 2 * 8));
+    ldmatrix_x4(a.r, tile.chunk(row0, matrix % 2 * 8 + lane % 8, k0, matrix / 2 * 8));
   }
 }
 
@@ -132,7 +113,7 @@ WGPT_DEVICE void load_a_columns(FragmentA<T>& a, const SmemTile<T, D>& tile, int
     }
   } else {
     const int matrix = lane / 8;  // columns 0-7 | 8-15 of rows 0-7, then of rows 8-15
-    ldmatrix_x4_trans(a.r, tile.chunk(k0 + matrix / 2 * 8 + lane % 8, m0 + matrix % 2 * 8));
+    ldmatrix_x4_trans(a.r, tile.chunk(k0, matrix / 2 * 8 + lane % 8, m0, matrix % 2 * 8));
   }
 }
 
@@ -154,7 +135,7 @@ WGPT_DEVICE void load_b_rows(FragmentB<T> (&b)[2], const SmemTile<T, D>& tile, i
   } else {
     const int matrix = lane / 8;  // columns 0-7 | 8-15 of rows 0-7, then of rows 8-15
     uint32_t r[4];
-    ldmatrix_x4(r, tile.chunk(n0 + matrix / 2 * 8 + lane % 8, k0 + matrix % 2 * 8));
+    ldmatrix_x4(r, tile.chunk(n0, matrix / 2 * 8 + lane % 8, k0, matrix % 2 * 8));
     b[0].r[0] = r[0];
     b[0].r[1] = r[1];
     b[1].r[0] = r[2];
@@ -180,7 +161,7 @@ WGPT_DEVICE void load_b_columns(FragmentB<T> (&b)[2], const SmemTile<T, D>& tile
   } else {
     const int matrix = lane / 8;  // rows 0-7 | 8-15 of columns 0-7, then of columns 8-15
     uint32_t r[4];
-    ldmatrix_x4_trans(r, tile.chunk(k0 + matrix % 2 * 8 + lane % 8, n0 + matrix / 2 * 8));
+    ldmatrix_x4_trans(r, tile.chunk(k0, matrix % 2 * 8 + lane % 8, n0, matrix / 2 * 8));
     b[0].r[0] = r[0];
     b[0].r[1] = r[1];
     b[1].r[0] = r[2];
@@ -248,6 +229,11 @@ WGPT_DEVICE void clear(float (&c)[kN][4]) {
     WGPT_UNROLL
     for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
   }
+}
+template <int kM, int kN>
+WGPT_DEVICE void clear(float (&c)[kM][kN][4]) {
+  WGPT_UNROLL
+  for (int m = 0; m < kM; ++m) clear(c[m]);
 }
 
 }  // namespace wgpt::cuda

@@ -44,6 +44,19 @@ WGPT_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
 }
 
+// x, of which the compiler knows no more from here on: it derives nothing from it ahead of time, which would take registers.
+template <typename T>
+WGPT_DEVICE T opaque(T x) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+#endif
+  return x;
+}
+
 // The one place that starts a kernel. Asks for more than 48 KiB of dynamic shared memory where needed; neither
 // allocates nor synchronises, so it can be captured. Returns nullptr or what went wrong.
 template <typename... Params, typename... Args>
@@ -63,16 +76,6 @@ const char* launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // a launch error is reported once, here
   return cudaGetErrorString(error);
-}
-
-// Multiprocessors of the current device, for the launch heuristics; 132 where it cannot be asked.
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
-    return count;
-  }
-  return 132;
 }
 
 }  // namespace wgpt::cuda
