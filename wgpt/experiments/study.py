@@ -107,8 +107,9 @@ def study(
                     raise
                 if isinstance(error.__cause__, OSError):  # the disk: others would fail as well
                     raise
-                failed[f"{arm.name}:{seed}"] = str(error or "out of memory")
-                log.error("%s, seed %d: failed, others are tried: %s", arm.name, seed, error)
+                why = str(error) or "out of memory"
+                failed[f"{arm.name}:{seed}"] = why
+                log.error("%s, seed %d: failed, others are tried: %s", arm.name, seed, why)
         return job.tables(failed)
     except OSError as error:
         raise TrainError(
