@@ -355,6 +355,7 @@ void small() {
       add_rms_norm({dtype, dtype, dtype, 37, channels}, true);
     add_rms_norm({DType::kFloat32, dtype, dtype, 9, 72}, true);
     token_concat_norm({dtype, dtype, dtype, 37, 24, 40}, true);
+    token_concat_norm({dtype, dtype, dtype, 9, 128, 172}, true);
     token_concat_norm({DType::kFloat32, dtype, dtype, 9, 5, 7}, true);
     rotary({dtype, 2, 19, 2, 32}, true);
     rotary({dtype, 1, 5, 1, 6}, true);
@@ -362,6 +363,7 @@ void small() {
     gelu(dtype, 37, 1, true);
     cross_entropy({dtype, 11, 129}, true);
     cross_entropy({dtype, 3, 37, false}, true);
+    cross_entropy({dtype, 3, 129, true, true}, true);
   }
 }
 

@@ -126,6 +126,14 @@ def test_cross_entropy_of_what_does_not_fit(emu):
     assert total != total and n_correct == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_of_a_target_in_the_padding_is_nan(emu, dtype):
+    logits, targets = torch.randn(3, 129).to(dtype), torch.tensor([129, 128, 131])
+    loss, correct, d_logits, *_ = cross_entropy(emu, logits, targets, padding=0)
+    assert loss.isnan().tolist() == [True, False, True] and not correct[::2].any()
+    assert d_logits.isnan().all(-1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_cross_entropy_of_what_is_not_finite_is_not_finite(emu, value):
     logits = torch.randn(3, 40)

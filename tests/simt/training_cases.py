@@ -330,7 +330,9 @@ def row_losses(logits, targets, ignore_index):
     return loss, (wide.argmax(-1) == targets) & (targets != ignore_index)
 
 
-def cross_entropy(emu, logits, targets, ignore_index=-1, gradients=True, pitch=None):
+def cross_entropy(
+    emu, logits, targets, ignore_index=-1, gradients=True, pitch=None, padding=torch.nan
+):
     """loss (rows,), correct (rows,), the gradient of each loss (or the logits), their sums."""
     (rows, vocab), dtype = logits.shape, logits.dtype
     if pitch is None:
@@ -338,6 +340,7 @@ def cross_entropy(emu, logits, targets, ignore_index=-1, gradients=True, pitch=N
         pitch = -(-vocab // lanes) * lanes
     memory = emu.empty((rows, pitch), dtype)
     memory[:, :vocab] = logits
+    memory[:, vocab:] = padding
     targets = emu.tensor(targets)
     loss, correct = emu.empty((rows,), torch.float32), emu.empty((rows,), torch.uint8)
     sizes = (rows, vocab, pitch, ignore_index, gradients)

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) rows_kernel(CrossEntropyRows
       for (int k = 0; k < W; ++k) {
         const float value = to_float(x[i].e[k]);
         if (at + k < vocab && value > largest.value) largest = {value, at + k};
-        if (at + k == target) {
+        if (known && at + k == target) {
           chosen = value;
           is_mine = true;
         }
