@@ -20,7 +20,7 @@
 #   make dev     compile wgpt/_C in the source tree for $(DEV_PYTHON), incrementally
 PYTHON ?= python3
 VENV ?= .venv
-# Everything is installed at pinned versions and by hash (requirements/), not what `pip install wgpt`
+# What build, test, demo and CI install is pinned and hashed (requirements/), not what `pip install wgpt`
 # takes: that has lower bounds. `make build LOCK=` takes what the package index has today.
 LOCK ?= requirements/locked.txt
 BY_HASH = --no-deps --require-hashes

@@ -118,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
             value = operation["value"]
             if operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         commit = self.hub.commit_id(repository, revision)

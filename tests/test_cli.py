@@ -148,6 +148,9 @@ def test_config_sets_flags_and_the_command_line_goes_before(tmp_path):
     usual = parsed("prepare", "a.wav", "--out", "DATA")
     expected = {"audio": ["a.wav", "b"], "mel_sources": ["wave", "decoded-2"], "config": str(path)}
     assert got == usual | expected | {"keep_silence": True, "valid_fraction": 0.25}
+    assert parsed("prepare", "--conf", str(path))["out"] == "DATA"
+    path.with_name("graph.yaml").write_text("graph: off")
+    assert parsed("train", "--out", "R", f"--conf={path.with_name('graph.yaml')}")["graph"] == "off"
     got = parsed("prepare", "c.wav", f"--config={path}", "--mel-sources", "wave", "--out", "X")
     assert (got["audio"], got["mel_sources"], got["out"]) == (["c.wav"], ["wave"], "X")
 
@@ -161,6 +164,9 @@ def test_config_sets_flags_and_the_command_line_goes_before(tmp_path):
         ('{"batch_size": true}', "batch_size must be one value, got True"),
         ('{"resume": 1}', "resume must be true or false, got 1"),
         ('{"preset": "hybird"}', "did you mean hybrid?"),
+        ('{"context_s": false}', "context_s must be one value, got False"),
+        ('{"preset": "", "model": {}, "train": 3, "data": {}}', "must be objects"),
+        ('{"preset": "", "model": {}, "train": {}, "data": {}, "changes": [1]}', "(`changes`)"),
         ("[4]", "must be a JSON object"),
         ("", "must be a JSON object"),
     ],
@@ -195,7 +201,7 @@ def test_completion_script_knows_commands_flags_and_choices(shell, capsys):
     pytest.importorskip("shtab")
     assert cli.main(["--completion", shell]) == 0
     script = capsys.readouterr().out
-    assert "codec-train" in script and "--mel-sources" in script and "hybrid-xs" in script
+    assert "codec-train" in script and "--config" in script and "hybrid-xs" in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
     assert cli.main(["--completion", "cmd"]) == 2

@@ -25,6 +25,11 @@ import sys, wgpt
 print(wgpt.push_to_hub(sys.argv[1], "me/voice", license="cc-by-4.0"))
 wgpt.push_to_hub("starter", "me/voice", license="mit", revision="v2")
 wgpt.load("me/voice@v2", download=True)
+
+wgpt.push_to_hub(sys.argv[1], "me/again", license="mit")
+wgpt.load("me/again", download=True)
+wgpt.push_to_hub("me/again", "you/copy", license="mit")  # with the codec beside it
+wgpt.push_to_hub("starter", "me/again", license="mit")  # without the codec that was there
 """
 
 FAIL = """
@@ -73,8 +78,9 @@ def own(tiny_run, tmp_path_factory):
 
 def python(environment, *arguments):
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120,
+        cwd=environment["HF_HOME"],  # not the source tree, whose wgpt may have no _C
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,14 @@ def test_push_sends_model_codec_and_a_card_with_a_header(pushed, own):
     nll = next(m["value"] for m in metrics if m["type"] == "nll_nats")
     assert f"nll_nats {nll:.4f}" in body  # the figure of the card itself
     assert 'wgpt.load("me/voice", download=True)' in body
+
+
+def test_a_model_of_the_hub_is_pushed_again_with_its_codec_and_one_header(pushed, server):
+    copy = server.hub.files["you/copy"]["main"]
+    assert copy["codec/model.safetensors"] == pushed["main"]["codec/model.safetensors"]
+    card = copy["README.md"].decode()
+    assert card.count("---\n") == 2 and card.count("import wgpt") == 1
+    assert not any(path.startswith("codec/") for path in server.hub.files["me/again"]["main"])
 
 
 def test_revision_is_found_in_the_cache(pushed, cache):
@@ -177,6 +191,15 @@ def test_unreachable_hub_and_unknown_name_are_one_sentence(environment):
     unknown, unreachable = done.stdout.splitlines()
     assert unknown.startswith("me/nothing: the download failed: ")
     assert unreachable.startswith("push_to_hub: me/voice: the upload failed: ")
+
+
+def test_cache_lies_where_the_client_has_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "huggingface" / "hub" / "models--me--codec" / "snapshots" / "abc"
+    shutil.copytree(ASSETS / "mini", folder)
+    assert hub.cached("me/codec") == folder
 
 
 @pytest.mark.parametrize("name", ["voice", "a/b/c", "../b", "a/", "a/b c", "-a/b"])

@@ -99,10 +99,9 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
             words[i] = flag + equals + value
         for i, word in enumerate(words[:end]):
-            if word == "--config" and i + 1 < end:
-                self._take_config(words[i + 1])
-            elif word.startswith("--config="):
-                self._take_config(word.partition("=")[2])
+            flag, equals, value = word.partition("=")  # which argparse lets abbreviate
+            if flag.startswith("--c") and [f for f in known if f.startswith(flag)] == ["--config"]:
+                self._take_config(value if equals else "".join(words[i + 1 : end][:1]))
         return super().parse_known_args(words, namespace)
 
     def _take_config(self, path: str) -> None:
@@ -116,13 +115,15 @@ class CommandParser(argparse.ArgumentParser):
                 known = [word for a in self._actions for word in a.option_strings]
                 near = did_you_mean("--" + name.replace("_", "-"), known)
                 self.error(f"{path}: unknown setting {name}{near}")
-            if value is None or value is False:
+            if value is None:
                 continue
             if action.nargs == 0:
-                if value is not True:
+                if not isinstance(value, bool):
                     self.error(f"{path}: {name} must be true or false, got {value!r}")
-                action.default = action.const
+                action.default = action.const if value else action.default
                 continue
+            if isinstance(value, bool) and "on,off" in str(action.metavar):  # YAML's own words
+                value = "on" if value else "off"
             is_list = action.nargs in ("*", "+")
             if isinstance(value, list | dict) != is_list or isinstance(value, bool | dict):
                 kind = "a list" if is_list else "one value"
@@ -160,8 +161,15 @@ def read_settings(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ConfigError(f"{path}: must hold flags by name, such as `batch_size: 8`")
     if {"preset", "model", "train", "data"} <= settings.keys():  # of a run
+        if not all(isinstance(settings[name], dict) for name in ("model", "train", "data")):
+            raise ConfigError(f"{path}: model, train and data of a run must be objects")
+        if settings.get("changes"):
+            raise ConfigError(
+                f"{path}: this run was resumed with other settings (`changes`), so no single "
+                "command repeats it; copy the settings you want into a file of your own"
+            )
         start = {} if settings["train"].get("init") else {"preset": settings["preset"]}
-        shape = {**settings["model"], **settings["train"], "data": settings["data"]["path"]}
+        shape = {**settings["model"], **settings["train"], "data": settings["data"].get("path")}
         return {n: v for n, v in {**start, **shape}.items() if v != ""}
     return settings
 
@@ -183,11 +191,15 @@ def parser_for(command: str) -> CommandParser:
     parser = CommandParser(
         prog=f"wgpt {command}", description=f"{summary[0].upper()}{summary[1:]}."
     )
+    _add_arguments(parser, module)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, module: str) -> None:
     importlib.import_module(module).add_arguments(parser)
     parser.add_argument(
         "--config", metavar="FILE", help="flags by name, YAML or JSON; those given here go before"
     )
-    return parser
 
 
 def completion(shell: str) -> str:
@@ -203,7 +215,7 @@ def completion(shell: str) -> str:
     whole = argparse.ArgumentParser("wgpt")
     commands = whole.add_subparsers()
     for name, (module, summary) in COMMANDS.items():
-        importlib.import_module(module).add_arguments(commands.add_parser(name, help=summary))
+        _add_arguments(commands.add_parser(name, help=summary), module)
     return str(shtab.complete(whole, shell))
 
 

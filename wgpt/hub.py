@@ -7,6 +7,7 @@ HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and `hf auth login`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -28,7 +29,8 @@ def cached(repository: str, revision: str | None = None) -> Path | None:
 
     revision: branch, tag or commit; None: main, or any that is there.
     """
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("HF_HOME", f"{caches}/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     folder = hub / ("models--" + repository.replace("/", "--"))
     name = folder / "refs" / (revision or "main")
@@ -75,21 +77,25 @@ def find(
         raise error(f"{repository}: the download failed: {reason}") from problem
 
 
+def check_push(repository: str) -> None:
+    """Raises ConfigError for a name that is none, or without the Hub's client."""
+    if not is_name(repository):
+        raise ConfigError(f"push_to_hub: the name must be user/model, got {repository!r}")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ConfigError("push_to_hub: needs huggingface_hub: pip install 'wgpt[download]'")
+
+
 def push(
     folder: Path, repository: str, *, revision: str | None = None, private: bool = False
 ) -> str:
     """Uploads a folder as one commit; makes the repository where there is none. Returns its URL.
 
-    Raises ConfigError where that is not possible.
+    A codec that was there, and is not in the folder, is deleted. Raises ConfigError where that is
+    not possible.
     """
-    if not is_name(repository):
-        raise ConfigError(f"push_to_hub: the name must be user/model, got {repository!r}")
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise ConfigError(
-            "push_to_hub: needs huggingface_hub: pip install 'wgpt[download]'"
-        ) from None
+    check_push(repository)
+    from huggingface_hub import HfApi
+
     api = HfApi(library_name="wgpt")
     try:
         url = str(api.create_repo(repository, private=private, exist_ok=True))
@@ -100,6 +106,7 @@ def push(
             folder_path=folder,
             revision=revision,
             allow_patterns=list(_PATTERNS),
+            delete_patterns=["codec/*"],
             commit_message="Upload a model of wgpt",
         )
     except Exception as problem:  # as above

@@ -81,7 +81,8 @@ def study(
     Raises ConfigError, DataError (also where a mel source tells the future, leak_check),
     Interrupted; TrainError when all else is done, where a run failed: it names each, and why.
     """
-    plots.require("wgpt study")
+    if not dry_run:
+        plots.require("wgpt study")
     job = _Study(Path(data), Path(out), plan, arms, model or {}, settings)
     chosen = job.runs(only)
     job.compare()

@@ -198,13 +198,20 @@ def _affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
         none = weight.new_zeros(len(weight))
         return weight.detach(), none if bias is None else bias.detach()
     widths = (getattr(module, "in_features", None) for module in layer.modules())
-    width = next(width for width in widths if width is not None)
+    width = next((width for width in widths if width is not None), None)
+    if width is None:
+        raise ConfigError(
+            f"{type(layer).__name__}: generation expects a layer with in_features here, to compute "
+            "its matrix; merge the adapter into the model first"
+        )
     inside = (t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
     points = torch.eye(width + 1, width).to(next(inside, torch.empty(0)))
     modes = {module: module.training for module in layer.modules()}
-    images = layer.eval()(points)
-    for module, mode in modes.items():
-        module.training = mode
+    try:
+        images = layer.eval()(points)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return (images[:-1] - images[-1]).t(), images[-1]
 
 

@@ -70,15 +70,19 @@ class ModelRecord:
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: was not written by `wgpt train`: no {error}") from None
 
+    @property
+    def codec_source(self) -> str:
+        """Name or folder of the codec: a model of the Hub may have it in its own folder."""
+        own = self.folder / "codec"
+        return str(own if (own / "config.json").is_file() else self.codec["source"])
+
     def load_codec(self, device: str = "cpu", download: bool = False) -> codecs.Codec:
         """The codec of the model's tokens, by preference the one that lies in its folder.
 
         Raises CodecError when its weights are others by now.
         """
-        source, expected = self.codec["source"], self.codec["identity"]["sha256"]
-        if (self.folder / "codec" / "config.json").is_file():  # from the Hub
-            source = self.folder / "codec"
-        return codecs.load(source, sha256=expected, download=download, device=device)
+        expected = self.codec["identity"]["sha256"]
+        return codecs.load(self.codec_source, sha256=expected, download=download, device=device)
 
     def dataset(self, path: str | Path | None = None) -> Dataset:
         """Prepared data whose tokens and slices are the model's; by default those of its run.

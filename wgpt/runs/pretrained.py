@@ -106,11 +106,12 @@ def push_to_hub(
     revision: str | None = None,
 ) -> str:
     """What `wgpt.push_to_hub` does."""
+    hub.check_push(repository)
     record = ModelRecord.read(model_folder(run))
     with tempfile.TemporaryDirectory(prefix="wgpt-push-") as temporary:
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(record.folder / name, Path(temporary, name))
-        source = Path(record.codec["source"])
+        source = Path(record.codec_source)
         if (source / "config.json").is_file():
             record.load_codec()  # the weights are still those that the model was trained with
             Path(temporary, "codec").mkdir()
@@ -151,7 +152,10 @@ def _hub_card(record: ModelRecord, repository: str, license: str) -> str:
         f'model = wgpt.load("{repository}", download=True)\n'
         'wave = model.generate("x.wav", seconds=10)  # float32 (L,) at model.sample_rate_hz\n```\n'
     )
-    return f"---\n{header}\n---\n{(record.folder / 'README.md').read_text()}\n{use}"
+    card = (record.folder / "README.md").read_text()
+    if card.startswith("---\n"):  # came from the Hub itself
+        card = card.split("---\n", 2)[2].partition("\n```python\nimport wgpt\n")[0]
+    return f"---\n{header}\n---\n{card}\n{use}"
 
 
 def _validation(record: ModelRecord) -> dict[str, float]:
