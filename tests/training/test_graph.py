@@ -172,6 +172,57 @@ def test_a_step_that_waits_is_not_captured_and_auto_says_why_once(caplog):
     assert step.gpu.n_captured == 0
 
 
+def at_the_backward(monkeypatch, step, hook):
+    """Calls hook(gradient) amid each backward: that of the head's weight is done by then."""
+    score = step.model.score
+
+    def hooked(hidden, targets):
+        hidden.register_hook(hook)
+        return score(hidden, targets)
+
+    monkeypatch.setattr(step.model, "score", hooked)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_backward_out_of_memory_leaves_no_gradients(monkeypatch, dtype):
+    """The same batch in parts has the bits of --accumulate."""
+    changes = {**EXACT, "dtype": dtype}
+    step, known = device_step(**changes), device_step(**changes, accumulate=2)
+    failed = []
+
+    def fail(gradient):
+        if len(gradient) > 3:
+            failed.append(len(gradient))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
+
+    at_the_backward(monkeypatch, step, fail)
+    assert run(step) == run(known)
+    assert failed == [6] and step.n_parts == 2
+    assert_same(state(step), state(known))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_capture_that_fails_in_the_backward_leaves_no_gradients(monkeypatch, caplog, dtype):
+    step, plain = device_step(**EXACT, dtype=dtype), step_with(**EXACT, dtype=dtype)
+    at_the_backward(monkeypatch, step, lambda gradient: gradient + 0 * gradient.sum().item())
+    run(step), run(plain)
+    assert step.gpu.n_captured == 0
+    assert "no CUDA graph: operation not permitted" in caplog.text
+    assert_same(state(step), state(plain))
+
+
+def test_a_weight_may_have_its_first_gradient_in_a_later_part(monkeypatch):
+    weights = device_step(dtype="bf16").weights
+    late, *others = weights.copies.values()
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
+    for copies in (others, [late, *others]):
+        for copy in copies:
+            copy.grad = torch.ones_like(copy)
+        weights.collect()
+    sums = [weight.grad for weight in weights.weights.values()]
+    assert [(float(s.min()), float(s.max())) for s in sums] == [(1, 1)] + [(2, 2)] * len(others)
+
+
 def test_graph_on_is_an_error_where_it_cannot_be():
     with pytest.raises(ConfigError, match=r"--graph on: .* when stream is capturing.*--graph off"):
         run(waiting(device_step(graph="on")))

@@ -1,4 +1,6 @@
-"""Training steps that a GPU runs by itself: no host waits for one, one CUDA graph launches it.
+"""Training steps that a GPU runs by itself: one CUDA graph launches one, no host waits for it.
+
+That is in one process. Under torchrun hosts count tokens and pass on signals together each step.
 
     host    batch k+1 to the device ──┐                       figures of READ_EVERY steps at once
     GPU     graph of step k: cast weights, forward, backward, clip, AdamW, figures into a buffer
@@ -119,21 +121,25 @@ class Bf16Weights:
     @torch.no_grad()
     def collect(self) -> None:
         """Moves the gradients of the copies to the weights, in float32; adds where some are."""
-        found, sums, is_first = [], [], True
+        first: list[tuple[Tensor, Tensor]] = []
+        further: list[tuple[Tensor, Tensor]] = []
         for name, copy in self.copies.items():
             weight, gradient, copy.grad = self.weights[name], copy.grad, None
             if gradient is None:  # of a frozen weight
                 continue
+            pairs = further
             if weight.grad is None:
-                weight.grad = torch.empty_like(weight)
-            else:
-                is_first = False
-            found.append(gradient)
-            sums.append(weight.grad)
-        if is_first:
-            torch._foreach_copy_(sums, found)
-        else:
-            torch._foreach_add_(sums, found)
+                weight.grad, pairs = torch.empty_like(weight), first
+            pairs.append((weight.grad, gradient))
+        for pairs, move in ((first, torch._foreach_copy_), (further, torch._foreach_add_)):
+            if pairs:
+                sums, found = zip(*pairs, strict=True)
+                move(sums, found)
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients of a backward that did not come to its end."""
+        for copy in self.copies.values():
+            copy.grad = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +152,12 @@ class _Graph:
 
 
 class DeviceStep(TrainingStep):
-    """TrainingStep without a wait in it, captured in a CUDA graph for each shape of batches.
+    """TrainingStep in one process without a wait in it, a CUDA graph for each shape of batches.
 
     Gradients are those of TrainingStep; AdamW's kernel divides them by the factor that clips. Under
     torchrun, where gradients are summed while they are made, and for models whose windows the host
-    lays out, each kernel is launched by itself.
+    lays out, each kernel is launched by itself. Under torchrun the host also waits once a step, for
+    the number of tokens in all processes.
     """
 
     n_timed = N_WARM + 4
@@ -254,7 +261,7 @@ class DeviceStep(TrainingStep):
         try:
             replay, read = self.gpu.capture(lambda: self._compute(step, memory))
         except RuntimeError as error:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()  # they lie in the memory of a graph that is none
             self._go_without(str(error).partition("\n")[0])
             return None
         finally:
@@ -319,6 +326,11 @@ class DeviceStep(TrainingStep):
         if self.weights is not None:
             self.weights.collect()
         return sums
+
+    def _drop_gradients(self) -> None:
+        super()._drop_gradients()
+        if self.weights is not None:
+            self.weights.drop_gradients()
 
     def _clip(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

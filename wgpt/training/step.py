@@ -180,7 +180,7 @@ class TrainingStep:
         n_fine = self._n_fine(batch, chosen)
         while True:
             self._seed(step)
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             sums: list[list[Tensor]] = []
             failed = False
             parts = list(_parts(batch, chosen, self.n_parts))
@@ -209,6 +209,10 @@ class TrainingStep:
                     "(--accumulate %d)",
                     step, self.n_parts, self.n_parts,
                 )  # fmt: skip
+
+    def _drop_gradients(self) -> None:
+        """Forgets all gradients, also of an attempt that failed half-way."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _reduction(self, is_due: bool) -> contextlib.AbstractContextManager[None]:
         """Where a backward sums gradients over processes, and where it keeps its own."""
