@@ -82,7 +82,6 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {  // positions are the toolkit's; two of its names are macros here
   dim3 grid, block;
@@ -114,14 +113,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return simt::launch_report; }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = simt::multiprocessors;
-  return cudaSuccess;
-}
 
 // The race build must not take an atomic for a plain access, hence no instrumentation here.
 #define SIMT_ATOMIC     \

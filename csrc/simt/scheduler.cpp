@@ -10,7 +10,6 @@ namespace simt {
 Machine machine;
 std::mutex one_at_a_time;
 ThreadView* current_view = nullptr;
-int multiprocessors = 132;
 
 void set_policy(const Policy& policy) { machine.policy = policy; }
 const Counters& counters() { return machine.counters; }

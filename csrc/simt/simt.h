@@ -47,9 +47,6 @@ struct Policy {
 
 void set_policy(const Policy& policy);
 
-// What a launcher is told about the machine, for its heuristics.
-extern int multiprocessors;
-
 // ---- memory that kernels may touch -----------------------------------------------------------------------------------
 
 // A tensor between red zones, aligned to 256 bytes and filled with poison (0xff, a NaN in every float format) up to

@@ -280,7 +280,6 @@ class Emulator:
         """Empties the arena; `policy` is a Policy, or its first fields."""
         self.lib.simt_free_all()
         self.lib.simt_reset_counters()
-        self.lib.simt_set_multiprocessors(132)
         self.set_policy(policy)
 
     def set_policy(self, policy):

@@ -11,7 +11,6 @@ void simt_set_policy(int order, int copies, uint64_t seed, int cores) {
   simt::set_policy({static_cast<simt::Order>(order), static_cast<simt::Copies>(copies), seed,
                     static_cast<simt::Cores>(cores)});
 }
-void simt_set_multiprocessors(int n) { simt::multiprocessors = n; }
 void simt_reset_counters() { simt::reset_counters(); }
 void simt_record_launches(int on) { simt::record_launches(on != 0); }
 size_t simt_n_launches() { return simt::n_launches(); }
