@@ -22,9 +22,10 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["torch_target"] = "2.10";
   info["compiler"] = WGPT_COMPILER;
-  info["cuda_archs"] = WGPT_CUDA_ARCHS;  // machine code
-  info["cuda_ptx"] = WGPT_CUDA_PTX;
-  info["cuda_toolkit"] = WGPT_CUDA_TOOLKIT;
+  const wgpt::CudaBuild cuda = wgpt::cuda_build();
+  info["cuda_archs"] = cuda.archs;
+  info["cuda_ptx"] = cuda.ptx;
+  info["cuda_toolkit"] = cuda.toolkit;
   return info;
 }
 

@@ -209,6 +209,12 @@ def test_ptx_is_that_of_portable_architectures(tmp_path: Path, archs: str, said:
     assert said in result.stdout, result.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF")
+def test_build_info_asks_the_library_which_kernels_it_holds() -> None:
+    """What a module was compiled with says nothing of the library that lies beside it."""
+    assert "cuda_build" in read("nm", "-D", "--undefined-only", module())
+
+
 def test_build_info_names_the_machine_code_and_ptx_inside() -> None:
     info = ops.info()
     cuobjdump = find_tool("cuobjdump")
