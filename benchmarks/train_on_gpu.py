@@ -24,9 +24,11 @@ LIMITS = {"fp32": (0.005, 0.05), "bf16": (0.05, 0.1)}
 N_FIRST = 10
 
 
-def losses(out: Path, device: str, dtype: str, n_steps: int, batch: int) -> list[float]:
-    """The training NLL of every step, of a run that is kept in `out`."""
-    if len(made := read_losses(out)) == n_steps:
+def losses(
+    out: Path, device: str, dtype: str, n_steps: int, batch: int, reuse: bool
+) -> list[float]:
+    """The training NLL of every step of a run in `out`. reuse: of a finished one that is there."""
+    if reuse and len(made := read_losses(out)) == n_steps:
         return made
     shutil.rmtree(out, ignore_errors=True)
     train(
@@ -86,7 +88,7 @@ def main() -> int:
     rows = []
     for dtype in args.dtype:
         ours, plain = (losses(args.out / f"{device.partition(':')[0]}-{dtype}-{who}", device, dtype,
-                              args.max_steps, args.batch)
+                              args.max_steps, args.batch, reuse=who == "plain")
                        for who, device in (("ours", args.device), ("plain", "cpu")))  # fmt: skip
         rows.append(compare(ours, plain, dtype))
         if args.device.startswith("cuda"):

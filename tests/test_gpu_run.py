@@ -102,6 +102,25 @@ def test_second_run_repeats_only_what_failed(tmp_path):
     assert count.read_text() == "x"
 
 
+def test_build_is_left_out_only_where_both_parts_were_brought(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CARRIED", tmp_path)
+    for part, builds in (("_C.cpython-311.so", True), ("libwgpt_ops.so", False)):
+        (tmp_path / part).touch()
+        names = [step.name for step in gpu.steps_of(False, tmp_path / "out", "90a")]
+        assert ("build" in names) == builds == (not gpu.carried_modules())
+
+
+def test_only_the_run_on_the_cpu_is_taken_up_again(tmp_path, monkeypatch):
+    """A failed step whose own run was taken up again would fail forever."""
+    trained = []
+    monkeypatch.setattr(train_on_gpu, "read_losses", lambda run: [1.0])
+    monkeypatch.setattr(train_on_gpu, "train", lambda data, out, *args, **kw: trained.append(out))
+    arguments = ["train_on_gpu.py", "--device=cpu", f"--out={tmp_path}", "--max-steps=1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dtype=fp32"])
+    assert train_on_gpu.main() == 0
+    assert trained == [tmp_path / "cpu-fp32-ours"]
+
+
 def test_missing_tool_is_a_skip_with_its_reason(tmp_path):
     step = gpu.Step("memcheck", 20, ["no-such-tool"], needs="no-such-tool")
     n_failed, table = run(tmp_path, step)
