@@ -119,6 +119,12 @@ inline void check_at_most(const char* op, const char* name, int64_t value, int64
   if (value > high) fail(op, name, " must be at most ", high, ", got ", value);
 }
 
+// More entries than any memory holds: a workspace that grows with V keeps a size that is a number.
+inline void check_vocab(const char* op, int64_t vocab) {
+  check_at_least(op, "vocab", vocab, 0);
+  check_at_most(op, "vocab", vocab, int64_t{1} << 48);
+}
+
 // The kernels' name for the element type of a floating-point argument.
 inline DType floating_type(const char* op, const char* name, ScalarType dtype) {
   switch (dtype) {

@@ -127,7 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_sum_i
   AddRmsNormBackward call{};
   call.shape = shape_of(kBackward, sum_in, weight_in);
   check_same_shape(kBackward, "d_y", d_y_in, sum_in);
+  check_same_device(kBackward, "d_y", d_y_in, "x", sum_in);
   check_shape(kBackward, "inv_rms", inv_rms_in, "(rows,)", {call.shape.rows});
+  check_same_device(kBackward, "inv_rms", inv_rms_in, "x", sum_in);
   check_dtype(kBackward, "inv_rms", inv_rms_in, weight_in.scalar_type());
   call.shape.y = element_type(kBackward, "d_y", d_y_in);
   check_width(kBackward, "d_y", call.shape.y, call.shape.stream);
@@ -136,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_sum_i
   std::optional<Tensor> d_sum;
   if (d_sum_in.has_value()) {
     check_same_shape(kBackward, "d_sum", *d_sum_in, sum);
+    check_same_device(kBackward, "d_sum", *d_sum_in, "x", sum);
     check_dtype(kBackward, "d_sum", *d_sum_in, sum.scalar_type(), " like x");
     d_sum = contiguous(*d_sum_in);
     call.d_sum = d_sum->const_data_ptr();

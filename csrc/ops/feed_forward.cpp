@@ -85,6 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_y, const Tensor& x, 
   check_shape(kBackward, "z", z_in, "(N, F)", {n, hidden});
   check_dtype(kBackward, "d_y", d_y, x.scalar_type(), " like x");
   check_dtype(kBackward, "z", z_in, x.scalar_type(), " like x");
+  check_same_device(kBackward, "d_y", d_y, "x", x);
+  check_same_device(kBackward, "z", z_in, "x", x);
   const Tensor z = contiguous(z_in);
   const int64_t n_kept = by_blocks ? block_rows : n;
   const Tensor active_memory = empty(x, {n_kept, hidden}), d_z_memory = empty(x, {n_kept, hidden});

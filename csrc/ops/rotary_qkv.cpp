@@ -88,6 +88,8 @@ Tensor backward(const Tensor& dq_in, const Tensor& dk_in, const Tensor& dv_in, c
   check_shape(kBackward, "dv", dv_in, "(B, T, H, D)", {batch, steps, heads, head_dim});
   check_dtype(kBackward, "dk", dk_in, dq_in.scalar_type(), " like dq");
   check_dtype(kBackward, "dv", dv_in, dq_in.scalar_type(), " like dq");
+  check_same_device(kBackward, "dk", dk_in, "dq", dq_in);
+  check_same_device(kBackward, "dv", dv_in, "dq", dq_in);
   RotaryBackward call{};
   call.shape = shape_of(kBackward, "dq", dq_in, batch, steps, heads, head_dim, cos_in, sin_in);
   const Tensor dq = contiguous(dq_in), dk = contiguous(dk_in), dv = contiguous(dv_in),

@@ -152,8 +152,12 @@ Executor torch_executor() {
 }
 
 void check_launch(const char* op, const char* failure) {
-  if (failure != nullptr)
-    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + failure);
+  if (failure == nullptr) return;
+  const std::string name = op, words = failure;
+  const size_t colon = words.find(": ");
+  const bool refused = colon != std::string::npos && name.compare(0, colon, words, 0, colon) == 0;
+  throw std::runtime_error(name +
+                           (refused ? words.substr(colon) : ": CUDA launch failed: " + words));
 }
 
 }  // namespace wgpt

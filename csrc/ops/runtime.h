@@ -80,7 +80,7 @@ class CudaScope {
   void* stream_ = nullptr;
 };
 
-// Launchers answer nullptr or what failed.
+// Throws what a launcher answers, nullptr excepted: its refusal, "OP: reason", or what CUDA says.
 void check_launch(const char* op, const char* failure);
 
 [[noreturn]] inline void fail_without_cuda(const char* op) {
@@ -94,14 +94,14 @@ using Library = torch::stable::detail::StableLibrary;
 
 }  // namespace wgpt
 
-// Registers wgpt::check as the checks by themselves of the op `name` (module.cpp), for any device.
+// Registers wgpt::check as the checks by themselves of the op `name` (ops/schemas.cpp), for any device.
 #define WGPT_REGISTER_CHECK(name)                                         \
   STABLE_TORCH_LIBRARY_IMPL(wgpt_kernels, CompositeExplicitAutograd, m) { \
     m.impl("check_" name, TORCH_BOX(&wgpt::check));                       \
   }
 
 // Gives the ops that wgpt::register_ops of this file names their kernel on a device, under both of their
-// names (module.cpp).
+// names (ops/schemas.cpp).
 #define WGPT_REGISTER_OPS(device)                                       \
   STABLE_TORCH_LIBRARY_IMPL(wgpt, device, m) { wgpt::register_ops(m); } \
   STABLE_TORCH_LIBRARY_IMPL(wgpt_kernels, device, m) { wgpt::register_ops(m); }

@@ -18,8 +18,6 @@ namespace {
 
 constexpr const char* kOp = "token_concat";
 constexpr const char* kBackward = "token_concat_backward";
-// More than any memory holds: a workspace that grows with V keeps a size that is a number.
-constexpr int64_t kMostVocab = int64_t{1} << 48;
 
 // On the CPU only: on CUDA the answer would cost a synchronisation, so there a token out of range
 // makes its step's token channels NaN and adds nothing to the table's gradient.
@@ -138,8 +136,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_y_in, const Tensor& tokens_i
   check_same_device(kBackward, "tokens", tokens_in, "d_y", d_y_in);
   const Tensor d_y = contiguous(d_y_in), tokens = contiguous(tokens_in);
   const int64_t channels = d_y.size(2);
-  check_at_least(kBackward, "vocab", vocab, 0);
-  check_at_most(kBackward, "vocab", vocab, kMostVocab);
+  check_vocab(kBackward, vocab);
   check_at_least(kBackward, "token_channels", token_channels, 0);
   check_at_least(kBackward, "the number of channels of d_y", channels, token_channels);
   if (pos_rows >= 0) check_at_least(kBackward, "pos_rows", pos_rows, tokens.size(1));

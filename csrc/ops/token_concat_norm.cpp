@@ -109,26 +109,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& tokens_in, cons
 
 // d_weights: (Ct + 2 Cm,), of weight and then of mel_weight. d_delta: (0,) where it would equal d_x.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const std::optional<Tensor>& d_cat_in, const Tensor& d_y_in, const Tensor& cat,
+    const std::optional<Tensor>& d_cat_in, const Tensor& d_y_in, const Tensor& cat_in,
     const Tensor& tokens_in, const Tensor& x_in, const std::optional<Tensor>& delta_in,
-    const Tensor& mel_inv_rms, const Tensor& inv_rms, const Tensor& mel_weight_in,
+    const Tensor& mel_inv_rms_in, const Tensor& inv_rms_in, const Tensor& mel_weight_in,
     const Tensor& weight_in, int64_t vocab) {
+  check_vocab(kBackward, vocab);
   TokenConcatNormBackward call{};
   const int64_t token_channels = weight_in.size(0) - mel_weight_in.size(0);
-  call.shape = shape_of(kBackward, tokens_in, cat, vocab, token_channels, x_in, delta_in,
+  call.shape = shape_of(kBackward, tokens_in, cat_in, vocab, token_channels, x_in, delta_in,
                         mel_weight_in, weight_in);
   const TokenConcatNormShape& shape = call.shape;
   const int64_t rows = shape.rows, channels = weight_in.size(0);
   check_shape(kBackward, "d_y", d_y_in, "(B, T, C)", {x_in.size(0), x_in.size(1), channels});
-  check_shape(kBackward, "cat", cat, "(B, T, C)", {x_in.size(0), x_in.size(1), channels});
-  check_shape(kBackward, "inv_rms", inv_rms, "(B T,)", {rows});
-  check_shape(kBackward, "mel_inv_rms", mel_inv_rms, "(B T,)", {rows});
+  check_shape(kBackward, "cat", cat_in, "(B, T, C)", {x_in.size(0), x_in.size(1), channels});
+  check_shape(kBackward, "inv_rms", inv_rms_in, "(B T,)", {rows});
+  check_shape(kBackward, "mel_inv_rms", mel_inv_rms_in, "(B T,)", {rows});
+  check_dtype(kBackward, "inv_rms", inv_rms_in, ScalarType::Float);
+  check_dtype(kBackward, "mel_inv_rms", mel_inv_rms_in, ScalarType::Float);
+  check_same_device(kBackward, "d_y", d_y_in, "x", x_in);
+  check_same_device(kBackward, "cat", cat_in, "x", x_in);
+  check_same_device(kBackward, "inv_rms", inv_rms_in, "x", x_in);
+  check_same_device(kBackward, "mel_inv_rms", mel_inv_rms_in, "x", x_in);
   if (d_cat_in.has_value()) {
     check_shape(kBackward, "d_cat", *d_cat_in, "(B, T, C)", {x_in.size(0), x_in.size(1), channels});
-    check_dtype(kBackward, "d_cat", *d_cat_in, cat.scalar_type(), " like cat");
+    check_dtype(kBackward, "d_cat", *d_cat_in, cat_in.scalar_type(), " like cat");
+    check_same_device(kBackward, "d_cat", *d_cat_in, "x", x_in);
   }
   const Tensor tokens = wgpt::contiguous(tokens_in), x = aligned(x_in), d_y = aligned(d_y_in),
-               mel_weight = aligned(mel_weight_in), weight = aligned(weight_in);
+               cat = aligned(cat_in), inv_rms = wgpt::contiguous(inv_rms_in),
+               mel_inv_rms = wgpt::contiguous(mel_inv_rms_in), mel_weight = aligned(mel_weight_in),
+               weight = aligned(weight_in);
   const std::optional<Tensor> delta = aligned(delta_in), d_cat = aligned(d_cat_in);
   call.shape.y = element_type(kBackward, "d_y", d_y);
   const Tensor d_tokens = empty(cat, {rows, token_channels});

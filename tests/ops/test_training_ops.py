@@ -273,3 +273,25 @@ def test_training_op_runs_its_reference_on_other_devices(
     assert called == [name]
     for output in outputs if isinstance(outputs, tuple) else (outputs,):
         assert output.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("add_rms_norm", {"d_sum": (3, 4), "d_y": (3, 4), "x": (3, 4), "inv_rms": (3,),
+                          "weight": (4,)}),
+        ("rotary_qkv", {"dq": (1, 2, 1, 4), "dk": (1, 2, 1, 4), "dv": (1, 2, 1, 4),
+                        "cos": (2, 2), "sin": (2, 2)}),
+        ("feed_forward", {"d_y": (3, 4), "x": (3, 4), "z": (3, 8), "up": (8, 4),
+                          "down": (4, 8)}),
+    ],
+)  # fmt: skip
+def test_gradient_of_a_training_op_refuses_a_tensor_on_another_device(name, shapes) -> None:
+    """The kernel for the CPU, called past the dispatcher with one tensor that has no memory."""
+    backward = getattr(torch.ops.wgpt_kernels, f"{name}_backward").default
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    rest = (None,) if name == "add_rms_norm" else ()  # delta_dtype
+    for other in shapes.keys() - {"x", "dq"}:
+        tensors = [torch.ones(s, device="meta" if n == other else "cpu") for n, s in shapes.items()]
+        with pytest.raises(ValueError, match=f"{other} must be on cpu like (x|dq), got"):
+            backward.redispatch(cpu, *tensors, *rest)
