@@ -105,6 +105,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.came = False
         self._before: dict[int, Any] = {}
+        self._saying: threading.Thread | None = None
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -115,10 +116,16 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._saying is not None:
+            self._saying.join()
 
     def _note(self, number: int, _: object) -> None:
         if self.came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.came:
-            log.info("stops after this step, and saves; a second Ctrl-C stops at once")
-        self.came = True
+        is_first, self.came = not self.came, True
+        if is_first:
+            # By another thread: the signal may have come while this one writes to the same stream,
+            # which is not reentrant.
+            said = "stops after this step, and saves; a second Ctrl-C stops at once"
+            self._saying = threading.Thread(target=log.info, args=(said,))
+            self._saying.start()
