@@ -144,7 +144,7 @@ OURS: dict[str, Callable[..., tuple[int, int, float, int]]] = {
     "linear_cross_entropy": lambda x, weight, *_: (
         3, 2, 6.0 * x.shape[0] * weight.numel(), 5 * x.shape[0] * weight.shape[0]
     ),
-    "linear_cross_entropy_backward": lambda *_: (0, 2, 0.0, 0),  # products of torch's
+    "linear_cross_entropy_backward": lambda *_: (0, 2, 0.0, 0),  # torch scales both gradients
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_a_captured_step_launches_what_is_counted(emulated_gpu, dtype):
     with emulated_gpu.on() as seen, launches.Recorder() as recorder:
         step._compute(2, inputs)
     ours = [call for call in recorder.calls if call.name.startswith("wgpt")]
-    # Which is two products of torch's.
+    # In which torch scales two gradients, by kernels of its own.
     ours = [call for call in ours if not call.name.endswith("linear_cross_entropy_backward")]
     assert {call.name.split("::")[1] for call in ours} >= {"flash_attention", "mel_embed_backward"}
     assert len(seen) == sum(call.kernels for call in ours)
