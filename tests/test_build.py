@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -97,6 +99,28 @@ def test_backend_asks_for_torch_where_there_is_none(
     named = fake_torch(tmp_path / "elsewhere", (2, 13))
     monkeypatch.setenv("WGPT_TORCH_DIR", str(named))
     assert "torch==2.13.0" not in backend.get_requires_for_build_wheel()
+
+
+def test_source_distribution_fits_in_12_mb_and_leaves_out_only_the_old_codec(
+    backend: ModuleType, tmp_path: Path
+) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a clone")
+    path = tmp_path / backend.build_sdist(str(tmp_path))
+    assert path.stat().st_size <= 12e6
+    with tarfile.open(path) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    tracked = read("git", "-C", ROOT, "ls-files", "-z", "wgpt").split("\0")[:-1]
+    assert {n for n in tracked if n not in held} == {
+        n for n in tracked if n.startswith("wgpt/assets/mini-v1/")
+    } != set()
+
+
+def test_wheel_fits_in_25_mb_with_the_kernels_of_every_gpu() -> None:
+    kernels = 9.2e6  # libwgpt_ops.so with all CUDA architectures, deflated (docs/log.md)
+    modules = 5 * 0.08e6
+    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".so", ".pyc")]
+    assert kernels + modules + sum(len(zlib.compress(p.read_bytes())) for p in files) <= 25e6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF")

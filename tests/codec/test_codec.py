@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -283,6 +284,19 @@ def test_a_packaged_codec_is_found_by_its_sha256():
     assert codec.load("mini", sha256=old).identity["sha256"] == old
     with pytest.raises(codec.CodecError, match=r"must have sha256 0{64}.*prepare the data anew"):
         codec.load("mini", sha256="0" * 64)
+
+
+def test_the_old_codec_may_be_missing_and_says_where_it_is(tmp_path, monkeypatch):
+    """The source distribution leaves it out."""
+    from wgpt import doctor
+
+    old = codec.load("mini-v1").identity["sha256"]
+    shutil.copytree(codec_weights.ASSETS / "mini", tmp_path / "mini")
+    monkeypatch.setattr(codec_weights, "ASSETS", tmp_path)
+    with pytest.raises(codec.CodecError, match=r"install a wheel, or copy wgpt/assets/mini-v1 of"):
+        codec.load("mini", sha256=old)
+    found = {finding.subject: finding.status for finding in doctor.check_assets()}
+    assert (found["codec mini"], found["codec mini-v1"]) == ("ok", "note")
 
 
 def test_identities_under_other_names_mean_the_same_tokens():

@@ -95,6 +95,12 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
             "audio, so a next-token model trained on them would cheat; use encodec_24khz or mini"
         )
     if text in PACKAGED:
+        if text == "mini-v1" and not (ASSETS / text).exists():  # pyproject.toml: sdist.exclude
+            raise CodecError(
+                "codec: mini-v1 comes with wgpt's wheels and its repository, not with its source "
+                "distribution; install a wheel, or copy wgpt/assets/mini-v1 of a clone to "
+                f"{ASSETS / text}"
+            )
         check_sha256(ASSETS / text, PACKAGED[text], CodecError, "install wgpt again")
         return _read_folder(ASSETS / text, text)
     if text == "encodec_24khz":
@@ -115,7 +121,7 @@ def read(name_or_path: str | os.PathLike[str], *, download: bool = False) -> Cod
 
 def packaged_with(sha256: str) -> str | None:
     """The name of the packaged codec whose weights file has this sha256."""
-    found = (n for n in PACKAGED if sha256_of(ASSETS / n / "model.safetensors") == sha256)
+    found = (name for name, sums in PACKAGED.items() if sums["model.safetensors"] == sha256)
     return next(found, None)
 
 
