@@ -111,9 +111,11 @@ def test_source_distribution_fits_in_12_mb_and_leaves_out_only_the_old_codec(
     with tarfile.open(path) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
     tracked = read("git", "-C", ROOT, "ls-files", "-z", "wgpt").split("\0")[:-1]
-    assert {n for n in tracked if n not in held} == {
-        n for n in tracked if n.startswith("wgpt/assets/mini-v1/")
-    } != set()
+    assert (
+        {n for n in tracked if n not in held}
+        == {n for n in tracked if n.startswith("wgpt/assets/mini-v1/")}
+        != set()
+    )
 
 
 def test_wheel_fits_in_25_mb_with_the_kernels_of_every_gpu() -> None:
