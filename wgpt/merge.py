@@ -14,7 +14,11 @@ from wgpt.data.report import report_lines
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `wgpt merge`."""
     parser.add_argument(
-        "parts", nargs="+", metavar="PART", help="all folders of wgpt prepare --shard, in any order"
+        "parts",
+        nargs="+",
+        metavar="PART",
+        help="all folders of wgpt prepare --shard, in any order; "
+        "folders or addresses (s3://bucket/part-*)",
     )
     parser.add_argument("--out", required=True, metavar="DATA", help="folder to write")
     parser.add_argument("--codec", help="that of the parts, where it lies elsewhere by now")

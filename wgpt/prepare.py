@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "audio", nargs="*", metavar="AUDIO",
         help="folders (walked recursively), audio files, or lists: a path a line, or CSV, TSV, "
-        "JSON lines with path and, if wanted, group and split",
+        "JSON lines with path and, if wanted, group and split; paths, or addresses of fsspec: "
+        "s3://bucket/folder, gs://, hf://datasets/user/name (with --download)",
     )  # fmt: skip
     add("--valid", nargs="+", default=[], metavar="AUDIO", help="recordings to validate on")
     add("--test", nargs="+", default=[], metavar="AUDIO", help="recordings to test on")
@@ -52,9 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", metavar="I/N",
         help="encode part I of N of the same recordings, on one of N machines; then wgpt merge",
     )  # fmt: skip
-    add("--download", action="store_true", help="let the codec's weights be downloaded")
+    add("--download", action="store_true", help="let weights and hf:// recordings be downloaded")
     add = parser.add_argument_group("output").add_argument
-    add("--out", required=True, metavar="DATA", help="folder to write, or to add to")
+    add(
+        "--out", required=True, metavar="DATA",
+        help="folder to write, or to add to; with --shard it may be an address",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace a finished folder that differs")
     add("--json", action="store_true", help="print account and totals as one line of JSON")
     add("--quiet", action="store_true", help="no progress bars, warnings only")

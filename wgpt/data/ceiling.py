@@ -11,6 +11,7 @@ import torch
 
 from wgpt import audio
 from wgpt.data.encode import CodecProtocol, Encoder, Job, read_partial
+from wgpt.data.places import opened
 from wgpt.data.splits import Source
 from wgpt.data.treatment import Plan, measure
 from wgpt.ops.runtime import one_thread
@@ -55,16 +56,17 @@ def listen(encoder: Encoder, sources: list[Source], jobs: dict[str, Job]) -> lis
     with one_thread(), torch.inference_mode():
         for source in order:
             if source.sha256 in wanted:
-                heard += _of_source(encoder, source, jobs[source.sha256], wanted[source.sha256])
+                with opened(jobs[source.sha256].path) as file:
+                    heard += _of_source(encoder, source, file, wanted[source.sha256])
     return heard
 
 
-def _of_source(encoder: Encoder, source: Source, job: Job, indices: list[int]) -> list[Heard]:
+def _of_source(encoder: Encoder, source: Source, file: Path, indices: list[int]) -> list[Heard]:
     hop, rate = encoder.mel.hop_samples, encoder.mel.sample_rate_hz
     codec: CodecProtocol = encoder.codec
-    tokens = read_partial(Path(job.partial))[0]["tokens"]
+    tokens = read_partial(source.partial)[0]["tokens"]
     starts = np.cumsum([0, *source.facts["steps"]])
-    recording = audio.Recording(job.path, rate)
+    recording = audio.Recording(file, rate)
     plan = Plan(
         measure(recording), encoder.treatment, hop, encoder.treatment.piece_seconds * rate
     )  # fmt: skip

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from wgpt.config import MelConfig
+from wgpt.data.places import Place
 from wgpt.data.treatment import TARGET_LUFS, Treatment
 
 
 def prepare_command(
-    train: Sequence[Path],
-    valid: Sequence[Path],
-    test: Sequence[Path],
+    train: Sequence[Place],
+    valid: Sequence[Place],
+    test: Sequence[Place],
     out: Path,
     settings: dict[str, Any],
     asked: dict[str, Any],

@@ -24,6 +24,7 @@ from torch import Tensor
 from wgpt import audio
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
+from wgpt.data.places import Place, is_address, opened
 from wgpt.data.treatment import Plan, Treatment, measure
 from wgpt.errors import AudioError, ConfigError, DataError, is_out_of_memory
 from wgpt.files import is_bad_day, parse_json, sha256_of, write_atomically
@@ -46,7 +47,10 @@ class CodecProtocol(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A file to encode: where it lies, what its content hashes to, and when that was true."""
+    """A file to encode: where it lies, what its content hashes to, and when that was true.
+
+    path: a path or an address, see `places`; changed_ns: of a path.
+    """
 
     path: str
     sha256: str
@@ -124,11 +128,7 @@ class Encoder:
             OSError: the partial could not be written (disk full and the like).
         """
         try:
-            try:
-                arrays, facts = self._encode(job)
-            except AudioError:
-                sha256_of(job.path)  # libsndfile calls it damage where the disk failed: who is it?
-                raise
+            arrays, facts = self._encode(job)
         except (ValueError, RuntimeError, MemoryError, ArithmeticError, OSError) as error:
             if is_bad_day(error) or is_out_of_memory(error):
                 raise DataError(
@@ -151,25 +151,37 @@ class Encoder:
             clips = np.split(have["tokens"], ends[:-1])
             parts = [self._encode_clip(None, _codes(tokens), missing) for tokens in clips]
         else:
-            recording = audio.Recording(
-                job.path, self.mel.sample_rate_hz, max_seconds=self.max_seconds
-            )
-            plan = Plan(
-                measure(recording), self.treatment, self.mel.hop_samples,
-                self.treatment.piece_seconds * self.mel.sample_rate_hz,
-            )  # fmt: skip
-            parts, first = [], 0
-            for steps, wave in zip(plan.piece_steps, plan.pieces(recording), strict=True):
-                known = _codes(have["tokens"][first : first + steps]) if have else None
-                parts.append(self._encode_clip(torch.from_numpy(wave), known, missing))
-                first += steps
-            facts = plan.facts(recording) | {"steps": plan.piece_steps, "notes": recording.notes}
-            # The name of the result is the hash of the content, so it must be that content.
-            now = os.stat(job.path)
-            if (now.st_mtime_ns, now.st_size) != (job.changed_ns, job.size_bytes):
-                raise AudioError(f"{job.path}: must not change while it is read")
+            with opened(job.path) as file:
+                try:
+                    parts, facts = self._encode_recording(job, file, have, missing)
+                except AudioError as error:
+                    sha256_of(file)  # libsndfile calls it damage where the disk failed: who is it?
+                    raise AudioError(str(error).removeprefix(f"{file}: ")) from error
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return have | joined, facts
+
+    def _encode_recording(
+        self, job: Job, file: Path, have: dict[str, np.ndarray], missing: list[str]
+    ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+        """The arrays of each clip that a recording is cut into, and the facts about it all."""
+        # The name of the result is the hash of the content, so it must be that content.
+        if is_address(job.path) and sha256_of(file) != job.sha256:
+            raise AudioError("must not change while it is read")
+        recording = audio.Recording(file, self.mel.sample_rate_hz, max_seconds=self.max_seconds)
+        plan = Plan(
+            measure(recording), self.treatment, self.mel.hop_samples,
+            self.treatment.piece_seconds * self.mel.sample_rate_hz,
+        )  # fmt: skip
+        parts: list[dict[str, np.ndarray]] = []
+        first = 0
+        for steps, wave in zip(plan.piece_steps, plan.pieces(recording), strict=True):
+            known = _codes(have["tokens"][first : first + steps]) if have else None
+            parts.append(self._encode_clip(torch.from_numpy(wave), known, missing))
+            first += steps
+        now = os.stat(file).st_mtime_ns, os.stat(file).st_size
+        if not is_address(job.path) and now != (job.changed_ns, job.size_bytes):
+            raise AudioError("must not change while it is read")
+        return parts, plan.facts(recording) | {"steps": plan.piece_steps, "notes": recording.notes}
 
     def _encode_clip(
         self, wave: Tensor | None, codes: Tensor | None, sources: list[str]
@@ -261,9 +273,10 @@ def read_facts(path: Path, sources: tuple[str, ...]) -> dict[str, Any] | None:
         return None
 
 
-def hash_file(path: Path) -> tuple[str, os.stat_result]:
+def hash_file(place: Place) -> tuple[str, os.stat_result]:
     """sha256 of the content and the file's status before reading; OSError if unreadable."""
-    if not path.is_file():
-        raise OSError("must be a regular file that exists")
-    status = os.stat(path)
-    return sha256_of(path), status
+    with opened(place) as path:
+        if not path.is_file():
+            raise OSError("must be a regular file that exists")
+        status = os.stat(path)
+        return sha256_of(path), status

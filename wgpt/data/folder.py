@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 PART = "part.json"  # see parts.py
+PARTS = ".parts"  # of a run on a cluster, and copies of parts that lie at an address
 SHAPING = ("codec", "mel", "treatment")  # settings that finished files depend on
 
 
@@ -39,7 +40,7 @@ def check_ours(out: Path) -> None:
                 f"{out}: holds a part of a preparation; merge it with the others: "
                 "wgpt merge PART [PART ...] --out DATA"
             )
-        elif names and PARTIAL not in names:
+        elif names and not names & {PARTIAL, PARTS}:
             raise DataError(
                 f"{out}: must be new, empty, or a folder that wgpt prepare made, "
                 f"got one that holds {min(names)}"
@@ -88,7 +89,7 @@ def is_done(
     died = any(e["reason"] == DIED for e in before["skipped"])
     if listed != found.contents() or old["mel_sources"] != settings["mel_sources"] or died:
         return False
-    for leftover in (PARTIAL, BUILDING):  # of a run killed after its last rename
+    for leftover in (PARTIAL, PARTS, BUILDING):  # of a run killed after its last rename
         shutil.rmtree(out / leftover, ignore_errors=True)
     logger.info("%s: already prepared from the same files with the same settings", out)
     return True

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wgpt import audio
+from wgpt.data.places import (
+    Place,
+    Remote,
+    as_path,
+    check_downloads,
+    expand,
+    is_address,
+    last_name,
+    opened,
+)
+from wgpt.data.sources import Listing, list_folder, list_remote
 from wgpt.errors import DataError
 
 LIST_SUFFIXES = frozenset(".txt .lst .m3u .csv .tsv .jsonl .ndjson".split())
@@ -33,13 +45,13 @@ class Entry:
     """One file to try.
 
     Attributes:
-        path: where it lies.
+        path: where it lies: a path of this machine, or an address.
         name: what the manifest calls it: relative, with no path of this machine.
         group: what belongs together: a column, LibriSpeech's speaker, or the first folder.
         split: train, valid or test where that was given, else None.
     """
 
-    path: Path
+    path: Place
     name: str
     group: str
     split: str | None = None
@@ -60,7 +72,11 @@ class Inputs:
 
 
 def collect(
-    train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path], leave_out: Path
+    train: Sequence[Place],
+    valid: Sequence[Place],
+    test: Sequence[Place],
+    leave_out: Place,
+    download: bool = False,
 ) -> Inputs:
     """Look through all inputs.
 
@@ -68,6 +84,7 @@ def collect(
         train: folders, audio files, list files; split by rule where a list does not say.
         valid, test: the same, for the given splits.
         leave_out: a folder that is none of the input: where the result goes.
+        download: let recordings be read from the Hub (hf://).
 
     Returns:
         Entries with test before valid before the rest, so that of two copies the held-out one
@@ -76,12 +93,19 @@ def collect(
     Raises:
         DataError: a list file breaks its format, or nothing was found.
         AudioError: an input is not there.
+        ConfigError: no package serves an address, or it is not to be downloaded from.
     """
     found = Inputs()
-    labels = _labels([*train, *valid, *test])
+    check_downloads([*train, *valid, *test], download)
+    train, valid, test = expand(train), expand(valid), expand(test)
+    remotes: dict[Place, Remote] = {
+        place: Remote(place) for place in (*train, *valid, *test) if isinstance(place, str)
+    }
+    labels = _labels([*train, *valid, *test], remotes)
     for paths, split in ((train, None), (valid, "valid"), (test, "test")):
         for path in paths:
-            _add(found, path, labels[path], split, leave_out)
+            _add(found, path, remotes.get(path), labels[path], split, leave_out)
+    check_downloads([entry.path for entry in found.entries], download)  # those of lists
     if any(_official(entry.name) == "train" for entry in found.entries):
         found.entries = [
             replace(entry, split=entry.split or _official(entry.name)) for entry in found.entries
@@ -112,51 +136,55 @@ def _make_names_unique(entries: list[Entry]) -> None:
         entries[index] = replace(entry, name=name)
 
 
-def _labels(paths: Iterable[Path]) -> dict[Path, str]:
+def _labels(paths: Iterable[Place], remotes: dict[Place, Remote]) -> dict[Place, str]:
     """What stands before the names of an input's files: nothing for one input, else its name."""
     paths = list(dict.fromkeys(paths))
     if len(paths) == 1:
         return {paths[0]: ""}
-    labels: dict[Path, str] = {}
+    labels: dict[Path | str, str] = {}
     for path in paths:
-        name = path.resolve().name or "root"
-        if path.is_file():
+        own = last_name(path.resolve() if isinstance(path, Path) else path) or "root"
+        if path.is_file() if isinstance(path, Path) else not remotes[path].is_folder:
             labels[path] = ""
             continue
-        n = 2
+        name, n = own, 2
         while f"{name}/" in labels.values():
-            name, n = f"{path.resolve().name}-{n}", n + 1
+            name, n = f"{own}-{n}", n + 1
         labels[path] = f"{name}/"
     return labels
 
 
-def _add(found: Inputs, path: Path, label: str, split: str | None, leave_out: Path) -> None:
-    if path.is_dir():
-        seen = audio.walk(path, leave_out)
-
-        def named(below: Path) -> str:
-            return label + below.relative_to(path).as_posix()
-
-        for below in seen.sound:
-            name = below.relative_to(path).as_posix()
-            group = _group(name)
-            if group == TOP_GROUP and label:
-                group = label.rstrip("/")
-            found.entries.append(Entry(below, label + name, group, split))
-        found.other += [named(below) for below in seen.other]
-        found.n_hidden += len(seen.hidden)
-        found.unreadable += [
-            {"path": named(below), "reason": f"a folder that cannot be opened: {why}"}
-            for below, why in seen.unreadable
-        ]
-    elif path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+def _add(
+    found: Inputs, path: Place, remote: Remote | None, label: str, split: str | None,
+    leave_out: Place,
+) -> None:  # fmt: skip
+    is_file = path.is_file() if isinstance(path, Path) else remote is not None
+    if isinstance(path, Path) and path.is_dir():
+        _add_listing(found, list_folder(path, leave_out), label, split)
+    elif remote is not None and remote.is_folder:
+        _add_listing(found, list_remote(remote, leave_out), label, split)
+    elif is_file and Path(last_name(path)).suffix.lower() in LIST_SUFFIXES:
         found.entries += _read_list(path, split)
-    elif path.is_file():
-        found.entries.append(Entry(path, path.name, TOP_GROUP, split))
+    elif is_file:
+        found.entries.append(Entry(path, last_name(path), TOP_GROUP, split))
     else:
         raise audio.AudioError(
             f"{path}: must be a folder, an audio file or a list, got nothing there"
         )
+
+
+def _add_listing(found: Inputs, listing: Listing, label: str, split: str | None) -> None:
+    for item in listing.sound:
+        group = item.group or _group(item.name)
+        if group == TOP_GROUP and label:
+            group = label.rstrip("/")
+        found.entries.append(Entry(item.place, label + item.name, group, split or item.split))
+    found.other += [label + name for name in listing.other]
+    found.n_hidden += listing.n_hidden
+    found.unreadable += [
+        {"path": label + name, "reason": f"a folder that cannot be opened: {why}"}
+        for name, why in listing.unreadable
+    ]
 
 
 def _group(name: str) -> str:
@@ -174,18 +202,19 @@ def _official(name: str) -> str | None:
     return _SPLITS[match[1]] if match and match[1] else None
 
 
-def _read_list(path: Path, split: str | None) -> list[Entry]:
+def _read_list(path: Place, split: str | None) -> list[Entry]:
     """A list file: one path a line, or CSV, TSV or JSON lines with path, group and split."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        with opened(path) as file:
+            text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: must be a readable list, got: {error.strerror}") from error
     rows = list(_rows(path, text))
     if not rows:
         raise DataError(f"{path}: must list at least one file, got none")
-    wheres = [Path(os.path.normpath(path.parent / row["path"])) for _, row in rows]
-    absolute = [Path(os.path.abspath(where)) for where in wheres]
-    base = os.path.abspath(path.parent)
+    wheres = [_listed_at(path, row["path"]) for _, row in rows]
+    absolute = [Path(as_path(where)) for where in wheres]
+    base = os.path.dirname(as_path(path))
     if not all(where.is_relative_to(base) for where in absolute):
         base = os.path.commonpath([where.parent for where in absolute])
     entries = []
@@ -207,9 +236,19 @@ def _read_list(path: Path, split: str | None) -> list[Entry]:
     return entries
 
 
-def _rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
+def _listed_at(path: Place, row: str) -> Place:
+    """Where a row of a list points: from the list's folder on."""
+    if is_address(row):
+        return row
+    if isinstance(path, Path):
+        return Path(os.path.normpath(path.parent / row))
+    protocol, _, folder = path.rpartition("/")[0].partition("://")
+    return f"{protocol}://{posixpath.normpath(posixpath.join(folder, row))}"
+
+
+def _rows(path: Place, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
     """Line numbers and rows that hold at least `path`."""
-    suffix = path.suffix.lower()
+    suffix = Path(last_name(path)).suffix.lower()
     if suffix in (".csv", ".tsv"):
         reader = csv.DictReader(
             io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ","
@@ -236,7 +275,7 @@ def _rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
             yield line, {"path": content}
 
 
-def _with_path(path: Path, line: int, row: Any) -> dict[str, Any]:
+def _with_path(path: Place, line: int, row: Any) -> dict[str, Any]:
     named = [row[key] for key in PATH_COLUMNS if row.get(key)] if isinstance(row, dict) else []
     if not named or not isinstance(named[0], str):
         raise DataError(f"{path}: line {line}: must have a path, got {row}")

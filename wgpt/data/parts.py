@@ -1,35 +1,31 @@
-"""Parts of a preparation, made by several machines; merged they are what one run makes, bit by bit.
+"""Parts of a preparation, made by several machines; `merged` joins them.
 
     PART/part.json                settings, and every file of the part; sealed
     PART/.partial/SHA256.safetensors    finished files, as an interrupted preparation has them
 
-`prepare(..., shard=(i, n))` makes part i of n: the files whose name hashes to it. Merging reads the
-finished files where they are and writes the arrays once.
+`prepare(..., shard=(i, n))` makes part i of n: the files whose name hashes to it. A part may lie at
+an address (s3://...).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wgpt.config import MelConfig
-from wgpt.data.encode import Encoder, Job, read_facts
-from wgpt.data.folder import PART, PARTIAL
-from wgpt.data.inputs import SPLIT_ORDER, Entry, Inputs
-from wgpt.data.scan import Found
-from wgpt.data.splits import SplitRule
-from wgpt.data.treatment import Treatment
-from wgpt.data.workers import load_codec
+from wgpt.data.folder import PART, PARTIAL, check_ours, locked, open_partial, read_before
+from wgpt.data.inputs import Entry, Inputs
+from wgpt.data.mirror import working_copy
+from wgpt.data.places import Place, absolute
+from wgpt.data.scan import Found, hash_all
+from wgpt.data.workers import EncoderSpec, encode_all
 from wgpt.errors import ConfigError, DataError
 from wgpt.files import read_json, sha256_of, write_sealed
 
-_FORMAT = "wgpt-part-1"
-_LIMIT_BYTES = 1 << 30
+FORMAT = "wgpt-part-1"
+LIMIT_BYTES = 1 << 30
 MAX_SHARDS = 100_000
 
 
@@ -50,30 +46,86 @@ def check_shard(shard: tuple[int, int], given: object) -> None:
         )
 
 
-def keep_shard(inputs: Inputs, shard: tuple[int, int]) -> str:
-    """Leaves the entries of a shard: those whose name hashes to it, wherever the others are.
+def part_number(entry: Entry, n: int) -> int:
+    """In which of n parts, from 1 on, an entry is: by its name alone, wherever the others are."""
+    digest = hashlib.sha256(entry.name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") % n + 1
 
-    Returns the sha256 of all inputs' names, groups and splits: that of every part must be the same.
-    """
-    check_shard(shard, shard)
+
+def hash_inputs(inputs: Inputs) -> str:
+    """sha256 of all inputs' names, groups and splits: that of every part must be the same."""
     seen = [[(entry.name, entry.split, entry.group) for entry in inputs.entries],
             inputs.other, inputs.unreadable]  # fmt: skip
-    inputs_sha256 = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
-    i, n = shard
-
-    def number(entry: Entry) -> int:
-        digest = hashlib.sha256(entry.name.encode("utf-8", "surrogateescape")).digest()
-        return int.from_bytes(digest[:8], "big") % n + 1
-
-    inputs.entries = [entry for entry in inputs.entries if number(entry) == i]
-    return inputs_sha256
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def check_part(out: Path, shard: tuple[int, int], settings: dict[str, Any]) -> None:
-    """Raises DataError where `out` holds another part, or one with other settings."""
-    if not (out / PART).exists():
+def make_part(
+    out: Place,
+    shard: tuple[int, int],
+    inputs: Inputs,
+    inputs_sha256: str,
+    spec: EncoderSpec,
+    settings: dict[str, Any],
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    apart: bool = False,
+) -> dict[str, Any]:
+    """Encodes part i of n into `out`, or what an earlier run left of it.
+
+    Args:
+        out: a folder, or an address that is given every finished file at once.
+        shard: (i, n).
+        inputs: with the entries of this part alone.
+        inputs_sha256: of all inputs, by `hash_inputs`.
+        spec, settings: what to encode with, and how the manifest tells it.
+        jobs, progress, apart: of `workers.encode_all`.
+        overwrite: replace a part that is there and differs.
+
+    Returns:
+        What part.json says.
+
+    Raises:
+        DataError: `out` holds something else; memory failed.
+        OSError: reading or writing failed.
+    """
+    with contextlib.ExitStack() as stack:
+        mirror = stack.enter_context(working_copy(out)) if isinstance(out, str) else None
+        folder = mirror.folder if mirror else Path(out)
+        if not (folder / PART).exists():
+            check_ours(folder)
+        if read_before(folder) is not None:
+            raise DataError(f"{out}: holds prepared data; name another --out for part {shard[0]}")
+        found = hash_all(inputs.entries, inputs.unreadable, folder / PARTIAL, progress)
+        stack.enter_context(locked(folder))
+        if overwrite:
+            (folder / PART).unlink(missing_ok=True)
+        else:
+            check_part(folder, out, shard, settings)
+        open_partial(folder / PARTIAL, settings)
+        if mirror:
+            mirror.begin()
+        _, reasons = encode_all(
+            found,
+            spec,
+            spec.build(),
+            jobs,
+            progress,
+            keep=mirror.keep if mirror else None,
+            apart=apart,
+        )
+        part = write_part(folder, shard, settings, inputs, inputs_sha256, found, reasons)
+        if mirror:
+            mirror.keep(folder / PART)
+        return part
+
+
+def check_part(folder: Path, out: Place, shard: tuple[int, int], settings: dict[str, Any]) -> None:
+    """Raises DataError where a folder, known as `out`, holds another part or other settings."""
+    if not (folder / PART).exists():
         return
-    record = read_json(out / PART, DataError, _LIMIT_BYTES)
+    record = read_json(folder / PART, DataError, LIMIT_BYTES)
     if record.get("shard") != list(shard) or record.get("settings") != settings:
         i, n = record.get("shard", ("?", "?"))
         raise DataError(
@@ -97,7 +149,7 @@ def write_part(
     entries = [
         {
             "name": entry.name,
-            "path": str(entry.path.absolute()),
+            "path": absolute(entry.path),
             "group": entry.group,
             "split": entry.split,
             "sha256": digests[entry.name],
@@ -107,7 +159,7 @@ def write_part(
         if entry.name in digests
     ]
     part = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "shard": list(shard),
         "settings": settings,
         "inputs_sha256": inputs_sha256,
@@ -125,145 +177,3 @@ def write_part(
     }
     write_sealed(out / PART, part)
     return part
-
-
-@dataclasses.dataclass
-class Merged:
-    """All parts together, as one run would have found and encoded them."""
-
-    settings: dict[str, Any]
-    inputs: Inputs
-    found: Found
-    facts: dict[str, dict[str, Any]]
-    reasons: dict[str, str]
-
-    @property
-    def rule(self) -> SplitRule:
-        """How to split."""
-        settings = self.settings
-        return SplitRule(
-            settings["split_by"], settings["valid_fraction"], settings["test_fraction"]
-        )
-
-    def encoder(self, codec: Any) -> Encoder:
-        """What encoded the files. codec: a name, a path or a codec; None for what the settings
-        name.
-
-        Raises DataError where that is another codec, CodecError where there is none.
-        """
-        settings, expected = self.settings, self.settings["codec"]["identity"]
-        named = codec or settings["codec"]["source"]
-        loaded = load_codec(named, False)
-        if loaded.identity != expected:
-            raise DataError(
-                f"merge: the parts were encoded by the codec {expected}, "
-                f"{getattr(named, 'identity', named)} is {loaded.identity}; name theirs by --codec"
-            )
-        limit = settings["max_seconds"]
-        return Encoder(
-            loaded,
-            MelConfig(**settings["mel"]),
-            tuple(settings["mel_sources"]),
-            Treatment(**settings["treatment"]),
-            math.inf if limit is None else limit,
-        )
-
-
-def read_parts(parts: Sequence[Path]) -> Merged:
-    """Opens parts and compares them with each other and with their hashes.
-
-    Raises DataError that names the part which is missing, doubled, damaged, or of another
-    preparation.
-    """
-    records = [_read(part) for part in parts]
-    if not records:
-        raise DataError("merge: at least one part is needed; make them with wgpt prepare --shard")
-    n = records[0]["shard"][1]
-    by_number: dict[int, Path] = {}
-    for part, record in zip(parts, records, strict=True):
-        i, of = record["shard"]
-        if of != n:
-            raise DataError(f"{part}: is part {i} of {of}, {parts[0]} is one of {n}")
-        if i in by_number:
-            raise DataError(f"{part}: is part {i} of {n}, and so is {by_number[i]}; name one")
-        settings, expected = (_shaping(r["settings"]) for r in (record, records[0]))
-        changed = [name for name, value in settings.items() if expected.get(name) != value]
-        if changed:
-            raise DataError(
-                f"{part}: was prepared with other settings than {parts[0]}: {', '.join(changed)}"
-            )
-        if record["inputs_sha256"] != records[0]["inputs_sha256"]:
-            raise DataError(
-                f"{part}: was made of other recordings than {parts[0]}: files came or went, or a "
-                "folder could not be read on one machine; give all parts the same inputs and "
-                "prepare the one that is wrong again, with --overwrite"
-            )
-        by_number[i] = part
-    missing = [str(i) for i in range(1, n + 1) if i not in by_number]
-    if missing:
-        raise DataError(
-            f"merge: part {', '.join(missing[:20])} of {n} is missing; make it with "
-            f"wgpt prepare ... --shard {missing[0]}/{n}"
-        )
-    return _joined(parts, records)
-
-
-def _shaping(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that must be equal; where the codec lies is none of them."""
-    return {**settings, "codec": {**settings["codec"], "source": ""}}
-
-
-def _joined(parts: Sequence[Path], records: list[dict[str, Any]]) -> Merged:
-    """Files in the order in which one run meets them: the first of two copies is kept."""
-    first = records[0]
-    inputs = Inputs(other=first["other"], n_hidden=first["n_hidden"],
-                    unreadable=first["unreadable_folders"])  # fmt: skip
-    found = Found({}, {}, [], list(inputs.unreadable))
-    listed = [(row, part, record) for part, record in zip(parts, records, strict=True)
-              for row in record["entries"]]  # fmt: skip
-    listed.sort(key=lambda item: (SPLIT_ORDER.get(item[0]["split"] or "", 2), item[0]["name"]))
-    facts: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, str] = {}
-    for row, part, record in listed:
-        entry = Entry(Path(row["path"]), row["name"], row["group"], row["split"])
-        inputs.entries.append(entry)
-        digest = row["sha256"]
-        if digest in found.jobs:
-            found.duplicates.append(
-                {"path": entry.name, "sha256": digest, "group": entry.group,
-                 "duplicate_of": found.entries[digest].name}
-            )  # fmt: skip
-            continue
-        partial = part / PARTIAL / f"{digest}.safetensors"
-        found.entries[digest] = entry
-        found.jobs[digest] = Job(row["path"], digest, 0, row["bytes"], str(partial))
-        if digest in record["reasons"]:
-            reasons[digest] = record["reasons"][digest]
-            continue
-        known = read_facts(partial, tuple(record["settings"]["mel_sources"]))
-        if known is None or sha256_of(partial) != record["finished"][digest]:
-            raise DataError(
-                f"{part}: is damaged: its finished file of {entry.name} is missing or changed; "
-                f"delete {partial} and {part / PART}, and prepare the part again"
-            )
-        facts[digest] = known
-    for record in records:
-        found.unreadable += record["unreadable_files"]
-        inputs.entries += [Entry(Path(row["path"]), row["path"], ".")
-                           for row in record["unreadable_files"]]  # fmt: skip
-    return Merged(first["settings"], inputs, found, facts, reasons)
-
-
-def _read(part: Path) -> dict[str, Any]:
-    """PART/part.json."""
-    path = part / PART
-    try:
-        record = read_json(path, DataError, _LIMIT_BYTES)
-    except FileNotFoundError:
-        raise DataError(
-            f"{part}: is no finished part, it holds no {PART}; the command that began it "
-            "(wgpt prepare ... --shard) resumes it"
-        ) from None
-    if record.get("format") != _FORMAT:
-        raise DataError(f"{path}: expected the format {_FORMAT!r}, got {record.get('format')!r}")
-    return record

@@ -8,12 +8,10 @@ bytes. A finished folder is opened again for what is new. See dataset.py for the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +22,10 @@ from wgpt.data.account import account
 from wgpt.data.assemble import assemble, bytes_needed
 from wgpt.data.ceiling import codec_ceiling, listen
 from wgpt.data.command import prepare_command
-from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
+from wgpt.data.encode import CodecProtocol, Encoder
 from wgpt.data.folder import (
-    PART,
     PARTIAL,
+    PARTS,
     check_ours,
     check_space,
     is_done,
@@ -38,21 +36,21 @@ from wgpt.data.folder import (
     reopen,
 )
 from wgpt.data.inputs import Inputs, collect
+from wgpt.data.merged import Merged, fetch_parts, read_parts
 from wgpt.data.page import page
-from wgpt.data.parts import check_part, keep_shard, read_parts, write_part
-from wgpt.data.progress import Progress
+from wgpt.data.parts import check_shard, hash_inputs, make_part, part_number
+from wgpt.data.places import is_address, places
 from wgpt.data.report import report
 from wgpt.data.scan import Found, hash_all, list_sources
 from wgpt.data.splits import SPLIT_BY, SplitRule, assign
 from wgpt.data.treatment import PIECE_SECONDS, TARGET_LUFS, Treatment
-from wgpt.data.workers import EncoderSpec, encode_here, encode_in_processes, load_codec
+from wgpt.data.workers import EncoderSpec, encode_all, load_codec
 from wgpt.errors import ConfigError, DataError
 from wgpt.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 MAX_JOBS = 1024
-MANY_FILES, MANY_BYTES = 24, 8 << 20  # from here on worker processes pay for their start
 
 
 def prepare(
@@ -80,9 +78,11 @@ def prepare(
 
     Args:
         recordings: folders (walked recursively), audio files, and list files (one path a line, or
-            CSV, TSV, JSON lines with path and, if wanted, group and split). May be empty where
-            `valid` or `test` is given: such data can be evaluated, not trained on.
-        out: new, empty, or a folder an earlier run wrote: then what is new is added.
+            CSV, TSV, JSON lines with path and, if wanted, group and split), each a path or an
+            address that fsspec opens (s3://bucket/folder). May be empty where `valid` or `test` is
+            given: such data can be evaluated, not trained on.
+        out: new, empty, or a folder an earlier run wrote: then what is new is added. For a shard
+            it may be an address.
         valid, test: the same, for given splits. LibriSpeech's dev-* and test-* folders are
             such splits wherever a train-* folder is among the recordings.
         codec: a name or path for `codec.load`, or a codec object (picklable if jobs > 1).
@@ -96,7 +96,7 @@ def prepare(
         keep_loudness: do not bring the level to `treatment.TARGET_LUFS`.
         jobs: worker processes, one per core by default; the result does not depend on it.
         max_seconds: longer files are skipped; None for no limit.
-        download: let the codec be downloaded.
+        download: let the codec be downloaded, and recordings from the Hub (hf://).
         overwrite: replace a data folder made with other settings or from files that are gone.
         progress: bars on stderr if it is a terminal, else a log line every half minute.
         shard: (i, n): encode part i of n into `out`, for `merge`; give each the same inputs.
@@ -105,23 +105,27 @@ def prepare(
         The manifest, as written to out/manifest.json; for a shard what out/part.json says.
 
     Raises:
-        ConfigError: a setting is out of range or does not fit the codec.
+        ConfigError: a setting is out of range or does not fit the codec; a package is missing.
         DataError: out is not ours to write, nothing could be used, a split is empty, a list is
             malformed, or memory or disk failed (run again then: finished files are kept).
         AudioError: an input is not there.
     """
-    out, mel = Path(out), mel or MelConfig()
+    (place,), mel = places(out), mel or MelConfig()
     max_seconds = math.inf if max_seconds is None else max_seconds
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
-    if shard is None or not (out / PART).exists():
-        check_ours(out)
-    inputs = collect(_paths(recordings), _paths(valid), _paths(test), out)
     if shard is not None:
-        inputs_sha256 = keep_shard(inputs, shard)
-    before = read_before(out)
-    if shard is not None and before is not None:
-        raise DataError(f"{out}: holds prepared data; name another --out for part {shard[0]}")
+        check_shard(shard, shard)
+    elif is_address(place):
+        raise ConfigError(
+            f"prepare: out must be a folder of this machine, from which training maps its arrays, "
+            f"got {place}; parts may be written there: --shard I/N"
+        )
+    else:
+        check_ours(Path(place))
+    given = places(recordings), places(valid), places(test)
+    inputs = collect(*given, place, download)
+    before = None if shard is not None else read_before(Path(place))
     target_lufs = None if keep_loudness else TARGET_LUFS
     treatment = Treatment(not keep_silence, target_lufs, PIECE_SECONDS)
     loaded = load_codec(codec, download)
@@ -141,29 +145,29 @@ def prepare(
         "test_fraction": float(test_fraction),
     }
     try:
+        if shard is not None:
+            inputs_sha256 = hash_inputs(inputs)
+            inputs.entries = [e for e in inputs.entries if part_number(e, shard[1]) == shard[0]]
+            return make_part(
+                place, shard, inputs, inputs_sha256, spec, settings,
+                jobs=jobs, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        out = Path(place)
         found = hash_all(inputs.entries, inputs.unreadable, out / PARTIAL, progress)
         if before is not None and not overwrite:
             old = before.get("settings", {})
-            paths = _paths(recordings), _paths(valid), _paths(test)
-            command = prepare_command(*paths, out, old, settings)
-            if is_done(out, before, settings, found, command):
+            if is_done(out, before, settings, found, prepare_command(*given, out, old, settings)):
                 return before
         with locked(out):
-            if shard is not None and overwrite:
-                (out / PART).unlink(missing_ok=True)
-            elif shard is not None:
-                check_part(out, shard, settings)
             open_partial(out / PARTIAL, settings)
             kept = keep_splits(out / PARTIAL, before, overwrite)
             if before is not None:
                 logger.info("%d files are kept", reopen(out, before, settings, found))
-            facts, reasons = _encode(found, spec, encoder, jobs, progress)
-            if shard is not None:
-                return write_part(out, shard, settings, inputs, inputs_sha256, found, reasons)
+            facts, reasons = encode_all(found, spec, encoder, jobs, progress)
             return _build(out, inputs, encoder, settings, found, facts, reasons, rule, kept)
     except OSError as error:
         raise DataError(
-            f"{out}: reading or writing failed: {error}; free the cause and run again, "
+            f"{place}: reading or writing failed: {error}; free the cause and run again, "
             "finished files are kept"
         ) from error
 
@@ -181,7 +185,8 @@ def merge(
     are; the recordings must be where the parts found them, since the report listens to some.
 
     Args:
-        parts: all n, in any order.
+        parts: all n, in any order: folders, or addresses, which are copied below `out` for the
+            time of merging; an address may hold * (s3://bucket/part-*).
         out: new, empty, the folder that holds the parts, or with overwrite one with old data.
         codec: that of the parts, a name, a path or a codec; by default what their settings name.
 
@@ -203,14 +208,10 @@ def merge(
             "use another --out"
         )
     try:
-        merged = read_parts(_paths(parts))
+        merged = read_parts(fetch_parts(places(parts), out / PARTS))
         encoder = merged.encoder(codec)
         with locked(out):
-            open_partial(out / PARTIAL, merged.settings)  # which says that it is ours, if this ends
-            return _build(
-                out, merged.inputs, encoder, merged.settings, merged.found, merged.facts,
-                merged.reasons, merged.rule, {},
-            )  # fmt: skip
+            return _build_merged(out, merged, encoder)
     except OSError as error:
         raise DataError(
             f"{out}: reading or writing failed: {error}; free the cause and run again, the parts "
@@ -218,8 +219,13 @@ def merge(
         ) from error
 
 
-def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(given)] if isinstance(given, (str, Path)) else [Path(path) for path in given]
+def _build_merged(out: Path, merged: Merged, encoder: Encoder) -> dict[str, Any]:
+    """The last step of parts, in a folder that is locked."""
+    open_partial(out / PARTIAL, merged.settings)  # which says that it is ours, if this ends
+    return _build(
+        out, merged.inputs, encoder, merged.settings, merged.found, merged.facts, merged.reasons,
+        merged.rule, {},
+    )  # fmt: skip
 
 
 def default_mel_sources(codec: CodecProtocol) -> tuple[str, ...]:
@@ -282,7 +288,8 @@ def _build(
     manifest = assemble(
         out, sources, settings, duplicates=duplicates, skipped=skipped, finish=finish
     )
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    for folder in (PARTIAL, PARTS):
+        shutil.rmtree(out / folder, ignore_errors=True)
     if rule.valid_fraction > 0 and not manifest["totals"]["valid"]["clips"]:
         logger.warning("%s: too little sound for a validation split: it is empty", out)
     return manifest
@@ -299,50 +306,6 @@ def _codec_facts(codec: CodecProtocol) -> dict[str, Any]:
         "hop_samples": codec.hop_samples,
     }
     return dict(json.loads(json.dumps(facts)))
-
-
-def _encode(
-    found: Found, spec: EncoderSpec, encoder: Encoder, jobs: int | None, progress: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Encode what is not finished. Returns facts and reasons for skipping, by sha256."""
-    facts: dict[str, dict[str, Any]] = {}
-    reasons: dict[str, str] = {}
-    for digest, job in found.jobs.items():
-        known = read_facts(Path(job.partial), spec.mel_sources)
-        if known is not None:
-            facts[digest] = known
-    todo = [job for digest, job in found.jobs.items() if digest not in facts]
-    n_jobs = choose_jobs(todo) if jobs is None else min(jobs, max(len(todo), 1))
-    if facts:
-        logger.info("continuing: %d files finished before, %d to do", len(facts), len(todo))
-    else:
-        logger.info("encoding %d files, %d at a time", len(todo), n_jobs)
-    meter = Progress("encoding", sum(job.size_bytes for job in todo), len(todo), progress)
-
-    def finished(job: Job, done: Outcome) -> None:
-        meter.advance(job.size_bytes)
-        known = None if done.reason else read_facts(Path(job.partial), spec.mel_sources)
-        if known is None:
-            reasons[job.sha256] = done.reason or "its finished file could not be read back"
-            logger.warning("skipped %s: %s", found.entries[job.sha256].name, reasons[job.sha256])
-        else:
-            facts[job.sha256] = known
-
-    with contextlib.closing(meter):
-        if n_jobs == 1:
-            encode_here(encoder, todo, finished)
-        else:
-            encode_in_processes(spec, todo, n_jobs, finished)
-    return facts, reasons
-
-
-def choose_jobs(todo: list[Job]) -> int:
-    """A process per core where the work is worth their start of some seconds each."""
-    n_bytes = sum(job.size_bytes for job in todo)
-    if len(todo) < MANY_FILES and n_bytes < MANY_BYTES:
-        return 1
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(min(n_cores or 1, len(todo)), 1)
 
 
 def _raise_all_skipped(skipped: list[dict[str, Any]]) -> NoReturn:

@@ -7,6 +7,7 @@ order; processes, not threads, use the cores.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -16,16 +17,20 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wgpt.config import MelConfig
-from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome
+from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
+from wgpt.data.progress import Progress
+from wgpt.data.scan import Found
 from wgpt.data.treatment import Treatment
 from wgpt.ops.runtime import one_thread
 
 logger = logging.getLogger(__name__)
 
+MANY_FILES, MANY_BYTES = 24, 8 << 20  # from here on worker processes pay for their start
 # A decoder's crash and a lack of memory look alike from outside: the next run tries it again.
 DIED = "its worker process died twice (killed, out of memory, or a crash)"
 
@@ -60,6 +65,73 @@ def load_codec(codec: str | Path | CodecProtocol, download: bool) -> CodecProtoc
 
     loaded: CodecProtocol = wgpt.codec.load(str(codec), download=download)
     return loaded
+
+
+def encode_all(
+    found: Found,
+    spec: EncoderSpec,
+    encoder: Encoder,
+    jobs: int | None,
+    progress: bool,
+    *,
+    keep: Callable[[Path], None] | None = None,
+    apart: bool = False,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Encode what is not finished.
+
+    Args:
+        found: the recordings.
+        spec, encoder: of the codec; the encoder is used where this process encodes.
+        jobs: worker processes; None: as many as are worth it.
+        progress: whether to show it.
+        keep: called with every finished file.
+        apart: use a worker process even for one job, so that a file which kills it is named.
+
+    Returns:
+        Facts and reasons for skipping, by sha256.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
+    for digest, job in found.jobs.items():
+        known = read_facts(Path(job.partial), spec.mel_sources)
+        if known is not None:
+            facts[digest] = known
+    todo = [job for digest, job in found.jobs.items() if digest not in facts]
+    n_jobs = choose_jobs(todo) if jobs is None else min(jobs, max(len(todo), 1))
+    if any("memory://" in job.path for job in todo):  # of this process alone
+        n_jobs, apart = 1, False
+    if facts:
+        logger.info("continuing: %d files finished before, %d to do", len(facts), len(todo))
+    else:
+        logger.info("encoding %d files, %d at a time", len(todo), n_jobs)
+    meter = Progress("encoding", sum(job.size_bytes for job in todo), len(todo), progress)
+
+    def finished(job: Job, done: Outcome) -> None:
+        meter.advance(job.size_bytes)
+        known = None if done.reason else read_facts(Path(job.partial), spec.mel_sources)
+        if known is None:
+            reasons[job.sha256] = done.reason or "its finished file could not be read back"
+            logger.warning("skipped %s: %s", found.entries[job.sha256].name, reasons[job.sha256])
+        else:
+            facts[job.sha256] = known
+            if keep is not None:
+                keep(Path(job.partial))
+
+    with contextlib.closing(meter):
+        if n_jobs == 1 and not apart:
+            encode_here(encoder, todo, finished)
+        else:
+            encode_in_processes(spec, todo, n_jobs, finished)
+    return facts, reasons
+
+
+def choose_jobs(todo: list[Job]) -> int:
+    """A process per core where the work is worth their start of some seconds each."""
+    n_bytes = sum(job.size_bytes for job in todo)
+    if len(todo) < MANY_FILES and n_bytes < MANY_BYTES:
+        return 1
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(min(n_cores or 1, len(todo)), 1)
 
 
 def encode_here(
