@@ -62,6 +62,21 @@ class DeadlyOnce(FakeCodec):
         return super().encode(wave)
 
 
+class Witness(FakeCodec):
+    """Leaves the id of its Ray node and of its process below `folder`; sleeps as FakeCodec."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.folder = folder
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """As FakeCodec's."""
+        import ray
+
+        (self.folder / f"{ray.get_runtime_context().get_node_id()}-{os.getpid()}").touch()
+        return super().encode(wave)
+
+
 def make_audio(folder: Path, n_files: int = 10, seconds: float = 0.5) -> Path:
     """Noise of differing lengths in two groups, in three formats."""
     rng = np.random.default_rng(0)

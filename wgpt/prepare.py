@@ -53,6 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", metavar="I/N",
         help="encode part I of N of the same recordings, on one of N machines; then wgpt merge",
     )  # fmt: skip
+    add(
+        "--engine", choices=["ray"],
+        help="encode all parts on a Ray cluster, and merge them (pip install 'wgpt[ray]')",
+    )  # fmt: skip
+    add(
+        "--parts", metavar="PARTS",
+        help="with --engine: a folder or address for the parts, which all nodes see (default: "
+        "DATA/.parts, deleted in the end)",
+    )  # fmt: skip
     add("--download", action="store_true", help="let weights and hf:// recordings be downloaded")
     add = parser.add_argument_group("output").add_argument
     add(
@@ -101,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=not args.quiet,
             shard=shard_of(args.shard) if args.shard else None,
+            engine=args.engine,
+            parts=args.parts,
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command resumes where this one stopped") from None

@@ -21,6 +21,7 @@ from wgpt.config import CODEBOOK_SIZE, MelConfig
 from wgpt.data.account import account
 from wgpt.data.assemble import assemble, bytes_needed
 from wgpt.data.ceiling import codec_ceiling, listen
+from wgpt.data.cluster import make_parts
 from wgpt.data.command import prepare_command
 from wgpt.data.encode import CodecProtocol, Encoder
 from wgpt.data.folder import (
@@ -73,6 +74,8 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
     shard: tuple[int, int] | None = None,
+    engine: str | None = None,
+    parts: str | Path | None = None,
 ) -> dict[str, Any]:
     """Encode recordings into the data folder `out`.
 
@@ -100,6 +103,9 @@ def prepare(
         overwrite: replace a data folder made with other settings or from files that are gone.
         progress: bars on stderr if it is a terminal, else a log line every half minute.
         shard: (i, n): encode part i of n into `out`, for `merge`; give each the same inputs.
+        engine: "ray" makes all parts on a Ray cluster and merges them: the same bytes.
+        parts: folder or address of those parts, which all nodes see; out/.parts by default, which
+            is deleted in the end.
 
     Returns:
         The manifest, as written to out/manifest.json; for a shard what out/part.json says.
@@ -114,12 +120,13 @@ def prepare(
     max_seconds = math.inf if max_seconds is None else max_seconds
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
+    _check_engine(engine, parts, shard)
     if shard is not None:
         check_shard(shard, shard)
     elif is_address(place):
         raise ConfigError(
             f"prepare: out must be a folder of this machine, from which training maps its arrays, "
-            f"got {place}; parts may be written there: --shard I/N"
+            f"got {place}; parts may be written there: --shard I/N, --parts"
         )
     else:
         check_ours(Path(place))
@@ -153,6 +160,12 @@ def prepare(
                 jobs=jobs, overwrite=overwrite, progress=progress,
             )  # fmt: skip
         out = Path(place)
+        if engine is not None:
+            _check_unprepared(out, overwrite)
+            with locked(out):
+                folder = places(parts)[0] if parts is not None else out / PARTS
+                made = make_parts(folder, inputs, spec, settings, jobs=jobs, progress=progress)
+                return _build_merged(out, read_parts(fetch_parts(made, out / PARTS)), encoder)
         found = hash_all(inputs.entries, inputs.unreadable, out / PARTIAL, progress)
         if before is not None and not overwrite:
             old = before.get("settings", {})
@@ -200,13 +213,7 @@ def merge(
     """
     out = Path(out)
     check_ours(out)
-    if read_before(out) is not None and not overwrite:
-        raise DataError(f"{out}: holds prepared data; use another --out, or --overwrite")
-    if any((out / PARTIAL).glob("*.safetensors")):
-        raise DataError(
-            f"{out}: holds an interrupted preparation, whose finished files a merge would delete; "
-            "use another --out"
-        )
+    _check_unprepared(out, overwrite)
     try:
         merged = read_parts(fetch_parts(places(parts), out / PARTS))
         encoder = merged.encoder(codec)
@@ -217,6 +224,17 @@ def merge(
             f"{out}: reading or writing failed: {error}; free the cause and run again, the parts "
             "are as they were"
         ) from error
+
+
+def _check_unprepared(out: Path, overwrite: bool) -> None:
+    """Raises DataError where a merge would replace what is there."""
+    if read_before(out) is not None and not overwrite:
+        raise DataError(f"{out}: holds prepared data; use another --out, or --overwrite")
+    if any((out / PARTIAL).glob("*.safetensors")):
+        raise DataError(
+            f"{out}: holds an interrupted preparation, whose finished files a merge would delete; "
+            "use another --out"
+        )
 
 
 def _build_merged(out: Path, merged: Merged, encoder: Encoder) -> dict[str, Any]:
@@ -255,6 +273,17 @@ def _check_settings(rule: SplitRule, jobs: int | None, max_seconds: float, mel: 
     for name, text, got, holds in rules:
         if not holds:
             raise ConfigError(f"prepare: {name} must be {text}, got {got}")
+
+
+def _check_engine(
+    engine: str | None, parts: str | Path | None, shard: tuple[int, int] | None
+) -> None:
+    if engine not in (None, "ray"):
+        raise ConfigError(f"prepare: engine must be ray or none, got {engine!r}")
+    if engine is not None and shard is not None:
+        raise ConfigError("prepare: --engine makes all parts and --shard one; give one of them")
+    if engine is None and parts is not None:
+        raise ConfigError("prepare: --parts is for --engine ray; a part of --shard has its --out")
 
 
 def _build(

@@ -21,16 +21,20 @@ class Progress:
         what: the word in front.
         n_bytes, n_files: how much there is to do.
         show: False for nothing at all.
+        unit: what is counted in place of files.
     """
 
-    def __init__(self, what: str, n_bytes: int, n_files: int, show: bool) -> None:
+    def __init__(
+        self, what: str, n_bytes: int, n_files: int, show: bool, unit: str = "file"
+    ) -> None:
         self._what, self._n_bytes, self._n_files = what, max(n_bytes, 1), n_files
+        self._unit = unit
         self._done_bytes = self._done_files = 0
         self._logged = time.monotonic()
         self._first = self._logged, 0
         self._log = show and not sys.stderr.isatty()
         self._bar = tqdm(
-            total=n_files, desc=what, unit="file", disable=not show or self._log,
+            total=n_files, desc=what, unit=unit, disable=not show or self._log,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
 
@@ -47,8 +51,9 @@ class Progress:
         if self._log and now - self._logged >= LOG_EVERY_S:
             self._logged = now
             logger.info(
-                "%s: %d of %d files, %s left", self._what, self._done_files, self._n_files, left
-            )
+                "%s: %d of %d %ss, %s left",
+                self._what, self._done_files, self._n_files, self._unit, left,
+            )  # fmt: skip
 
     def seconds_left(self, now: float) -> float:
         """By the bytes done since the first file."""
