@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "audio", nargs="*", metavar="AUDIO",
         help="folders (walked recursively), audio files, or lists: a path a line, or CSV, TSV, "
-        "JSON lines with path and, if wanted, group and split; paths, or addresses of fsspec: "
-        "s3://bucket/folder, gs://, hf://datasets/user/name (with --download)",
+        "JSON lines with path and, if wanted, group and split; tars of WebDataset, data sets of "
+        "Hugging Face (of save_to_disk, parquet), manifests of lhotse; paths, or addresses of "
+        "fsspec: s3://bucket/folder, gs://, hf://datasets/user/name (with --download)",
     )  # fmt: skip
     add("--valid", nargs="+", default=[], metavar="AUDIO", help="recordings to validate on")
     add("--test", nargs="+", default=[], metavar="AUDIO", help="recordings to test on")

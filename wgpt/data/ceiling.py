@@ -11,7 +11,7 @@ import torch
 
 from wgpt import audio
 from wgpt.data.encode import CodecProtocol, Encoder, Job, read_partial
-from wgpt.data.places import opened
+from wgpt.data.pieces import opened
 from wgpt.data.splits import Source
 from wgpt.data.treatment import Plan, measure
 from wgpt.ops.runtime import one_thread

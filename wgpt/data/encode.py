@@ -24,7 +24,8 @@ from torch import Tensor
 from wgpt import audio
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
-from wgpt.data.places import Place, is_address, opened
+from wgpt.data.pieces import opened
+from wgpt.data.places import Place, is_address
 from wgpt.data.treatment import Plan, Treatment, measure
 from wgpt.errors import AudioError, ConfigError, DataError, is_out_of_memory
 from wgpt.files import is_bad_day, parse_json, sha256_of, write_atomically

@@ -15,15 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wgpt import audio
+from wgpt.data.containers import lister_of
+from wgpt.data.pieces import opened
 from wgpt.data.places import (
     Place,
     Remote,
-    as_path,
     check_downloads,
     expand,
     is_address,
     last_name,
-    opened,
+    relative_names,
 )
 from wgpt.data.sources import Listing, list_folder, list_remote
 from wgpt.errors import DataError
@@ -81,7 +82,8 @@ def collect(
     """Look through all inputs.
 
     Args:
-        train: folders, audio files, list files; split by rule where a list does not say.
+        train: folders, audio files, list files, and what `containers` knows; split by rule where
+            a list does not say.
         valid, test: the same, for the given splits.
         leave_out: a folder that is none of the input: where the result goes.
         download: let recordings be read from the Hub (hf://).
@@ -158,8 +160,12 @@ def _add(
     found: Inputs, path: Place, remote: Remote | None, label: str, split: str | None,
     leave_out: Place,
 ) -> None:  # fmt: skip
-    is_file = path.is_file() if isinstance(path, Path) else remote is not None
-    if isinstance(path, Path) and path.is_dir():
+    is_folder = path.is_dir() if isinstance(path, Path) else remote is not None and remote.is_folder
+    is_file = path.is_file() if isinstance(path, Path) else not is_folder
+    lister = lister_of(path, is_folder) if is_folder or is_file else None
+    if lister is not None:
+        _add_listing(found, lister(path), label, split)
+    elif isinstance(path, Path) and is_folder:
         _add_listing(found, list_folder(path, leave_out), label, split)
     elif remote is not None and remote.is_folder:
         _add_listing(found, list_remote(remote, leave_out), label, split)
@@ -178,13 +184,11 @@ def _add_listing(found: Inputs, listing: Listing, label: str, split: str | None)
         group = item.group or _group(item.name)
         if group == TOP_GROUP and label:
             group = label.rstrip("/")
-        found.entries.append(Entry(item.place, label + item.name, group, split or item.split))
+        given = split or _SPLITS.get((item.split or "").partition(".")[0])
+        found.entries.append(Entry(item.place, label + item.name, group, given))
     found.other += [label + name for name in listing.other]
     found.n_hidden += listing.n_hidden
-    found.unreadable += [
-        {"path": label + name, "reason": f"a folder that cannot be opened: {why}"}
-        for name, why in listing.unreadable
-    ]
+    found.unreadable += [{"path": label + name, "reason": why} for name, why in listing.unreadable]
 
 
 def _group(name: str) -> str:
@@ -213,14 +217,10 @@ def _read_list(path: Place, split: str | None) -> list[Entry]:
     if not rows:
         raise DataError(f"{path}: must list at least one file, got none")
     wheres = [_listed_at(path, row["path"]) for _, row in rows]
-    absolute = [Path(as_path(where)) for where in wheres]
-    base = os.path.dirname(as_path(path))
-    if not all(where.is_relative_to(base) for where in absolute):
-        base = os.path.commonpath([where.parent for where in absolute])
     entries = []
     seen: set[str] = set()
-    for (line, row), where, full in zip(rows, wheres, absolute, strict=True):
-        name = Path(os.path.relpath(full, base)).as_posix()
+    names = relative_names(wheres, path)
+    for (line, row), where, name in zip(rows, wheres, names, strict=True):
         if name in seen:
             raise DataError(
                 f"{path}: line {line}: every path must be listed once, got {name} again"

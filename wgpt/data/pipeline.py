@@ -81,9 +81,10 @@ def prepare(
 
     Args:
         recordings: folders (walked recursively), audio files, and list files (one path a line, or
-            CSV, TSV, JSON lines with path and, if wanted, group and split), each a path or an
-            address that fsspec opens (s3://bucket/folder). May be empty where `valid` or `test` is
-            given: such data can be evaluated, not trained on.
+            CSV, TSV, JSON lines with path and, if wanted, group and split), and what `containers`
+            knows (tars, data sets, manifests of lhotse); each a path or an address that fsspec
+            opens (s3://bucket/folder). May be empty where `valid` or `test` is given: such data
+            can be evaluated, not trained on.
         out: new, empty, or a folder an earlier run wrote: then what is new is added. For a shard
             it may be an address.
         valid, test: the same, for given splits. LibriSpeech's dev-* and test-* folders are

@@ -1,7 +1,7 @@
 """Where recordings lie: paths of this machine, and addresses that fsspec opens (s3://bucket/a.flac).
 
-A Path never holds "://", so a string that does is an address. What is read of one is copied to a
-file of this machine for as long as it is read: decoders see a file, and the same bytes.
+A Path never holds "://", so a string that does is an address. `pieces.opened` copies what is read
+of one to a file of this machine for as long as it is read: decoders see a file, and the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def filesystem(address: str, error: type[WgptError] = ConfigError) -> tuple[Any,
 def check_downloads(given: Sequence[Place], download: bool) -> None:
     """Raises ConfigError for an address of the Hub without `download`, as for its models."""
     for place in given:
-        if str(place).lower().startswith("hf://") and not download:
+        if "hf://" in str(place).lower() and not download:
             raise ConfigError(
                 f"{place}: lies on the Hugging Face Hub; allow a download with --download "
                 "(download=True)"
@@ -92,6 +91,15 @@ def as_path(place: Place) -> str:
 def last_name(place: Place) -> str:
     """What a place is called in its folder."""
     return place.name if isinstance(place, Path) else place.rstrip("/").rpartition("/")[2]
+
+
+def relative_names(found: Sequence[Place], listed_in: Place) -> list[str]:
+    """Names of what a file lists: from that file's folder on, or from the folder of them all."""
+    wheres = [Path(as_path(place)) for place in found]
+    base = os.path.dirname(as_path(listed_in))
+    if not all(where.is_relative_to(base) for where in wheres):
+        base = os.path.commonpath([where.parent for where in wheres])
+    return [Path(os.path.relpath(where, base)).as_posix() for where in wheres]
 
 
 def expand(given: Sequence[Place]) -> list[Place]:
@@ -151,24 +159,11 @@ class Remote:
         return False
 
 
-@contextlib.contextmanager
-def opened(place: Place) -> Iterator[Path]:
-    """A file of this machine with the content of a place; a copy, for the time of the block, of
-    what lies elsewhere.
-
-    Raises:
-        OSError: it is not there, or may not be read. An error of the network or of the server is
-            one of the machine's (`files.is_bad_day`): the file is to be tried again.
-    """
-    if isinstance(place, Path) or not is_address(place):
-        yield Path(place)
-        return
-    with tempfile.TemporaryDirectory(prefix="wgpt-") as folder:
-        copy = Path(folder, last_name(place)[-200:] or "file")
-        with bad_day_otherwise(place):
-            fs, path = filesystem(place)
-            fs.get_file(path, str(copy))
-        yield copy
+def fetch(address: str, copy: Path) -> None:
+    """Copies one object to a file of this machine. Raises as `pieces.opened`."""
+    with bad_day_otherwise(address):
+        fs, path = filesystem(address)
+        fs.get_file(path, str(copy))
 
 
 @contextlib.contextmanager

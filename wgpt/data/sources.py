@@ -25,7 +25,7 @@ class Item:
 
 @dataclass
 class Listing:
-    """Everything in an input, each once; unreadable: folders that could not be listed, and why."""
+    """Everything in an input, each once; unreadable: what could not be listed, and why."""
 
     sound: list[Item] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ def list_folder(folder: Path, leave_out: Place) -> Listing:
         [Item(named(path), path) for path in seen.sound],
         [named(path) for path in seen.other],
         len(seen.hidden),
-        [(named(path), why) for path, why in seen.unreadable],
+        [(named(path), f"a folder that cannot be opened: {why}") for path, why in seen.unreadable],
     )
 
 
