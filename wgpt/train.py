@@ -13,6 +13,7 @@ from wgpt.config import ModelConfig, TrainConfig
 from wgpt.model.presets import PRESETS
 from wgpt.training import train
 from wgpt.training.allocator import keep_freed_memory
+from wgpt.training.distributed import is_first_process
 
 GROUPS = {  # heading: what it says under it
     "data": "what is read, and how it is cut into windows",
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         args.data, args.out, args.preset, resume=args.resume, dry_run=args.dry_run, model=shape,
         **settings,
     )  # fmt: skip
+    if not is_first_process():  # which says it for all
+        return 0
     if args.json:
         sys.stdout.write(json.dumps(summary) + "\n")
     elif args.dry_run:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import time
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -14,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from wgpt.errors import ConfigError, WgptError
+from wgpt.errors import ConfigError, TrainError, WgptError
 from wgpt.ops.runtime import resolve_device
 
 TIMEOUT = "WGPT_TIMEOUT_S"  # environment: how long a process waits for the others, s
 _TIMEOUT_S = 3600.0  # validation and saving are the first process's, and the others wait
 _BOARD = "wgpt-failed"  # key of the first message of a process that failed
+_POLL_S = 0.05
 _BOARD_S = 5.0  # a peer that fails closes its links before its message can be read
 
 
@@ -36,7 +39,8 @@ class ProcessGroup:
     def join(device: str) -> ProcessGroup:
         """Reads torchrun's environment and, if there are several processes, joins them.
 
-        Raises ConfigError for a timeout that is none, or for more processes than GPUs.
+        Raises ConfigError for a timeout that is none, or for more processes than GPUs; TrainError
+        where not all come.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -57,11 +61,12 @@ class ProcessGroup:
         if size == 1:
             return ProcessGroup(rank, size, chosen)
         wait = timedelta(seconds=_timeout_s())
-        store, _, _ = next(iter(rendezvous("env://", timeout=wait)))
+        shared, _, _ = next(iter(rendezvous("env://", timeout=wait)))
+        store = store_of_this_start(shared, rank, size, wait.total_seconds())
         if not dist.is_initialized():
             dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",
-                store=dist.PrefixStore("wgpt", store),
+                store=dist.PrefixStore("torch", store),
                 rank=rank,
                 world_size=size,
                 timeout=wait,
@@ -132,6 +137,39 @@ class ProcessGroup:
         return "another process ended without a word (killed?); torchrun says which"
 
 
+def store_of_this_start(shared: Any, rank: int, size: int, wait_s: float) -> Any:
+    """The part of a store that all processes started together share, and nobody did before.
+
+    torchrun keeps its store when it starts processes again, with the addresses of those that ended,
+    and hosts may count restarts differently (https://github.com/pytorch/pytorch/issues/135712). So
+    each process says a word of its own, and the first repeats all words until everybody has seen
+    theirs among them.
+
+    Raises TrainError where they do not all come within wait_s.
+    """
+    mine, said = uuid.uuid4().hex, [f"wgpt-said-{i}" for i in range(size)]
+    seen = [f"wgpt-seen-{i}" for i in range(1, size)]
+    shared.set(said[rank], mine)
+    until = time.monotonic() + wait_s
+    while time.monotonic() < until:
+        if rank == 0 and shared.check(said):
+            words = b",".join(shared.get(key) for key in said)
+            shared.set("wgpt-words", words)
+            if shared.check(seen) and all(shared.get(key) == words for key in seen):
+                shared.set("wgpt-agreed", words)
+                return dist.PrefixStore(mine, shared)
+        elif rank and shared.check(["wgpt-words"]):
+            words = shared.get("wgpt-words")
+            if mine.encode() in words:
+                shared.set(seen[rank - 1], words)
+                if shared.check(["wgpt-agreed"]) and shared.get("wgpt-agreed") == words:
+                    return dist.PrefixStore(words.decode().partition(",")[0], shared)
+        time.sleep(_POLL_S)
+    raise TrainError(
+        f"process {rank} waited {wait_s:g} s for all {size} to start; torchrun says which did not"
+    )
+
+
 def _timeout_s() -> float:
     """Seconds that a process waits for the others."""
     given = os.environ.get(TIMEOUT, "")
@@ -142,6 +180,11 @@ def _timeout_s() -> float:
     if not 0 < seconds <= 30 * 86400:
         raise ConfigError(f"{TIMEOUT} must be seconds above 0, at most 30 days, got {given!r}")
     return seconds
+
+
+def is_first_process() -> bool:
+    """Whether this one speaks for all of torchrun's; alone it does."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 # DistributedDataParallel refuses annotations that are strings, as all are in this file.
