@@ -39,6 +39,7 @@ COMMANDS = {  # verb: (module, summary), in the order of the data flow
 
 # What other training programs call our flags.
 OTHER_SPELLINGS = {
+    "--gradient-checkpointing": "--activation-checkpointing",
     "--learning-rate": "--lr",
     "--max-grad-norm": "--grad-clip",
     "--num-workers": "--jobs",

@@ -21,7 +21,8 @@ from typing import Any
 from wgpt.errors import CheckpointError
 from wgpt.files import read_json, sha256_of, sync_folder, write_sealed
 
-ALWAYS = ("model.safetensors", "optimizer.safetensors")  # files that every step has
+# Files that every step has; of a sharded optimizer, optimizer-00001-of-00002.safetensors and so on.
+ALWAYS = ("model.safetensors", "optimizer.safetensors")
 _SPARE_BYTES = 1 << 20
 
 
@@ -127,7 +128,8 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     if type(step) is not int or path_of(checkpoint.parent, step) != checkpoint:
         raise CheckpointError(f"{path}: step must be that of {checkpoint.name}, got {step}")
     names = set(sums) if isinstance(sums, dict) else set()
-    if not set(ALWAYS) <= names or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+    kinds = {re.sub(r"-\d{5}-of-\d{5}(?=\.)", "", name) for name in names}
+    if not set(ALWAYS) <= kinds or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
         raise CheckpointError(f"{path}: must hold the sha256 of {', '.join(ALWAYS)}")
     return state
 

@@ -211,6 +211,7 @@ LIMIT = 1 << 20  # of every size in a file: far above a model that fits, far bel
 LAYERS_LIMIT = 1000
 DTYPES = ("auto", "fp32", "bf16")
 GRAPHS = ("auto", "on", "off")
+STRATEGIES = ("ddp", "fsdp")
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
 
 
@@ -248,6 +249,17 @@ class TrainConfig:
         choices="{auto,on,off}",
     )
     device: str = _documented("auto", "cpu, cuda, cuda:N, or auto")
+    strategy: str = _documented(
+        "ddp",
+        "under torchrun: ddp, every process holds the whole model; fsdp, its weights, gradients "
+        "and moments are sharded over them",
+        choices="{ddp,fsdp}",
+    )
+    activation_checkpointing: bool = _documented(
+        False,
+        "keep only what enters each block and compute the rest again in the backward: less "
+        "memory, about a third more time, the same gradients",
+    )
     mel_source: str = _documented(
         "wave", "which prepared mel the hybrid reads: wave, decoded-K", group="data"
     )
@@ -340,6 +352,7 @@ class TrainConfig:
         object.__setattr__(self, "dtype", _DTYPE_NAMES.get(self.dtype, self.dtype))
         check("dtype", f"one of {DTYPES}", self.dtype in DTYPES)
         check("graph", f"one of {GRAPHS}", self.graph in GRAPHS)
+        check("strategy", f"one of {STRATEGIES}", self.strategy in STRATEGIES)
         object.__setattr__(self, "mel_source", mel_source_name(self.mel_source))
         check("mel_noise", "finite and at least 0", 0 <= self.mel_noise < math.inf)
         check("mel_drop", "in [0, 1)", 0 <= self.mel_drop < 1)

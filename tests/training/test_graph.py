@@ -79,6 +79,27 @@ def test_graphed_training_has_the_bits_of_the_cpus(dtype, accumulate):
         assert_same(state(plain), state(graphed))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_graph_computes_activations_again(dtype):
+    changes = {**EXACT, "dtype": dtype}
+    plain, graphed = step_with(**changes), device_step(**changes, activation_checkpointing=True)
+    for row, other in zip(run(plain), run(graphed), strict=True):
+        assert row == pytest.approx(other, rel=1e-6)
+    assert graphed.gpu.n_captured == 2
+    assert_same(state(plain), state(graphed))
+
+
+def test_dropout_that_is_drawn_again_goes_without_a_graph():
+    shape = dataclasses.replace(SHAPE, dropout=0.2)
+    with pytest.raises(ConfigError, match=r"--graph on.*what dropout drew is drawn again"):
+        device_step(shape, activation_checkpointing=True, graph="on")
+    plain, again = step_with(shape, **EXACT), device_step(
+        shape, **EXACT, activation_checkpointing=True, graph="off"
+    )  # fmt: skip
+    run(plain), run(again)
+    assert_same(state(plain), state(again))
+
+
 def test_a_frozen_trunk_stays_as_it_is():
     changes = {**EXACT, "freeze_trunk": True, "init": "another run"}
     plain, graphed = step_with(**changes), device_step(**changes)

@@ -108,6 +108,27 @@ def test_a_batch_in_parts_is_the_batch(accumulate):
         assert error <= 1e-5 * a.grad.abs().max() + 1e-12, name
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_checkpointed_activations_change_what_is_kept_and_no_gradient(dtype):
+    """Dropout draws the same again. What the blocks enter with is kept, not what they compute."""
+    shape = dataclasses.replace(SHAPE, n_layers=4, dropout=0.2)
+    steps = [step_with(shape, dtype=dtype, activation_checkpointing=c) for c in (False, True)]
+    kept = [0, 0]
+
+    def count(i, tensor):
+        kept[i] += tensor.nbytes
+        return tensor
+
+    rows = []
+    for i, step in enumerate(steps):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, i=i: count(i, t), lambda t: t):
+            rows.append(run(step, 3))
+    assert rows[0] == rows[1]
+    for name, value in parameters(steps[0]).items():
+        assert torch.equal(value, parameters(steps[1])[name]), name
+    assert kept[1] < kept[0] / 2
+
+
 def test_tokens_are_counted_without_padding():
     drawn_from = batches()
     step = step_with()

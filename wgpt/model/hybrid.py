@@ -117,6 +117,12 @@ class HybridModel(nn.Module):
             if isinstance(layer, Attention):
                 layer.window_steps = window_steps
 
+    def checkpoint_activations(self) -> None:
+        """From now on every block's backward computes its activations again (Block)."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.is_checkpointed = True
+
     def keep_angles(self, n_steps: int) -> None:
         """Windows of n_steps that begin a sequence find their rotary angles made, on the device of
         the weights: ten kernels fewer for each width of heads, and memory that a CUDA graph may

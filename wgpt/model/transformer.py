@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as _every_module
+from torch.utils.checkpoint import checkpoint
 
 from wgpt import ops
 from wgpt.model.cache import LayerCache
@@ -154,7 +155,11 @@ class Block(nn.Module):
 
     The last sum is left to whoever norms next: a block takes and returns a pair (x, delta) that
     stands for x + delta.
+
+    With `is_checkpointed`, its backward computes the activations again from what entered it.
     """
+
+    is_checkpointed = False
 
     def __init__(
         self, width: int, head_dim: int, ffn_dim: int, window_steps: int, dropout: float
@@ -179,6 +184,23 @@ class Block(nn.Module):
 
         normed: what attention_norm makes of x, where that is known and there is no delta.
         """
+        if self.is_checkpointed and cache is None and torch.is_grad_enabled():
+            result: tuple[Tensor, Tensor] = checkpoint(
+                self._run, x, delta, angles, None, first_key, normed,
+                use_reentrant=False, preserve_rng_state=self.dropout.p > 0,
+            )  # fmt: skip
+            return result
+        return self._run(x, delta, angles, cache, first_key, normed)
+
+    def _run(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: LayerCache | None,
+        first_key: Tensor | None,
+        normed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         if normed is None:
             x, normed = add_norm(self.attention_norm, x, delta)
         delta = self.dropout(self.attention(normed, angles, cache, first_key))

@@ -1,7 +1,8 @@
 """Committed steps of a run: everything that a step is, behind one rename.
 
     RUN/checkpoints/step-00000250/model.safetensors, config.json, README.md     a model folder
-                                  optimizer.safetensors     AdamW state, by parameter
+                                  optimizer.safetensors     AdamW state, by parameter; of a sharded
+                                                 model optimizer-00001-of-00008.safetensors ...
                                   metrics.csv    the rows up to this step
                                   state.json     step, progress, settings, data, environment, and
                                                  the sha256 of the files; sealed
@@ -12,6 +13,7 @@ wgpt.commits has what these folders share with those of `wgpt codec-train`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from wgpt.commits import committing, path_of
 from wgpt.errors import CheckpointError, TrainError
 from wgpt.files import write_atomically
 from wgpt.model import HybridModel
+from wgpt.runs import shards
 
 _MODEL_FOLDER = ("model.safetensors", "config.json", "README.md")  # of save_pretrained
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -39,6 +42,7 @@ def commit(
     state: dict[str, Any],
     card: str = "",
     facts: dict[str, Any] | None = None,
+    write_shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes folder/step-N atomically and returns it.
 
@@ -46,6 +50,7 @@ def commit(
         metrics: content of metrics.csv up to this step.
         state: JSON values for `state_of` to give back.
         card, facts: as HybridModel.save_pretrained's card and extra.
+        write_shards: writes the optimizer's state instead, where that is sharded.
 
     Raises TrainError where a weight is not finite; OSError, before anything is written where the
     disk has no room.
@@ -53,12 +58,18 @@ def commit(
     bad = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise TrainError(f"step {step}: {bad[0]} is not finite; the step is not committed")
-    tensors = _optimizer_tensors(model, optimizer)
+    tensors = {} if write_shards else optimizer_tensors(model, optimizer)
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     weights = list(model.state_dict().values())  # twice: RUN/model may follow
     n_bytes = sum(t.nbytes for t in [*weights, *weights, *tensors.values()]) + len(metrics)
+    if write_shards:
+        n_bytes += 2 * sum(p.nbytes for p in model.parameters())
     with committing(folder, step, state, n_bytes) as temporary:
         model.save_pretrained(temporary, card, facts)
-        safetensors.torch.save_file(tensors, temporary / "optimizer.safetensors")
+        if write_shards:
+            write_shards(temporary)
+        else:
+            safetensors.torch.save_file(tensors, temporary / "optimizer.safetensors")
         write_atomically(temporary / "metrics.csv", metrics)
     return path_of(folder, step)
 
@@ -77,7 +88,13 @@ def copy_model(checkpoint: Path, target: Path) -> None:
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores weights and optimizer. Raises CheckpointError where they are of another model."""
+    """Restores weights and optimizer, whole or sharded, from a checkpoint of either kind.
+
+    Raises CheckpointError where they are of another model.
+    """
+    if _is_sharded(model) or not (checkpoint / "optimizer.safetensors").is_file():
+        _load_parts(checkpoint, model, optimizer)
+        return
     path = checkpoint / "model.safetensors"
     device = str(next(model.parameters()).device)
     try:
@@ -87,13 +104,34 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     _restore_optimizer(checkpoint / "optimizer.safetensors", model, optimizer)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether its parameters are DTensors, without an import that takes a second."""
+    return any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer by what it is and the parameter's name: `exp_avg:head.weight`."""
+    return {
+        f"{key}:{name}": torch.as_tensor(value).detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_parts(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """`load` where the model is sharded, or the optimizer's state in several files."""
+    tensors = dict(model.state_dict())
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    begun = any(":" in name for name in shards.names_in(checkpoint))  # past the first step
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            value = torch.as_tensor(value).detach().cpu()
-            tensors[f"{key}:{name}"] = value.contiguous()
-    return tensors
+        if begun and parameter.requires_grad:
+            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+            states[parameter] = {"step": torch.zeros((), device=device)}
+            for key in _MOMENTS[1:]:
+                states[parameter][key] = torch.zeros_like(parameter.detach())
+            tensors |= {f"{key}:{name}": states[parameter][key] for key in _MOMENTS}
+    shards.read(checkpoint, tensors)
+    optimizer.state.update(states)
 
 
 def _restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wgpt.config import TrainConfig
 from wgpt.data.batches import Batch
@@ -174,7 +174,7 @@ class DeviceStep(TrainingStep):
         device = processes.device
         self.gpu = gpu
         self.weights: Bf16Weights | None = None
-        if settings.dtype == "bf16" and isinstance(self.losses, Losses):
+        if settings.dtype == "bf16" and processes.size == 1 and isinstance(self.losses, Losses):
             self.weights = Bf16Weights(self.losses)
         self.rate = torch.zeros((), device=device)
         self.share = torch.zeros((), device=device)  # of a token in the loss
@@ -190,7 +190,7 @@ class DeviceStep(TrainingStep):
         self._n_warm: dict[tuple[Any, ...], int] = {}
         self._is_capturing, self._uses_graphs = False, settings.graph != "off"
         if self._uses_graphs:
-            reason = _why_no_graph(model, processes)
+            reason = _why_no_graph(model, settings, processes)
             if reason:
                 self._go_without(reason)
 
@@ -333,8 +333,7 @@ class DeviceStep(TrainingStep):
             self.weights.drop_gradients()
 
     def _clip(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = self._norm()
         if self.settings.grad_clip:
             # Read by AdamW, as found_inf is.
             scale = (norm / self.settings.grad_clip).clamp(min=1)
@@ -346,10 +345,12 @@ class DeviceStep(TrainingStep):
             super()._seed(step)
 
 
-def _why_no_graph(model: HybridModel, processes: ProcessGroup) -> str | None:
+def _why_no_graph(model: HybridModel, settings: TrainConfig, processes: ProcessGroup) -> str | None:
     """Why steps of that model cannot be captured; None where nothing is known against it."""
     if processes.size > 1:
         return "gradients are summed over the processes of torchrun while they are made"
     if model.config.mel_context_frames:
         return "mel_context_frames > 0, where the host moves packed segments apart"
+    if model.config.dropout and settings.activation_checkpointing:
+        return "what dropout drew is drawn again in the backward, from a state that the host reads"
     return None

@@ -276,10 +276,7 @@ def arithmetic(dtype: str, device: torch.device) -> str:
 
 
 def _trainer(job: Job) -> Trainer:
-    trainer = Trainer(job.run, job.data, job.processes)
-    if job.warm is not None:
-        job.warm.load_into(trainer.model)
-    return trainer
+    return Trainer(job.run, job.data, job.processes, job.warm)
 
 
 def _time_steps(job: Job) -> tuple[float, int]:

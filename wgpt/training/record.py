@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,13 @@ class RunRecord:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         committed: Path | None,
+        write_shards: Callable[[Path], None] | None = None,
     ) -> None:
         """committed: the checkpoint that the run goes on from; what is derived becomes as it says,
-        and what was done after it is done again."""
+        and what was done after it is done again.
+        write_shards: writes the optimizer's state, once it has some, where that is sharded."""
         self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
+        self.write_shards = write_shards
         self.progress = progress
         for folder in (".", "model", "samples", "plots"):
             remove_leftovers(run.folder / folder)
@@ -169,6 +173,7 @@ class RunRecord:
                 "codec": self.run.data["codec"],
                 "treatment": self.data.treatment,
             },
+            write_shards=self.write_shards if self.optimizer.state else None,
         )
         self._derive()
 

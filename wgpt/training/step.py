@@ -19,6 +19,7 @@ from wgpt.errors import NotFiniteError, is_out_of_memory
 from wgpt.model import HybridModel
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.optimizer import learning_rate, make_optimizer
+from wgpt.training.sharded import ShardedModel
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def not_finite(
 
 
 class Losses(nn.Module):
-    """A model with the losses of a batch: what DistributedDataParallel wraps."""
+    """A model with the losses of a batch: what DistributedDataParallel or FSDP2 wraps."""
 
     def __init__(self, model: HybridModel, settings: TrainConfig) -> None:
         super().__init__()
@@ -79,7 +80,9 @@ class TrainingStep:
     """Moves a model by one batch after another, in concert with the other processes.
 
     n_parts: a batch is computed in so many, TrainConfig.accumulate; in the first step they are
-    doubled until the batch fits in memory.
+    doubled until the batch fits in memory (not of a sharded model, whose processes need each other
+    in every pass).
+    sharded: with settings.strategy fsdp and several processes; else None.
     """
 
     n_timed = 3  # steps that show what one takes
@@ -93,10 +96,18 @@ class TrainingStep:
             model.requires_grad_(False)
             assert model.fine is not None
             model.fine.requires_grad_(True)
-        self.losses = processes.parallel(Losses(model, settings))
+        if settings.activation_checkpointing:
+            model.checkpoint_activations()
+        self.losses: nn.Module = Losses(model, settings)
+        self.sharded: ShardedModel | None = None
+        if settings.strategy == "fsdp" and processes.size > 1:
+            self.sharded = ShardedModel(model, self.losses, processes.device, processes.size)
+        else:
+            self.losses = processes.parallel(self.losses)
         self.optimizer = make_optimizer(model, settings)
-        self.n_parts, self._fits = settings.accumulate, False
-        self._is_laid = False  # whether the buckets of gradients are those of all later steps
+        self.n_parts, self._fits = settings.accumulate, self.sharded is not None
+        # Whether the buckets of gradients are those of all later steps.
+        self._is_laid = self.sharded is not None
 
     def __call__(self, step: int, batch: Batch) -> tuple[dict[str, float], int]:
         """Figures of the batch before the step (a row of metrics.csv), and the tokens it scored.
@@ -138,8 +149,18 @@ class TrainingStep:
 
     def _clip(self) -> Tensor:
         """Clips the gradients; returns their global norm before that."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip or math.inf)
+        norm = self._norm()
+        if self.settings.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.grad_clip, norm)
+        return norm
+
+    def _norm(self) -> Tensor:
+        """Global norm of the gradients."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.sharded is None:
+            return nn.utils.get_total_norm(gradients, foreach=True)
+        shards = [gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
+        return self.processes.sum(nn.utils.get_total_norm(shards, foreach=True).square()).sqrt()
 
     def _chosen_steps(self, step: int, batch: Batch) -> Tensor | None:
         """Steps (B, n) whose residual codebooks are scored, on the CPU; None without them.

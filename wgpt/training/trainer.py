@@ -6,8 +6,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +23,7 @@ from wgpt.runs import checkpoint, plots
 from wgpt.runs.run import Run
 from wgpt.training.distributed import ProcessGroup
 from wgpt.training.graph import training_step
+from wgpt.training.initial_weights import InitialWeights
 from wgpt.training.progress import Progress
 from wgpt.training.record import RunRecord
 from wgpt.training.report import Report
@@ -34,7 +36,14 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One run: model, optimizer, data and files. `fit` does the rest."""
 
-    def __init__(self, run: Run, data: Dataset, processes: ProcessGroup) -> None:
+    def __init__(
+        self,
+        run: Run,
+        data: Dataset,
+        processes: ProcessGroup,
+        warm: InitialWeights | None = None,
+    ) -> None:
+        """warm: what the weights start from, if not from scratch."""
         self.run, self.data, self.processes, self.settings = run, data, processes, run.config
         settings = self.settings
         torch.manual_seed(settings.seed)
@@ -44,6 +53,8 @@ class Trainer:
             self.model.set_mel_normalisation(*data.normalisation(self.mel_source))
         if run.model.latent_steps:
             self.model.set_codebooks(run.codec().codebooks())
+        if warm is not None:
+            warm.load_into(self.model)
         self.model.to(processes.device)
         if self.model.latent is not None:
             self.model.latent.noise = settings.latent_noise
@@ -66,6 +77,7 @@ class Trainer:
             world_size=processes.size,
         )
         self.step = training_step(self.model, settings, processes, self.batches.rows)
+        self._gathered = -1  # the last step of which the first process had the whole model
         self.stop = StopSignal()
         self.progress = Progress()
         self.record: RunRecord | None = None  # of the first process
@@ -102,7 +114,7 @@ class Trainer:
         for step in range(1, self.step.n_timed + 1):
             began = time.monotonic()
             self._step(step, batch)
-            self._settle(step)
+            self._note(step, self.step.settle)
             times.append(time.monotonic() - began)
         slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=self.processes.device)
         return float(self.processes.sum(slowest)) / self.processes.size
@@ -122,17 +134,20 @@ class Trainer:
             start, self.progress = state["step"], Progress(**state.get("progress", {}))
             if any(change["from_step"] == start for change in self.run.changes):
                 self.progress.n_worse = 0  # other settings: a new hope
-            log.info("resumed from step %d", start)
             if self.processes.rank == 0:
+                log.info("resumed from step %d", start)
                 warn_of_changes(state.get("environment", {}), start)
+        sharded = self.step.sharded
+        self._gather(start)
         if self.processes.rank == 0:
             self.record = RunRecord(
                 self.run,
                 self.data,
-                self.model,
+                self.model if sharded is None else cast(HybridModel, sharded.whole),
                 self.step.optimizer,
                 self.progress,
                 committed,
+                None if sharded is None else partial(sharded.write, self.step.optimizer),
             )
         report = Report(start, self.settings.max_steps, self.processes.rank == 0)
         self.report = report
@@ -208,7 +223,8 @@ class Trainer:
         settings, record, epoch = self.settings, self.record, self.batches.epoch
         more = resume_command(self.run, patience=2 * settings.patience)
         if self._is_exhausted():
-            log.info("ended at step %d for want of improvement; more patience: %s", start, more)
+            if record:
+                log.info("ended at step %d for want of improvement; more patience: %s", start, more)
             return start
         if record and start and start < settings.max_steps and self._sample_is_due(start):
             if not record.has_sample(start):  # a kill came between the commit and the sample
@@ -221,14 +237,14 @@ class Trainer:
                 self._settle(step)
                 with self._way_on():
                     improved = record is not None and record.validate(step, epoch(step))
+                improved = self.processes.any(improved)
                 last = last or self._is_exhausted()
             stop = self.processes.any(self.stop.came)
             due = settings.save_every and step % settings.save_every == 0
             if stop or due or self._sample_is_due(step):
                 self._settle(step)
-            if record and (last or stop or improved or due):
-                with self._way_on():
-                    record.save(step)
+            if last or stop or improved or due:
+                self._save(step)
             if last:
                 break
             if record and self._sample_is_due(step):
@@ -238,7 +254,7 @@ class Trainer:
                     f"stopped at step {step} of {settings.max_steps}, everything is saved; go on "
                     f"with: {resume_command(self.run)}"
                 )
-        if step < settings.max_steps:
+        if record and step < settings.max_steps:
             log.info(
                 "ended at step %d of %d: %d validations in a row brought nothing better than step "
                 "%d; more patience: %s",
@@ -252,6 +268,21 @@ class Trainer:
     def _settle(self, step: int) -> None:
         """What follows must see, or keep, the steps up to this one."""
         self._note(step, self.step.settle)
+        self._gather(step)
+
+    def _gather(self, step: int) -> None:
+        """Brings the first process's whole copy of a sharded model to this step."""
+        if self.step.sharded is not None and self._gathered != step:
+            self.step.sharded.gather()
+            self._gathered = step
+
+    def _save(self, step: int) -> None:
+        """The first process commits the step; all write what they hold of a sharded optimizer."""
+        with self._way_on():
+            if self.record:
+                self.record.save(step)
+            elif self.step.sharded is not None:
+                self.step.sharded.write(self.step.optimizer)
 
     def _note(self, step: int, made: Callable[[], list[Finished]]) -> None:
         """Records the steps that `made` brings, with a way on where it fails at `step`."""
