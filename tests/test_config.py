@@ -7,21 +7,27 @@ import pytest
 from wgpt import config
 from wgpt.config import MelConfig, ModelConfig, TrainConfig
 from wgpt.errors import ConfigError
-from wgpt.model import HybridModel, presets
+from wgpt.model import presets
+from wgpt.training.plan import n_parameters
 
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("gpt-s", 3.7), ("gpt-l", 40.0), ("hybrid", 4.0), ("hybrid-xs", 1.1), ("gpt-xs", 1.05)],
+    [
+        ("gpt-s", 3.7),
+        ("gpt-l", 40.0),
+        ("hybrid", 4.0),
+        ("hybrid-xs", 1.1),
+        ("gpt-xs", 1.05),
+        ("voice-l", 300.0),
+    ],
 )
 def test_preset_has_the_parameters_it_promises(name, millions):
-    assert HybridModel(presets.preset(name)).n_parameters() == pytest.approx(
-        millions * 1e6, rel=0.02
-    )
+    assert n_parameters(presets.preset(name)) == pytest.approx(millions * 1e6, rel=0.02)
 
 
 def test_preset_twins_are_as_large_as_the_hybrids():
-    count = {name: HybridModel(presets.preset(name)).n_parameters() for name in presets.PRESETS}
+    count = {name: n_parameters(presets.preset(name)) for name in presets.PRESETS}
     assert count["gpt-s-matched"] == pytest.approx(count["hybrid"], rel=0.02)
     assert count["gpt-xs"] == pytest.approx(count["hybrid-xs"], rel=0.04)
 

@@ -47,6 +47,26 @@ PRESETS: dict[str, tuple[ModelConfig, str]] = {
         ),
         "the same, 2.4 M: for less",
     ),
+    "voice-l": (
+        ModelConfig(
+            token_dim=512,
+            mel_dim=512,
+            n_layers=22,
+            mel_head_dim=64,
+            ffn_dim=4096,
+            mel_ffn_dim=2048,
+            window_steps=1024,
+            end_of_clip=True,
+            n_fine=7,
+            fine_dim=512,
+            n_fine_layers=2,
+            fine_head_dim=64,
+            fine_ffn_dim=2048,
+            latent_steps=8,
+            latent_dim=64,
+        ),
+        "the same, 300 M, attends to 13.7 s: for thousands of hours on GPUs (docs/scale.md)",
+    ),
 }
 
 
