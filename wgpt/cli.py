@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(_LogFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    for noisy in ("httpx", "huggingface_hub", "matplotlib"):
+    for noisy in ("httpx", "huggingface_hub", "matplotlib", "aiobotocore", "botocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         try:

@@ -187,6 +187,9 @@ def test_splits_and_columns_of_a_dataset(audio_dir, tmp_path: Path) -> None:
     got = {entry.name: (entry.split, entry.group) for entry in entries}
     assert got[paths[0].name] == ("valid", paths[0].parent.name)
     assert got[paths[1].name][0] == "test" and got[paths[2].name][0] == "train"
+    with pytest.raises(OSError, match=r"cannot be read from .*train"):  # skipped, by this reason
+        with pieces.opened(pieces.piece("row", tmp_path / "saved" / "train", "a", 99, SOUND)):
+            pass
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "texts"))
     with pytest.raises(DataError, match=r"must have one column of sound .*, got none among text"):
         collect([tmp_path / "texts"], [], [], NOWHERE)

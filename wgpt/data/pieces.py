@@ -92,7 +92,12 @@ def _copy_bytes(whole: str, copy: Path, start: str, size: str) -> None:
 
 
 def _copy_row(whole: str, copy: Path, index: str, column: str) -> None:
-    copy.write_bytes(open_dataset(whole, column)[int(index)][column]["bytes"])
+    table = open_dataset(whole, column)
+    try:
+        content = table[int(index)][column]["bytes"]
+    except Exception as problem:  # the library raises many unrelated types
+        raise OSError(errno.EINVAL, f"cannot be read from {whole}: {problem}") from problem
+    copy.write_bytes(content)
 
 
 @functools.lru_cache(maxsize=8)
