@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -66,14 +68,27 @@ constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
   throw OutOfMemory(message.str());
 }
 
-}  // namespace
-
-void check_torch(AOTITorchError status) {
-  if (status == AOTI_TORCH_SUCCESS) return;
+[[noreturn]] void throw_what_torch_says() {
   const std::string words = torch_says();
   if (says_out_of_memory(words)) throw OutOfMemory(words);
   throw std::runtime_error(words.empty() ? "torch failed, and this torch (before 2.13) says no more"
                                          : words);
+}
+
+// What a function of torch's stable headers returns. Those of 2.10 say where a call failed, not why.
+template <typename Call>
+auto in_torch(Call&& call) {
+  try {
+    return call();
+  } catch (const std::runtime_error&) {
+    throw_what_torch_says();
+  }
+}
+
+}  // namespace
+
+void check_torch(AOTITorchError status) {
+  if (status != AOTI_TORCH_SUCCESS) throw_what_torch_says();
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -101,17 +116,26 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
 
 Tensor empty_shaped_like(const Tensor& like, ScalarType dtype) {
   Tensor flat = empty(like, {like.numel()}, dtype);
-  return torch::stable::view(flat, like.sizes());
+  return in_torch([&] { return torch::stable::view(flat, like.sizes()); });
 }
 
 Tensor contiguous(const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
   Tensor dense = empty_shaped_like(tensor, tensor.scalar_type());
-  torch::stable::copy_(dense, tensor);
+  copy_to(dense, tensor);
   return dense;
 }
 
-Tensor zeroed(Tensor tensor) { return torch::stable::zero_(tensor); }
+void copy_to(const Tensor& to, const Tensor& from) {
+  in_torch([&] {
+    Tensor written = to;
+    return torch::stable::copy_(written, from);
+  });
+}
+
+Tensor zeroed(Tensor tensor) {
+  return in_torch([&] { return torch::stable::zero_(tensor); });
+}
 
 Tensor with_dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
@@ -119,17 +143,16 @@ Tensor with_dense_rows(const Tensor& tensor) {
   return dense ? tensor : wgpt::contiguous(tensor);
 }
 
-Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n) {
-  Tensor whole = tensor;
-  return torch::stable::narrow(whole, 0, begin, n);
+Tensor narrow(const Tensor& tensor, int64_t axis, int64_t begin, int64_t n) {
+  return in_torch([&] {
+    Tensor whole = tensor;
+    return torch::stable::narrow(whole, axis, begin, n);
+  });
 }
 
-Tensor first_columns(const Tensor& matrix, int64_t n) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 1, 0, n);
+Tensor transposed(const Tensor& matrix) {
+  return in_torch([&] { return torch::stable::transpose(matrix, 0, 1); });
 }
-
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
 Executor torch_executor() {
   uint32_t n_threads = 1;
@@ -139,14 +162,22 @@ Executor torch_executor() {
     struct Task {
       void (*body)(void*, int64_t, int64_t);
       void* context;
+      std::mutex mutex{};
+      std::exception_ptr failure{};  // the first; through torch it would lose its type
     } task{body, context};
     check_torch(torch_parallel_for(
         0, n, grain,
         [](int64_t begin, int64_t end, void* opaque) {
-          const Task& task = *static_cast<Task*>(opaque);
-          task.body(task.context, begin, end);
+          Task& task = *static_cast<Task*>(opaque);
+          try {
+            task.body(task.context, begin, end);
+          } catch (...) {
+            const std::lock_guard<std::mutex> lock(task.mutex);
+            if (!task.failure) task.failure = std::current_exception();
+          }
         },
         &task));
+    if (task.failure) std::rethrow_exception(task.failure);
   };
   return {run, static_cast<int>(n_threads)};
 }

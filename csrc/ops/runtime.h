@@ -7,25 +7,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <new>
 #include <optional>
-#include <string>
-#include <utility>
 
 #include "checks.h"
 #include "kernels/common.h"
+#include "kernels/out_of_memory.h"
 
 namespace wgpt {
-
-// An allocation failed: says of which tensor, of how many bytes and where. Python sees a MemoryError.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
-  const char* what() const noexcept override { return message_.c_str(); }
-
- private:
-  std::string message_;
-};
 
 // Throws what torch itself says about a failed call of its C interface, where this torch tells (2.13 does).
 void check_torch(AOTITorchError status);
@@ -42,6 +30,9 @@ Tensor empty_shaped_like(const Tensor& like, ScalarType dtype);
 // `tensor`, or a copy of it, with contiguous memory.
 Tensor contiguous(const Tensor& tensor);
 
+// The values of `from`, of the same shape, written to the memory of `to`.
+void copy_to(const Tensor& to, const Tensor& from);
+
 // `tensor` filled with zeros: the gradient of what no step used.
 Tensor zeroed(Tensor tensor);
 
@@ -50,18 +41,24 @@ Tensor with_dense_rows(const Tensor& tensor);
 
 Tensor transposed(const Tensor& matrix);
 
+// [begin, begin + n) along an axis of `tensor`, in its memory.
+Tensor narrow(const Tensor& tensor, int64_t axis, int64_t begin, int64_t n);
+
 // Rows [begin, begin + n) of `tensor`, in its memory.
-Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n);
+inline Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t n) {
+  return narrow(tensor, 0, begin, n);
+}
 
 // The first n columns of `matrix`, in its memory.
-Tensor first_columns(const Tensor& matrix, int64_t n);
+inline Tensor first_columns(const Tensor& matrix, int64_t n) { return narrow(matrix, 1, 0, n); }
 
 // Kernel scratch memory: torch aligns every allocation to 64 bytes or more.
 inline Tensor workspace(const Tensor& like, size_t n_bytes) {
   return empty(like, {static_cast<int64_t>(n_bytes)}, ScalarType::Byte);
 }
 
-// torch's intra-op thread pool. It cuts [0, n) into at most one contiguous range per thread.
+// torch's intra-op thread pool. It cuts [0, n) into at most one contiguous range per thread. What a range throws is
+// thrown again, as it is, when all are done.
 Executor torch_executor();
 
 // Whether the CUDA kernels take `tensor`. This and CudaScope are ops/device.cpp, in whose place tests put a

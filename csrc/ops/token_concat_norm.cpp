@@ -3,7 +3,6 @@
 #include "kernels/token_concat_norm.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
@@ -23,7 +22,7 @@ Tensor aligned(const Tensor& tensor) {
   const Tensor dense = wgpt::contiguous(tensor);
   if (reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0) return dense;
   Tensor copy = empty_shaped_like(dense, dense.scalar_type());
-  torch::stable::copy_(copy, dense);
+  copy_to(copy, dense);
   return copy;
 }
 

@@ -35,6 +35,65 @@ def test_an_op_says_what_it_could_not_allocate():
     )
 
 
+SCRATCH_OF_A_THREAD = """
+import resource, sys, torch
+from wgpt.ops.flash_attention import _flash_attention_backward as backward
+torch.set_num_threads(int(sys.argv[1]))
+def gradients(steps):
+    rows = torch.ones(1, 1, 1, 128).expand(8, steps, 1, 128)
+    return backward(rows, None, rows, rows, rows, rows, torch.ones(8, 1, steps), 1.0, True, 1)
+STEPS = 80_000
+gradients(100)
+of_a_head = STEPS * 128 * 4
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+# The gradients fit, and not a thread's dq of one head, in float32, beside them.
+limit = used + 3 * 8 * of_a_head + of_a_head // 2
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    gradients(STEPS)
+except torch.OutOfMemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_scratch_of_a_thread_that_runs_out_says_so(n_threads: int) -> None:
+    """The error keeps its type on the way out of torch's thread pool."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRATCH_OF_A_THREAD, str(n_threads)],
+        capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    assert done.stdout.startswith(
+        "flash_attention_backward: out of memory on cpu: a thread's scratch needs "
+    ), done
+    assert "bytes. Lower the batch size or the length" in done.stdout
+
+
+FAILING_COPY = """
+import torch
+from wgpt import ops
+def fail(*arguments):
+    raise IndexError("planted")
+library = torch.library.Library("aten", "IMPL")
+library.impl("copy_", fail, "CPU", allow_override=True)
+with torch.no_grad():
+    rows = torch.ones(1, 5, 2, 64)[..., ::2]  # copied: its channels are strided
+    try:
+        ops.flash_attention(rows, rows, rows)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_an_error_of_torch_inside_an_op_keeps_its_words() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FAILING_COPY],
+        capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    words = "planted" if torch.__version__ >= "2.13" else "this torch (before 2.13) says no more"
+    assert words in done.stdout, done
+
+
 HUGE = 1 << 40
 
 

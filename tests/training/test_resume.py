@@ -412,6 +412,7 @@ def test_a_later_step_that_does_not_fit_names_a_command_that_works(run, monkeypa
     monkeypatch.setattr(TrainingStep, "_backward", failing)
     with pytest.raises(TrainError, match=r"step 6: out of memory .MemoryError.") as refusal:
         train(None, run, resume=True, max_steps=8)
+    assert "smaller parts, 1 of its 2 windows at a time: " in str(refusal.value)
     assert "--accumulate 2" in str(refusal.value)
     assert main(command_in(refusal.value, run.parent)) == 0
     assert Run.open(run).config.accumulate == 2

@@ -297,7 +297,9 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0][:100] or type(error).__name__
+            # An op's own advice would stand beside the command that follows it.
+            reason = str(error).partition("\n")[0].partition(". Lower ")[0][:200]
+            reason = reason or type(error).__name__
             raise TrainError(f"step {step}: out of memory ({reason}). {self._smaller()}") from error
         self._record(finished)
 
@@ -310,9 +312,13 @@ class Trainer:
 
     def _smaller(self) -> str:
         """What to do about a batch that does not fit in memory."""
-        n_parts = self.step.n_parts
-        if n_parts < len(self.batches.rows):
-            return f"The same batch in smaller parts: {self._command(accumulate=2 * n_parts)}"
+        n_parts, n_windows = 2 * self.step.n_parts, len(self.batches.rows)
+        if n_parts < 2 * n_windows:
+            at_a_time = -(-n_windows // n_parts)
+            return (
+                f"The same batch in smaller parts, {at_a_time} of its {n_windows} windows at a "
+                f"time: {self._command(accumulate=n_parts)}"
+            )
         seconds = round(self.settings.context_s / 2, 2)
         return f"Shorter windows: {self._command(context_s=seconds)}"
 

@@ -1,5 +1,6 @@
 // Picks a target once, from what was compiled in, what the machine can run, and $WGPT_CPU_TARGET.
 #include "kernels/cpu/dispatch/exported.h"
+#include "kernels/out_of_memory.h"
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -126,7 +127,8 @@ void set_active(const char* target) {
 }
 
 void throw_out_of_memory(size_t n_bytes) {
-  throw std::runtime_error("wgpt: no memory for " + std::to_string(n_bytes) + " bytes of scratch");
+  throw OutOfMemory("out of memory on cpu: a thread's scratch needs " + std::to_string(n_bytes) +
+                    " bytes. Lower the batch size or the length");
 }
 
 double peak_flops(DType dtype) {
