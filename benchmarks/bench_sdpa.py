@@ -7,6 +7,9 @@ ratio of each call and, by power of two of work, the smallest. The answer is the
 no ratio is below 1. The last line of stdout is JSON.
 
     python benchmarks/bench_sdpa.py [--rounds 31] [--dtypes float32 bfloat16] [--threads 2]
+
+With --head-dims, each of these numbers of channels instead, 4 heads and 512 steps, whether the line
+would take it or not (`is_fast` of wgpt/ops/sdpa.py). With --threads 1 times are CPU times.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ MOST_WORK = 1 << 28  # nothing is in doubt there
 
 
 def _seconds(function: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     function()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def measure(
@@ -74,16 +78,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--head-dims", type=int, nargs="+")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     limit, sdpa._LEAST_WORK = sdpa._LEAST_WORK, 0
+    layouts, lengths = LAYOUTS, STEPS
+    if args.head_dims:
+        layouts, lengths = [(1, 4, head_dim) for head_dim in args.head_dims], (512,)
+        sdpa.is_fast = lambda head_dim, dtype, is_causal: True
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:
-        for batch, heads, head_dim in LAYOUTS:
-            for steps in STEPS:
+        for batch, heads, head_dim in layouts:
+            for steps in lengths:
                 work = batch * heads * steps * steps * head_dim
-                if work > MOST_WORK:
+                if work > MOST_WORK and not args.head_dims:
                     continue
                 for causal in (True, False):
                     for trains in (False, True):

@@ -119,7 +119,7 @@ def test_source_distribution_fits_in_12_mb_and_leaves_out_only_the_old_codec(
 
 
 def test_wheel_fits_in_25_mb_with_the_kernels_of_every_gpu() -> None:
-    kernels = 9.2e6  # libwgpt_ops.so with all CUDA architectures, deflated (docs/log.md)
+    kernels = 10.4e6  # libwgpt_ops.so with all CUDA architectures, deflated (docs/log.md)
     modules = 5 * 0.08e6
     files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".so", ".pyc")]
     assert kernels + modules + sum(len(zlib.compress(p.read_bytes())) for p in files) <= 25e6

@@ -39,9 +39,12 @@ struct HeadsView {
   int64_t batch_stride, step_stride, head_stride;
 };
 
+// Channels that the kernels are compiled for.
+constexpr int64_t kCpuHeadDims[] = {32, 64, 96, 128, 256}, kCudaHeadDims[] = {32, 64, 128};
+
 struct FlashAttentionShape {
   DType dtype;
-  int64_t batch, q_steps, kv_steps, heads, head_dim;  // head_dim in {32, 64, 128}
+  int64_t batch, q_steps, kv_steps, heads, head_dim;  // a kernel's: kCpuHeadDims, kCudaHeadDims
   double scale;
   bool causal;
   int64_t window;     // 0: none

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 #include <tuple>
 
@@ -19,6 +20,39 @@ namespace {
 
 constexpr const char* kOp = "flash_attention";
 constexpr const char* kBackward = "flash_attention_backward";
+
+constexpr int64_t kMostHeadDim = std::end(kCpuHeadDims)[-1],
+                  kMostCudaHeadDim = std::end(kCudaHeadDims)[-1];
+
+// The channels of the smallest kernel that holds head_dim, where `like` lies.
+int64_t kernel_head_dim(const char* op, const Tensor& like, int64_t head_dim) {
+  if (!on_cuda(like))
+    return *std::lower_bound(std::begin(kCpuHeadDims), std::end(kCpuHeadDims), head_dim);
+  if (head_dim > kMostCudaHeadDim) {
+    fail(op, "on CUDA the head dimension D must be a multiple of 8 up to ", kMostCudaHeadDim,
+         ", got ", head_dim, ". Call wgpt.ops.flash_attention, which runs torch's own there");
+  }
+  return *std::lower_bound(std::begin(kCudaHeadDims), std::end(kCudaHeadDims), head_dim);
+}
+
+// (B, T, H, D) with rows as the kernels read them: dense, and of head_dim channels. Those behind D are zeros, which
+// change no score, and of out and the gradients nobody reads them.
+Tensor kernel_rows(const Tensor& x, int64_t head_dim) {
+  const int64_t own = x.size(3);
+  if (own == head_dim) return with_dense_rows(x);
+  Tensor wide = empty(x, {x.size(0), x.size(1), x.size(2), head_dim});
+  copy_to(narrow(wide, 3, 0, own), x);
+  zeroed(narrow(wide, 3, own, head_dim - own));
+  return wide;
+}
+
+// The first head_dim channels of what a kernel wrote.
+Tensor own_channels(const Tensor& x, int64_t head_dim) {
+  if (x.size(3) == head_dim) return x;
+  Tensor own = empty(x, {x.size(0), x.size(1), x.size(2), head_dim});
+  copy_to(own, narrow(x, 3, 0, head_dim));
+  return own;
+}
 
 void launch(FlashAttentionForward& call, const Tensor& where) {
   if (!on_cuda(where)) {
@@ -73,6 +107,11 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
                                  double scale, bool causal, int64_t window) {
   check_shape(op, "q", q, "(B, Tq, H, D)", {kAny, kAny, kAny, kAny});
   check_shape(op, "k", k, "(B, Tk, Hk, D)", {q.size(0), kAny, kAny, q.size(3)});
+  if (v.dim() == 4 && v.size(3) != q.size(3)) {
+    fail(op, "v must have the channels of q and k, D = ", q.size(3), ", got ", v.size(3),
+         ". Pad the smaller with zeros (with scale given), or call torch's "
+         "scaled_dot_product_attention");
+  }
   check_shape(op, "v", v, "(B, Tk, Hk, D)", {q.size(0), k.size(1), k.size(2), q.size(3)});
   const int64_t kv_heads = k.size(2), group = kv_heads == 0 ? 1 : q.size(2) / kv_heads;
   if (group * kv_heads != q.size(2) || group == 0) {
@@ -98,8 +137,9 @@ FlashAttentionShape check_inputs(const char* op, const Tensor& q, const Tensor& 
                             group};
   // Tk sees all, and a position and it together are a number.
   shape.window = std::min(window, std::max<int64_t>(shape.kv_steps, 1));
-  if (shape.head_dim != 32 && shape.head_dim != 64 && shape.head_dim != 128) {
-    fail(op, "the head dimension D must be a multiple of 8 up to 128, got ", shape.head_dim);
+  if (shape.head_dim % 8 != 0 || shape.head_dim < 8 || shape.head_dim > kMostHeadDim) {
+    fail(op, "the head dimension D must be a multiple of 8 up to ", kMostHeadDim, ", got ",
+         shape.head_dim);
   }
   // The last query stands at the last key; an earlier start than key 0 would leave queries blind.
   if ((causal || window > 0) && shape.q_steps > shape.kv_steps) {
@@ -166,12 +206,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
                                    const std::optional<Tensor>& first_key_in) {
   FlashAttentionForward call{};
   call.shape = check_inputs(kOp, q_in, k_in, v_in, scale, causal, window);
-  const FlashAttentionShape& shape = call.shape;
+  FlashAttentionShape& shape = call.shape;
   const std::optional<Tensor> first_key = checked_first_key(kOp, first_key_in, q_in, shape);
-  const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in), v = with_dense_rows(v_in);
+  const int64_t head_dim = shape.head_dim;
+  Tensor lse =
+      empty(q_in, {shape.batch, shape.heads, shape.q_steps}, accumulation_type(shape.dtype));
+  if (q_in.numel() == 0) return {empty_shaped_like(q_in, q_in.scalar_type()), lse};
+  shape.head_dim = kernel_head_dim(kOp, q_in, head_dim);
+  const Tensor q = kernel_rows(q_in, shape.head_dim), k = kernel_rows(k_in, shape.head_dim),
+               v = kernel_rows(v_in, shape.head_dim);
   Tensor out = empty(q, {shape.batch, shape.q_steps, shape.heads, shape.head_dim});
-  Tensor lse = empty(q, {shape.batch, shape.heads, shape.q_steps}, accumulation_type(shape.dtype));
-  if (out.numel() == 0) return {out, lse};
   call.q = read_view(q);
   call.k = read_view(k);
   call.v = read_view(v);
@@ -179,7 +223,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
   call.out = write_view(out);
   call.lse = lse.mutable_data_ptr();
   launch(call, q);
-  return {out, lse};
+  return {own_channels(out, head_dim), lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
@@ -188,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     double scale, bool causal, int64_t window, const std::optional<Tensor>& first_key_in) {
   FlashAttentionBackward call{};
   call.shape = check_inputs(kBackward, q_in, k_in, v_in, scale, causal, window);
-  const FlashAttentionShape& shape = call.shape;
+  FlashAttentionShape& shape = call.shape;
   const std::optional<Tensor> first_key = checked_first_key(kBackward, first_key_in, q_in, shape);
   const struct {
     const char* name;
@@ -210,12 +254,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   std::optional<Tensor> d_lse;
   if (d_lse_in.has_value()) d_lse = check_row_statistic("d_lse", *d_lse_in);
 
-  const Tensor q = with_dense_rows(q_in), k = with_dense_rows(k_in), v = with_dense_rows(v_in);
-  const Tensor out = with_dense_rows(out_in), d_out = with_dense_rows(d_out_in);
+  const int64_t head_dim = shape.head_dim;
+  if (q_in.numel() == 0) {
+    return {empty_shaped_like(q_in, q_in.scalar_type()),
+            zeroed(empty_shaped_like(k_in, k_in.scalar_type())),
+            zeroed(empty_shaped_like(v_in, v_in.scalar_type()))};
+  }
+  shape.head_dim = kernel_head_dim(kBackward, q_in, head_dim);
+  const auto rows = [&](const Tensor& x) { return kernel_rows(x, shape.head_dim); };
+  const Tensor q = rows(q_in), k = rows(k_in), v = rows(v_in), out = rows(out_in),
+               d_out = rows(d_out_in);
   Tensor dq = empty(q, {shape.batch, shape.q_steps, shape.heads, shape.head_dim});
   Tensor dk = empty(q, {shape.batch, shape.kv_steps, shape.kv_heads(), shape.head_dim});
   Tensor dv = empty(q, {shape.batch, shape.kv_steps, shape.kv_heads(), shape.head_dim});
-  if (dq.numel() == 0) return {dq, zeroed(dk), zeroed(dv)};
   call.q = read_view(q);
   call.k = read_view(k);
   call.v = read_view(v);
@@ -228,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   call.dk = write_view(dk);
   call.dv = write_view(dv);
   launch(call, q);
-  return {dq, dk, dv};
+  return {own_channels(dq, head_dim), own_channels(dk, head_dim), own_channels(dv, head_dim)};
 }
 
 void register_ops(Library& m) {

@@ -52,16 +52,6 @@ def test_flash_attention_survives_large_scores(dtype: torch.dtype, device: str) 
     check_accuracy(call)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 80, 96, 120])
-def test_flash_attention_pads_other_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
-    """With their own scale, and no channel of the padding in the results."""
-    call = attention_call(2, 33, 33, 4, head_dim, kv_heads=2, dtype=dtype)
-    check_accuracy(call)
-    out = call.op(*call.tensors.values())
-    assert out.shape == (2, 33, 4, head_dim) and out.is_contiguous()
-
-
 def test_flash_attention_matches_hand_computed_answer(device: str) -> None:
     # Scores of zero weigh all visible keys alike: out is the mean of the values so far.
     q = torch.zeros(1, 3, 1, 32, device=device)
@@ -174,17 +164,17 @@ def _tensor(*shape: int, **options: Any) -> torch.Tensor:
         (
             (_tensor(1, 5, 1, 44),) * 3,
             {},
-            "the head dimension D must be a multiple of 8 up to 128, got 44",
+            "the head dimension D must be a multiple of 8 up to 256, got 44",
         ),
         (
-            (_tensor(1, 5, 1, 136),) * 3,
+            (_tensor(1, 5, 1, 264),) * 3,
             {},
-            "the head dimension D must be a multiple of 8 up to 128, got 136",
+            "the head dimension D must be a multiple of 8 up to 256, got 264",
         ),
         (
             (_tensor(1, 5, 1, 48), _tensor(1, 5, 1, 48), _tensor(1, 5, 1, 64)),
             {},
-            r"v must have shape \(B, Tk, Hk, D\) = \(1, 5, 1, 48\), got \(1, 5, 1, 64\)",
+            r"v must have the channels of q and k, D = 48, got 64\. Pad the smaller with zeros",
         ),
         (
             (_tensor(1, 5, 1, 32), _tensor(1, 5, 1, 32).half(), _tensor(1, 5, 1, 32)),

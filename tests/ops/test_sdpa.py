@@ -67,7 +67,7 @@ def test_what_ours_does_not_serve_has_torch_s_bits(options, k_shape):
     assert all(torch.equal(a, b) for a, b in zip(own, through, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (2, 4, 300, 40)])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 64), (2, 4, 300, 36)])
 def test_small_calls_and_other_head_sizes_are_torch_s(shape):
     arguments = inputs(q_shape=shape, k_shape=shape)
     own = attend(*arguments, is_causal=True)

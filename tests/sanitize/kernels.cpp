@@ -371,7 +371,7 @@ void run_all(const Kernels& kernels, DType dtype) {
     mel_embed(kernels, dtype, DType::kFloat16, 2, 65, 96, 41, 2, 2, with_pos);
   }
   g_what = "flash_attention, " + where;
-  for (const int64_t d : {32, 64, 128}) {
+  for (const int64_t d : kCpuHeadDims) {
     flash_attention(kernels, dtype, 0, 3, 3, 2, d, true, 0);
     flash_attention(kernels, dtype, 1, 1, 1, 1, d, true, 0);
     flash_attention(kernels, dtype, 2, 7, 7, 3, d, true, 3);

@@ -12,7 +12,8 @@ from wgpt.ops.autocast import cast_to_autocast_type, statistic_dtype
 from wgpt.ops.cuda import is_gpu, runs_plain_torch
 from wgpt.ops.gradient import backward_op, checks_of, differentiable, register_fake
 
-HEAD_DIMS = (32, 64, 128)  # of the kernels
+HEAD_DIMS = (32, 64, 96, 128, 256)  # of the CPU kernels; others are padded
+MOST_CUDA_HEAD_DIM = 128  # of the CUDA kernels
 
 
 @overload
@@ -79,9 +80,10 @@ def flash_attention(
     Source: Dao et al., FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691.
 
     Args:
-        q: (B, Tq, H, D), D a multiple of 8 up to 128; float32, bfloat16, float16, or float64 on the
-            CPU. The kernels are for 32, 64 and 128: other sizes cost padded copies of q, k and v
-            and the time of the next larger one.
+        q: (B, Tq, H, D), D a multiple of 8 up to 256; float32, bfloat16, float16, or float64 on the
+            CPU. The kernels are for 32, 64, 96, 128 and 256 (CUDA: 32, 64 and 128): other sizes
+            cost padded copies and the time of the next larger one. On CUDA, torch's own attention
+            runs for D above 128.
         k, v: (B, Tk, Hk, D), H a multiple of Hk, in the dtype of q. On CUDA they are repeated to H
             heads first.
         scale: factor of the scores, positive and finite; None is 1 / sqrt(D).
@@ -104,17 +106,7 @@ def flash_attention(
     lse: Tensor
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    head_dim = q.shape[-1]
-    size = _padded(head_dim)
-    is_whole = q.dim() == 4 and [x.shape[3:] for x in (q, k, v)] == [q.shape[3:]] * 3
-    if size > head_dim and is_whole:
-        q, k, v = (torch.nn.functional.pad(x, (0, size - x.shape[3])) for x in (q, k, v))
-        out, lse = flash_attention(
-            q, k, v, scale=scale, causal=causal, window=window, first_key=first_key, return_lse=True
-        )
-        out = out[..., :head_dim].contiguous()
-        return (out, lse) if return_lse else out
-    if runs_plain_torch(q.device):
+    if runs_plain_torch(q.device) or _is_too_wide_for_cuda(q):
         arguments = (q, k, v, scale, causal, window, first_key)
         _check(*arguments)
         if return_lse:
@@ -127,12 +119,8 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def _padded(head_dim: int) -> int:
-    """The size of ours that channels are padded to with zeros, which change no score; head_dim
-    itself for what is one, or is refused."""
-    if head_dim % 8 != 0:
-        return head_dim
-    return next((size for size in HEAD_DIMS if 0 < head_dim <= size), head_dim)
+def _is_too_wide_for_cuda(q: Tensor) -> bool:
+    return is_gpu(q.device) and q.shape[-1] > MOST_CUDA_HEAD_DIM
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:

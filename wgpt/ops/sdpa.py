@@ -134,6 +134,20 @@ class _Kernels:
         return d_q, d_k, d_v
 
 
+def is_fast(head_dim: int, dtype: torch.dtype, is_causal: bool) -> bool:
+    """Whether ours takes so many channels, and is faster where they are padded to a kernel's.
+
+    One thread of a Zen 4, torch's time over ours, padded: float32 0.7 to 1.0, but 1.1 to 1.7 if
+    causal below 128; bfloat16 1.2 to 3.0, float16 1.4 to 13 (`benchmarks/bench_sdpa.py
+    --head-dims`, the table in docs/performance.md).
+    """
+    if head_dim in HEAD_DIMS:
+        return True
+    if head_dim % 8 != 0 or not 8 <= head_dim < HEAD_DIMS[-1]:
+        return False
+    return dtype != torch.float32 or (is_causal and head_dim < 128)
+
+
 def _like(pattern: Tensor, value: Tensor) -> Tensor:
     """value, in the memory layout of torch.empty_like(pattern)."""
     wanted = torch.empty_like(pattern)
@@ -162,8 +176,8 @@ def _serves(
     return (
         attn_mask is None
         and dropout_p == 0.0
-        and head_dim in HEAD_DIMS
         and query.dtype in _DTYPES
+        and is_fast(head_dim, query.dtype, is_causal)
         and key.dtype == value.dtype == query.dtype
         and (scale is None or 0 < scale < math.inf)
         # torch aligns a causal mask to the first key, ours to the last.
@@ -182,10 +196,11 @@ def use_for_sdpa() -> SdpaHandle:
         wgpt.ops.use_for_sdpa()                 # from here on
         with wgpt.ops.use_for_sdpa(): ...       # in here
 
-    Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 128}, no mask
-    but a square causal one, no dropout, and enough work, with fewer key than query heads too
-    (`enable_gqa`, where torch does not repeat them first); any other call runs torch's own kernel,
-    to the same bits as without this. `ops.info()["sdpa"]` counts both.
+    Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 96, 128, 256},
+    no mask but a square causal one, no dropout, and enough work, with fewer key than query heads
+    too (`enable_gqa`, where torch does not repeat them first); for other multiples of 8 up to 256
+    in 16 bits, and in float32 if causal and D < 128. Any other call runs torch's own kernel, to the
+    same bits as without this. `ops.info()["sdpa"]` counts both.
 
     The override holds for the whole process, threads included, until every handle is closed.
 

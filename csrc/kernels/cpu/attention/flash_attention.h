@@ -16,7 +16,9 @@ template <typename Body>
 inline void with_head_dim(int64_t head_dim, Body&& body) {
   if (head_dim == 32) return body(Constant<32>{});
   if (head_dim == 64) return body(Constant<64>{});
+  if (head_dim == 96) return body(Constant<96>{});
   if (head_dim == 128) return body(Constant<128>{});
+  if (head_dim == 256) return body(Constant<256>{});
 }
 
 inline bool is_decoding(const FlashAttentionShape& shape) {

@@ -39,7 +39,7 @@ class GradientTask {
   static constexpr int kPer = Dot::kPerUnit, kTerms = Dot::kTerms;
   static constexpr int kRowGroup = Dot::kRows;
   static constexpr int kUnits = kDim / kPer;
-  static constexpr int kOutVectors = kDim / kLanes < kVectors ? kDim / kLanes : kVectors;
+  static constexpr int kOutVectors = out_vectors<Dot>(kDim);
   // Step of a k loop over keys or queries.
   static constexpr int kKStep = Dot::kIsAmx ? 32 : kPer;
   static constexpr int kPieceStep = kKStep > kLanes ? kKStep : kLanes;  // of pieces

@@ -31,7 +31,7 @@ inline void add_scaled(Sum factor, const Element* __restrict b, int64_t n, Sum* 
   for (int64_t i = 0; i < n; ++i) out[i] += factor * widen(b[i]);
 }
 
-constexpr int64_t kKeysPerBlock = 64, kMaxHeadDim = 128;
+constexpr int64_t kKeysPerBlock = 64, kMaxHeadDim = 256;
 
 template <typename Element>
 void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t i) {

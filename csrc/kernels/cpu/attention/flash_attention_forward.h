@@ -58,7 +58,7 @@ class ForwardChunk {
   static constexpr int kChunkStep = Dot::kIsAmx ? kRowGroup : kGroups * kRowGroup;
   static constexpr int kUnits = kDim / Dot::kPerUnit;
   static constexpr int kPUnits = kBlockKeys / Dot::kPerUnit;
-  static constexpr int kOutVectors = kDim / kLanes < kVectors ? kDim / kLanes : kVectors;
+  static constexpr int kOutVectors = out_vectors<Dot>(kDim);
   // Step of the k loop of p v, in keys; p is 0 for those of them that a row does not see.
   static constexpr int kKStep = Dot::kIsAmx ? 32 : 2;
   static constexpr int kPieceStep = kKStep > kLanes ? kKStep : kLanes;  // of pieces

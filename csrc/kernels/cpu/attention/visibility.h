@@ -155,6 +155,15 @@ struct AttentionDot<BFloat16> {
 };
 #endif
 
+// Vectors of a register block whose columns are channels: the most that divide a row (3 for 96 channels and
+// 16 lanes). AMX tiles come in pairs.
+template <typename Dot>
+constexpr int out_vectors(int dim) {
+  int n = kVectors;
+  while (dim / kLanes % n != 0 || (Dot::kIsAmx && n % 2 != 0)) --n;
+  return n;
+}
+
 // Whether n elements are finite.
 template <typename Element>
 inline bool are_finite(const Element* x, int n) {
