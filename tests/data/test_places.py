@@ -107,6 +107,9 @@ def test_a_bucket_that_is_not_there_is_one_sentence(bucket, tmp_path: Path, caps
 def test_files_globs_and_lists_at_addresses(memory, audio_dir, tmp_path: Path) -> None:
     inputs = collect(["memory://audio/music/*.wav"], [], [], NOWHERE)
     assert [entry.name for entry in inputs.entries] == ["00.wav", "03.wav", "06.wav"]
+    memory.pipe_file("/odd/a[1].wav", b"RIFF")
+    (odd,) = collect(["memory://odd/a[1].wav"], [], [], NOWHERE).entries
+    assert odd.name == "a[1].wav"
     memory.pipe_file("/audio/lists/l.csv", b"path,group\n../music/00.wav,x\n")
     (listed,) = collect(["memory://audio/lists/l.csv"], [], [], NOWHERE).entries
     assert (listed.path, listed.name, listed.group) == (

@@ -103,7 +103,8 @@ def relative_names(found: Sequence[Place], listed_in: Place) -> list[str]:
 
 
 def expand(given: Sequence[Place]) -> list[Place]:
-    """Addresses with *, ? or [ become what matches, since no shell does it; paths stay.
+    """Addresses with *, ? or [ become what matches, since no shell does it; paths stay, and so does
+    the name of a file that holds one of these.
 
     Raises ConfigError where nothing matches.
     """
@@ -114,6 +115,9 @@ def expand(given: Sequence[Place]) -> list[Place]:
             continue
         fs, pattern = filesystem(place)
         with _said_of(place, ConfigError):
+            if fs.exists(pattern):
+                found.append(place)
+                continue
             matches = sorted(fs.glob(pattern))
         if not matches:
             raise ConfigError(f"{place}: matches nothing there")
