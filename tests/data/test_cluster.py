@@ -151,8 +151,13 @@ def test_an_interrupted_run_resumes(nodes, audio_dir, plain, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_command_with_the_packaged_codec(nodes, audio_dir, tmp_path: Path, capsys) -> None:
+def test_a_command_with_a_codec_beside_it(
+    nodes, audio_dir, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    shutil.copytree(ROOT / "wgpt" / "assets" / "mini", tmp_path / "codec")
+    monkeypatch.chdir(tmp_path)  # tasks run elsewhere
     arguments = ["prepare", str(audio_dir), "--quiet", "--mel-sources", "wave", "--jobs", "2"]
+    arguments += ["--codec", "codec"]
     for name, engine in (("here", []), ("there", ["--engine", "ray"])):
         assert main([*arguments, *engine, "--out", str(tmp_path / name), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["account"]["used"] == 10

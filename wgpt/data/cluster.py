@@ -59,6 +59,8 @@ def make_parts(
         from ray.exceptions import RayError, RayTaskError
     except ImportError:
         raise ConfigError("--engine ray needs Ray: pip install 'wgpt[ray]'") from None
+    if isinstance(spec.codec, (str, Path)) and Path(spec.codec).exists():  # tasks run elsewhere
+        spec = dataclasses.replace(spec, codec=Path(spec.codec).absolute())
     n = _count_parts(len(inputs.entries))
     inputs_sha256 = hash_inputs(inputs)
     entries: list[list[Entry]] = [[] for _ in range(n)]
