@@ -11,6 +11,7 @@ import sys
 from wgpt.cli import one_line
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
+from wgpt.data.levels import MEL_BITS
 from wgpt.data.parts import shard_of
 from wgpt.data.report import report_lines
 from wgpt.data.splits import SPLIT_BY
@@ -48,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wave, decoded-K (audio of the first K codebooks), leaky-W (centred window of W "
         "samples, sees the future); default: wave decoded-1 and decoded-K of all codebooks up to "
         "8; adding one later costs only that one",
+    )  # fmt: skip
+    add(
+        "--mel-bits", type=int, choices=MEL_BITS, default=16,
+        help="of a stored mel bin: 8 and 5 take a half and 5/16 of the space of the default 16, "
+        "float16",
     )  # fmt: skip
     add("--jobs", type=int, metavar="N", help="worker processes (default: one per core)")
     add(
@@ -100,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
             codec=args.codec,
             mel=MelConfig(**{name: getattr(args, f"mel_{name}") for name in names}),
             mel_sources=tuple(args.mel_sources) if args.mel_sources else None,
+            mel_bits=args.mel_bits,
             split_by=args.split_by,
             valid_fraction=args.valid_fraction,
             test_fraction=args.test_fraction,

@@ -12,6 +12,7 @@ import numpy as np
 
 from wgpt.data.dataset import FORMAT, FORMAT_VERSION, SPLITS
 from wgpt.data.encode import read_partial
+from wgpt.data.levels import MelLevels
 from wgpt.data.splits import Source
 from wgpt.errors import DataError
 from wgpt.files import sha256_of, sync_folder, write_sealed
@@ -145,7 +146,9 @@ def assemble(
 def bytes_needed(sources: list[Source], settings: dict[str, Any]) -> int:
     """Bytes the final arrays will take."""
     mel = settings["mel"]
-    frame_bytes = 2 * mel["n_mels"] * mel["frames_per_step"] * len(settings["mel_sources"])
+    levels = MelLevels.from_settings(settings)
+    row_bytes = levels.row_bytes(mel["n_mels"]) if levels else 2 * mel["n_mels"]
+    frame_bytes = row_bytes * mel["frames_per_step"] * len(settings["mel_sources"])
     step_bytes = int(2 * settings["codec"]["n_codebooks"] + frame_bytes)
     return sum(source.n_steps for source in sources) * step_bytes
 
@@ -163,9 +166,14 @@ def _write_split(
     mel, n_codebooks = settings["mel"], settings["codec"]["n_codebooks"]
     r, folder = mel["frames_per_step"], building / split
     files = {"tokens": ArrayFile(folder / "tokens.npy", np.uint16, (n_steps, n_codebooks))}
+    levels = MelLevels.from_settings(settings)
+    width = levels.row_bytes(mel["n_mels"]) if levels else mel["n_mels"]
     for name in settings["mel_sources"]:
-        shape = (n_steps * r, mel["n_mels"])
-        files[f"mel.{name}"] = ArrayFile(folder / "mel" / f"{name}.npy", np.float16, shape)
+        files[f"mel.{name}"] = ArrayFile(
+            folder / "mel" / f"{name}.npy",
+            np.uint8 if levels else np.float16,
+            (n_steps * r, width),
+        )
     offsets, counts = [0], np.zeros(1 << 16, np.int64)
     for source, part in parts:
         arrays, facts = read_partial(source.partial)
@@ -175,7 +183,8 @@ def _write_split(
         counts += np.bincount(arrays["tokens"][part.first : part.last, 0], minlength=1 << 16)
         if split == "train":
             for name, moment in moments.items():
-                moment.add(arrays[f"mel.{name}"][part.first * r : part.last * r])
+                frames = arrays[f"mel.{name}"][part.first * r : part.last * r]
+                moment.add(levels.decode(frames) if levels else frames)
         ends = np.clip(np.cumsum(facts["steps"]), part.first, part.last) - part.first
         for steps in np.diff(ends, prepend=0):
             if steps:

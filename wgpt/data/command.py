@@ -33,7 +33,7 @@ def prepare_command(
         None where no flags say these settings: another version's treatment, weights that the
         codec's name no longer stands for.
     """
-    if not all(name in settings for name in asked):
+    if not all(name in settings for name in asked if name != "mel_levels"):
         return None
     before, now = settings["codec"], asked["codec"]
     if before["source"] == now["source"] and before != now:
@@ -60,5 +60,7 @@ def prepare_command(
         if value != field_.default:
             flag = f"--mel-{field_.name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
+    if levels := settings.get("mel_levels"):
+        words += ["--mel-bits", str(levels["bits"])]
     sources = asked["mel_sources"]
     return shlex.join([*words, "--mel-sources", *sources])

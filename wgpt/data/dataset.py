@@ -3,7 +3,8 @@
     DATA/manifest.json                 what is in here and how it was made (format below)
     DATA/<split>/tokens.npy            uint16 (N, K), all clips end to end
     DATA/<split>/offsets.npy           int64 (n_clips + 1,), first step of each clip, then N
-    DATA/<split>/mel/<source>.npy      float16 (N * r, M), natural-log mel, not normalised
+    DATA/<split>/mel/<source>.npy      float16 (N * r, M), natural-log mel, not normalised; or its
+                                       codes uint8 (N * r, M * bits / 8), see levels.py
 
 A mel source says which audio the slices were computed from: `wave` (the true audio), `decoded-k`
 (audio decoded from the first k codebooks), `leaky-W` (the true audio under a centred window of W
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from wgpt.config import STEP_RATE_HZ, MelConfig
+from wgpt.data.levels import CodedFrames, MelLevels
+from wgpt.data.mapped import open_array, read_rows
 from wgpt.errors import DataError
 from wgpt.files import check_sha256, read_json
 
@@ -37,14 +40,15 @@ MANIFEST_LIMIT_BYTES = 1 << 30
 class Split:
     """One split: clips laid end to end in memory-mapped arrays.
 
-    tokens uint16 (N, K); offsets int64 (n_clips + 1,); mel maps a source to float16 (N * r, M);
-    groups names each clip's group (the first folder of its path, "." at the top).
+    tokens uint16 (N, K); offsets int64 (n_clips + 1,); mel maps a source to float16 (N * r, M),
+    or to what reads so; groups names each clip's group (the first folder of its path, "." at the
+    top).
     """
 
     name: str
     tokens: np.ndarray
     offsets: np.ndarray
-    mel: dict[str, np.ndarray]
+    mel: dict[str, np.ndarray | CodedFrames]
     groups: list[str]
     frames_per_step: int
     codebook_size: int
@@ -82,12 +86,17 @@ class Split:
             )
         first = int(self.offsets[i]) + start
         last = first + stop - start
-        tokens = torch.from_numpy(self.tokens[first:last].T.astype(np.int64))
+        tokens = torch.from_numpy(read_rows(self.tokens, first, last).T.astype(np.int64))
         if mel_source is None:
             return tokens, None
         r = self.frames_per_step
-        frames = self.mel_array(mel_source)[first * r : last * r]
-        return tokens, torch.from_numpy(frames.astype(np.float32))
+        array = self.mel_array(mel_source)
+        frames = (
+            read_rows(array, first * r, last * r)
+            if isinstance(array, np.ndarray)
+            else array[first * r : last * r]
+        )
+        return tokens, torch.from_numpy(np.array(frames)).float()
 
     def joined(self, n_steps: int) -> Split:
         """The same steps in fewer clips: neighbours of one group, in order, are one clip until it
@@ -103,7 +112,7 @@ class Split:
             groups=[self.groups[i] for i in starts],
         )
 
-    def mel_array(self, source: str) -> np.ndarray | _Rolled:
+    def mel_array(self, source: str) -> np.ndarray | CodedFrames | _Rolled:
         """The float16 (N * r, M) array of a source. `shuffled` is that of `wave`, half the split
         further on: real slices that tell nothing of their token."""
         stored = "wave" if source == SHUFFLED else source
@@ -136,6 +145,7 @@ class Dataset:
             self.mel_sources: tuple[str, ...] = tuple(manifest["mel_sources"])
             known = {field.name for field in fields(MelConfig)}
             self.mel_config = MelConfig(**{k: manifest["mel"][k] for k in known})
+            self.mel_levels = MelLevels.from_settings(manifest.get("settings", {}))
             self._normalisation = {
                 source: tuple(
                     torch.tensor(manifest["normalisation"][source][key], dtype=torch.float32)
@@ -225,7 +235,9 @@ class Dataset:
 
     def _empty(self, name: str) -> Split:
         config = self.mel_config
-        mel = {s: np.zeros((0, config.n_mels), np.float16) for s in self.mel_sources}
+        mel: dict[str, np.ndarray | CodedFrames] = {
+            s: np.zeros((0, config.n_mels), np.float16) for s in self.mel_sources
+        }
         tokens = np.zeros((0, self.n_codebooks), np.uint16)
         return Split(name, tokens, np.zeros(1, np.int64), mel, [], config.frames_per_step,
                      self.codebook_size, float(torch.tensor(config.floor).log()))  # fmt: skip
@@ -238,10 +250,14 @@ class Dataset:
         if offsets[0] != 0 or offsets[-1] != n_steps or (np.diff(offsets) <= 0).any():
             raise DataError(f"{offsets_path}: offsets must rise from 0 to {n_steps}")
         _require(self.path / "manifest.json", f"clips of {name}", n_clips, len(groups))
-        mel = {
-            source: _load(folder / "mel" / f"{source}.npy", np.float16, (n_frames, config.n_mels))
-            for source in self.mel_sources
-        }
+        mel: dict[str, np.ndarray | CodedFrames] = {}
+        for source in self.mel_sources:
+            path, levels = folder / "mel" / f"{source}.npy", self.mel_levels
+            if levels is None:
+                mel[source] = _load(path, np.float16, (n_frames, config.n_mels))
+            else:
+                shape = (n_frames, levels.row_bytes(config.n_mels))
+                mel[source] = CodedFrames(_load(path, np.uint8, shape), levels)
         return Split(
             name=name,
             tokens=_load(folder / "tokens.npy", np.uint16, (n_steps, self.n_codebooks)),
@@ -257,7 +273,7 @@ class Dataset:
 class _Rolled:
     """Rows of a memory-mapped array, those of row `by` first; read by slices."""
 
-    def __init__(self, array: np.ndarray, by: int) -> None:
+    def __init__(self, array: np.ndarray | CodedFrames, by: int) -> None:
         self.array, self.by, self.shape = array, by, array.shape
 
     def __getitem__(self, rows: slice) -> np.ndarray:
@@ -293,7 +309,7 @@ def _groups(manifest: dict[str, Any]) -> dict[str, list[str]]:
 def _load(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     try:
         # An array without elements cannot be mapped on every platform.
-        array: np.ndarray = np.load(path, mmap_mode=None if 0 in shape else "r", allow_pickle=False)
+        array = np.load(path, allow_pickle=False) if 0 in shape else open_array(path)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: must be a whole .npy array, got: {error}") from error
     _require(path, "dtype", np.dtype(dtype).name, array.dtype.name)

@@ -24,6 +24,7 @@ from torch import Tensor
 from wgpt import audio
 from wgpt.audio.mel import MelFrontend
 from wgpt.config import MelConfig
+from wgpt.data.levels import MelLevels
 from wgpt.data.pieces import opened
 from wgpt.data.places import Place, is_address
 from wgpt.data.treatment import Plan, Treatment, measure
@@ -99,9 +100,10 @@ class Encoder:
         mel_sources: tuple[str, ...],
         treatment: Treatment,
         max_seconds: float,
+        levels: MelLevels | None = None,
     ) -> None:
         self.codec, self.mel, self.max_seconds = codec, mel, max_seconds
-        self.treatment = treatment
+        self.treatment, self.levels = treatment, levels
         for name in ("sample_rate_hz", "hop_samples"):
             if getattr(codec, name) != getattr(mel, name):
                 raise ConfigError(
@@ -187,7 +189,8 @@ class Encoder:
     def _encode_clip(
         self, wave: Tensor | None, codes: Tensor | None, sources: list[str]
     ) -> dict[str, np.ndarray]:
-        """Tokens uint16 (T, K), unless the codes are known, and the mel slices asked for."""
+        """Tokens uint16 (T, K), unless the codes are known, and the mel slices asked for, float16
+        or their codes."""
         arrays = {}
         with torch.inference_mode():
             if codes is None:
@@ -210,7 +213,10 @@ class Encoder:
                 frames = frontend(sound.float())
                 if not bool(torch.isfinite(frames).all()):
                     raise DataError(f"mel slices of {name} must be finite")
-                arrays[f"mel.{name}"] = frames.numpy().astype(np.float16)
+                values = frames.numpy()
+                arrays[f"mel.{name}"] = (
+                    self.levels.encode(values) if self.levels else values.astype(np.float16)
+                )
         return arrays
 
 

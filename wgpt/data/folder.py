@@ -15,6 +15,7 @@ import numpy as np
 from wgpt.data.assemble import BUILDING
 from wgpt.data.dataset import FORMAT_VERSION, Dataset, read_manifest
 from wgpt.data.encode import write_partial
+from wgpt.data.levels import CodedFrames
 from wgpt.data.scan import Found
 from wgpt.data.workers import DIED
 from wgpt.errors import ConfigError, DataError
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 PART = "part.json"  # see parts.py
 PARTS = ".parts"  # of a run on a cluster, and copies of parts that lie at an address
-SHAPING = ("codec", "mel", "treatment")  # settings that finished files depend on
+# Settings that finished files depend on; mel_levels only where mel is not float16.
+SHAPING = ("codec", "mel", "treatment", "mel_levels")
 
 
 def check_ours(out: Path) -> None:
@@ -70,7 +72,9 @@ def is_done(
     """
     old = before.get("settings", {})
     changed = sorted(
-        name for name in settings if name != "mel_sources" and old.get(name) != settings[name]
+        name
+        for name in {*settings, "mel_levels"} - {"mel_sources"}
+        if old.get(name) != settings.get(name)
     )
     if changed:
         way = f"to add to it with its own: {command}" if command else "it cannot be added to"
@@ -117,7 +121,8 @@ def locked(out: Path) -> Iterator[None]:
 
 def open_partial(partial: Path, settings: dict[str, Any]) -> None:
     """Make .partial, or keep what an earlier run with the same settings finished there."""
-    wanted = {"version": FORMAT_VERSION} | {name: settings[name] for name in SHAPING}
+    shaping = {name: settings[name] for name in SHAPING if name in settings}
+    wanted = {"version": FORMAT_VERSION} | shaping
     record = partial / "settings.json"
     if partial.exists():
         try:
@@ -125,7 +130,7 @@ def open_partial(partial: Path, settings: dict[str, Any]) -> None:
         except (FileNotFoundError, ConfigError):  # of a kill, or damaged
             before = {}
         if before != wanted:
-            changed = sorted(name for name in wanted if before.get(name) != wanted[name])
+            changed = sorted(n for n in wanted | before if before.get(n) != wanted.get(n))
             n_files = len(list(partial.glob("*.safetensors")))
             if n_files:
                 logger.warning(
@@ -148,7 +153,7 @@ def reopen(out: Path, before: dict[str, Any], settings: dict[str, Any], found: F
         How many; none where the settings that shape them differ.
     """
     old = before.get("settings", {})
-    if any(old.get(name) != settings[name] for name in SHAPING):
+    if any(old.get(name) != settings.get(name) for name in SHAPING):
         return 0
     dataset = Dataset(out)
     sources = [name for name in dataset.mel_sources if name in settings["mel_sources"]]
@@ -169,7 +174,9 @@ def reopen(out: Path, before: dict[str, Any], settings: dict[str, Any], found: F
             r = split.frames_per_step
             pieces.setdefault("tokens", []).append(split.tokens[first:last])
             for name in sources:
-                rows = split.mel_array(name)[first * r : last * r]
+                array = split.mel[name]
+                stored = array.codes if isinstance(array, CodedFrames) else array
+                rows = stored[first * r : last * r]
                 pieces.setdefault(f"mel.{name}", []).append(rows)
         write_partial(
             target, {name: np.concatenate(rows) for name, rows in pieces.items()},

@@ -16,6 +16,7 @@ from wgpt.config import MelConfig
 from wgpt.data.encode import Encoder, Job, read_facts
 from wgpt.data.folder import PART, PARTIAL
 from wgpt.data.inputs import SPLIT_ORDER, Entry, Inputs
+from wgpt.data.levels import MelLevels
 from wgpt.data.mirror import Mirror
 from wgpt.data.parts import FORMAT, LIMIT_BYTES
 from wgpt.data.places import Place, expand, places
@@ -66,6 +67,7 @@ class Merged:
             tuple(settings["mel_sources"]),
             Treatment(**settings["treatment"]),
             math.inf if limit is None else limit,
+            MelLevels.from_settings(settings),
         )
 
 
@@ -115,7 +117,7 @@ def read_parts(parts: Sequence[PartFolder]) -> Merged:
         if i in by_number:
             raise DataError(f"{part}: is part {i} of {n}, and so is {by_number[i]}; name one")
         settings, expected = (_shaping(r["settings"]) for r in (record, records[0]))
-        changed = [name for name, value in settings.items() if expected.get(name) != value]
+        changed = sorted(k for k in settings | expected if settings.get(k) != expected.get(k))
         if changed:
             raise DataError(
                 f"{part}: was prepared with other settings than {parts[0]}: {', '.join(changed)}"

@@ -37,6 +37,7 @@ from wgpt.data.folder import (
     reopen,
 )
 from wgpt.data.inputs import Inputs, collect
+from wgpt.data.levels import MelLevels
 from wgpt.data.merged import Merged, fetch_parts, read_parts
 from wgpt.data.page import page
 from wgpt.data.parts import check_shard, hash_inputs, make_part, part_number
@@ -63,6 +64,7 @@ def prepare(
     codec: str | Path | CodecProtocol = "mini",
     mel: MelConfig | None = None,
     mel_sources: tuple[str, ...] | None = None,
+    mel_bits: int = 16,
     split_by: str | None = None,
     valid_fraction: float = 0.1,
     test_fraction: float = 0.0,
@@ -93,6 +95,8 @@ def prepare(
         mel: mel settings; MelConfig() by default.
         mel_sources: see dataset.py: wave, decoded-K, leaky-W. By default wave, decoded-1 (the
             study's control) and decoded-K for all codebooks up to 8 (what `starter` reads).
+        mel_bits: of a mel bin: 16 is float16; 8 and 5 store the nearest of 256 and of 32 levels
+            (levels.py).
         split_by: group, file or time; by default the first that fits, see splits.py. A group is a
             list's column, LibriSpeech's speaker, or the first folder of a file's path.
         valid_fraction, test_fraction: shares of the sound, each in [0, 1), together below 1.
@@ -118,6 +122,7 @@ def prepare(
         AudioError: an input is not there.
     """
     (place,), mel = places(out), mel or MelConfig()
+    levels = MelLevels.of(mel, mel_bits)
     max_seconds = math.inf if max_seconds is None else max_seconds
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
@@ -140,8 +145,8 @@ def prepare(
     sources = mel_sources if mel_sources is not None else default_mel_sources(loaded)
     if before is not None and not overwrite:  # adding never takes away
         sources = (*sources, *(name for name in before["mel_sources"] if name not in sources))
-    spec = EncoderSpec(codec, mel, tuple(sources), treatment, max_seconds, download)
-    encoder = Encoder(loaded, mel, spec.mel_sources, treatment, max_seconds)
+    spec = EncoderSpec(codec, mel, tuple(sources), treatment, max_seconds, download, levels)
+    encoder = Encoder(loaded, mel, spec.mel_sources, treatment, max_seconds, levels)
     settings = {
         "codec": _codec_facts(loaded),
         "mel": dataclasses.asdict(mel),
@@ -152,6 +157,8 @@ def prepare(
         "valid_fraction": float(valid_fraction),
         "test_fraction": float(test_fraction),
     }
+    if levels is not None:
+        settings["mel_levels"] = levels.as_settings()
     try:
         if shard is not None:
             inputs_sha256 = hash_inputs(inputs)

@@ -23,6 +23,7 @@ import torch
 
 from wgpt.config import MelConfig
 from wgpt.data.encode import CodecProtocol, Encoder, Job, Outcome, read_facts
+from wgpt.data.levels import MelLevels
 from wgpt.data.progress import Progress
 from wgpt.data.scan import Found
 from wgpt.data.treatment import Treatment
@@ -45,6 +46,7 @@ class EncoderSpec:
     treatment: Treatment
     max_seconds: float
     download: bool
+    levels: MelLevels | None = None
 
     def build(self) -> Encoder:
         """Load the codec and the mel front ends."""
@@ -54,6 +56,7 @@ class EncoderSpec:
             self.mel_sources,
             self.treatment,
             self.max_seconds,
+            self.levels,
         )
 
 

@@ -30,10 +30,9 @@ def codec_ceiling(split: Split, codec: Any, frontend: MelFrontend) -> list[dict[
     """Mean |log-mel error| in dB of audio decoded from 1 and from all codebooks: what no model of
     the tokens can go below. Compared with the stored mel of the true audio."""
     rows = []
+    true = np.asarray(split.mel["wave"], dtype=np.float32)
     for k in (1, codec.n_codebooks):
         decoded = with_decoded_mel(split, codec, frontend, k)
-        error = np.abs(
-            decoded.mel[f"decoded-{k}"].astype(np.float32) - split.mel["wave"].astype(np.float32)
-        )
+        error = np.abs(np.asarray(decoded.mel[f"decoded-{k}"], dtype=np.float32) - true)
         rows.append({"codebooks": k, "log_mel_error_db": float(error.mean()) * DB_PER_NEPER})
     return rows
