@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fake_codec import FakeCodec, make_audio
 
 from wgpt.data import batches, prepare
 from wgpt.data import dataset as dataset_module
-from wgpt.data.packing import PackedWindows, Segment, cover
+from wgpt.data.packing import PackedWindows, Permutation, Segment, cover
 from wgpt.errors import DataError
 from wgpt.files import read_json
 
@@ -238,7 +239,7 @@ def test_an_epoch_holds_every_position_once_without_padding(context, end_of_clip
 def test_epochs_cut_and_order_the_clips_anew() -> None:
     """Also where there is one long recording alone."""
     for lengths in ((900,), (300, 200, 400)):
-        windows = PackedWindows(np.array(lengths), 100, seed=0)
+        windows = PackedWindows(np.cumsum([0, *lengths]), 100, seed=0)
         epochs = [[tuple(windows.window(9 * e + i)) for i in range(9)] for e in range(6)]
         assert len({frozenset(one) for one in epochs}) > 4
         starts = [one[0][0].start for one in epochs]
@@ -364,3 +365,88 @@ def test_a_batch_of_joined_clips_goes_on_across_the_joint(data) -> None:
     assert batch.tokens[0].tolist() == codes[0, joint - 1 : joint + 3].tolist()
     assert batch.targets[0].tolist() == codes[0, joint : joint + 4].tolist()
     assert torch.equal(batch.frames[0], frames[joint - 1 : joint + 3])
+
+
+@pytest.mark.parametrize("end_of_clip", [False, True])
+@pytest.mark.parametrize("window", [1, 7, 500])
+def test_a_computed_order_holds_every_position_once_too(window: int, end_of_clip: bool) -> None:
+    lengths = np.array([50, 30, 4, 1, 200])
+    offsets = np.cumsum([0, *lengths])
+    windows = PackedWindows(offsets, window, seed=1, end_of_clip=end_of_clip, held=0)
+    expected = [(c, t) for c, n in enumerate(lengths) for t in range(n + end_of_clip)]
+    epochs = []
+    for epoch in range(3):
+        drawn = [windows.window(epoch * windows.n_windows + i) for i in range(windows.n_windows)]
+        seen = [(s.clip, t) for row in drawn for s in row for t in range(s.start, s.stop)]
+        assert sorted(seen) == expected
+        full = [sum(s.stop - s.start for s in row) for row in drawn]
+        assert sum(full) - min(full) == (len(full) - 1) * max(full)  # one may be shorter
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = PackedWindows(offsets, window, seed=1, end_of_clip=end_of_clip, held=0)
+    other = PackedWindows(offsets, window, seed=2, end_of_clip=end_of_clip, held=0)
+    n = windows.n_windows
+    assert all(again.window(i) == windows.window(i) for i in range(n, 2 * n))
+    assert [other.window(i) for i in range(n)] != [windows.window(i) for i in range(n)]
+
+
+def test_a_computed_order_is_pinned_and_a_permutation() -> None:
+    def order(n: int, seed: int = 0) -> list[int]:
+        permutation = Permutation(n, np.random.Generator(np.random.Philox(key=seed)))
+        return [permutation(i) for i in range(n)]
+
+    # A resumed run must see the batches it would have seen, in any later version too.
+    assert order(12) == [0, 2, 7, 8, 1, 6, 5, 10, 9, 11, 3, 4]
+    for n in (1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000):
+        assert sorted(order(n)) == list(range(n))
+    found = np.array(order(4096))
+    assert abs(np.corrcoef(found, np.arange(4096))[0, 1]) < 0.06  # 4 standard deviations
+    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.06
+    assert np.mean(found == np.array(order(4096, 1))) < 0.01
+
+
+def test_the_order_is_computed_where_clips_or_windows_are_very_many() -> None:
+    from wgpt.data import packing
+
+    assert packing.MOST_HELD == 1 << 20  # another value changes what resumed runs see
+    offsets = np.arange((1 << 20) + 2, dtype=np.int64) * 10
+    for n_clips, window, computed in (
+        (1 << 20, 10, False),
+        ((1 << 20) + 1, 10, True),
+        ((1 << 20) + 1, 1000, True),
+        (1 << 17, 1, True),
+    ):
+        windows = PackedWindows(offsets[: n_clips + 1], window, seed=0)
+        assert isinstance(windows._epoch(0), packing._ComputedOrder) == computed
+
+
+def test_rows_of_a_file_are_read_as_they_are_mapped(tmp_path: Path) -> None:
+    from wgpt.data.mapped import open_array, read_rows
+
+    array = np.arange(60, dtype=np.int16).reshape(20, 3)
+    np.save(tmp_path / "a.npy", array)
+    mapped = open_array(tmp_path / "a.npy")
+    for first, last in ((0, 20), (3, 4), (7, 7), (19, 20)):
+        assert np.array_equal(read_rows(mapped, first, last), array[first:last])
+        assert np.array_equal(read_rows(mapped[5:], first, last), array[5:][first:last])
+        assert np.array_equal(read_rows(array, first, last), array[first:last])
+    with open(tmp_path / "a.npy", "r+b") as file:
+        file.truncate(200)  # a mapping would end the process here
+    assert np.array_equal(read_rows(mapped, 0, 12), array[:12])
+    with pytest.raises(DataError, match=r"a\.npy: must hold rows 12 to 13, but ends before"):
+        read_rows(mapped, 12, 13)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_prefetch_keeps_the_order_with_many_workers(workers: int) -> None:
+    running, most = set(), []
+
+    def make(step: int) -> Any:
+        running.add(step)
+        most.append(len(running))
+        time.sleep(0.01 * (step % 3))
+        running.discard(step)
+        return step
+
+    assert list(batches.prefetch(make, 4, 24, workers=workers)) == list(range(4, 24))
+    assert max(most) == workers

@@ -13,13 +13,13 @@ as a target are one id, that after the last code (1024).
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,7 +193,7 @@ class TrainingBatches:
         self.mel_source, self.codebooks, self.n_fine = mel_source, codebooks, n_fine
         self.mel_dtype = mel_dtype
         self.augment, self.first_step, self.first_window = augment, first_step, first_window
-        self.windows = PackedWindows(np.diff(split.offsets) + end_of_clip, context_steps, seed)
+        self.windows = PackedWindows(split.offsets, context_steps, seed, end_of_clip)
         self.rows = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def windows_at(self, step: int) -> int:
@@ -267,39 +267,20 @@ def evaluation_batches(
 
 
 def prefetch(
-    make: Callable[[int], Batch], start: int, stop: int, *, depth: int = 2
+    make: Callable[[int], Batch], start: int, stop: int, *, depth: int = 2, workers: int = 1
 ) -> Iterator[Batch]:
-    """Yield make(start), ..., make(stop - 1), made ahead in one thread, at most `depth` waiting.
+    """Yield make(start), ..., make(stop - 1), made ahead in `workers` threads, at most `depth` and
+    one for each further thread at a time.
 
-    Leaving the loop early ends the thread; an exception in `make` is raised here.
+    Leaving the loop early ends the threads; an exception in `make` is raised here.
     """
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=depth)
-    closed = threading.Event()
-
-    def put(item: Batch | BaseException) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def run() -> None:
-        try:
-            for step in range(start, stop):
-                if closed.is_set():
-                    return
-                put(make(step))
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=run, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
     try:
-        for _ in range(start, stop):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        steps = iter(range(start, stop))
+        ahead = deque(pool.submit(make, step) for step in islice(steps, depth + workers - 1))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(make, step) for step in islice(steps, 1))
+            yield batch
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

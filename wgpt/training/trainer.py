@@ -230,7 +230,10 @@ class Trainer:
             if not record.has_sample(start):  # a kill came between the commit and the sample
                 record.sample(start)
         step = start
-        for step, batch in enumerate(prefetch(self._batch, start, settings.max_steps), start + 1):
+        # A GPU step of a small model takes batches faster than one thread makes them.
+        workers = 2 if self.processes.device.type == "cuda" else 1
+        ahead = prefetch(self._batch, start, settings.max_steps, workers=workers)
+        for step, batch in enumerate(ahead, start + 1):
             self._step(step, batch)
             last, improved = step == settings.max_steps, False
             if last or (settings.eval_every and step % settings.eval_every == 0):
