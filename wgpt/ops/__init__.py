@@ -20,12 +20,21 @@ On CPUs the best instruction set that is compiled in and supported runs, unless 
 Importing this package imports torch, and nothing else outside the standard library.
 """
 
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TypedDict
 
 import torch  # first: wgpt._C resolves its symbols in the libtorch this loads
 
+# A copy of this package as a kernel of the Hub has another name.
+if f"{__name__.removesuffix('.ops')}._C" not in sys.modules and hasattr(
+    torch.ops.wgpt, "flash_attention"
+):
+    raise ImportError(
+        "wgpt's ops are in this process already, from another place (the installed wgpt, or a "
+        "kernel of the Hub): use those; torch takes them once"
+    )
 try:
     from wgpt import _C
 except ImportError as error:
