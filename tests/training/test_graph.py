@@ -256,7 +256,8 @@ def test_graph_on_is_an_error_where_it_cannot_be():
 
 
 def test_several_processes_and_mel_context_launch_by_themselves(caplog):
-    assert "torchrun" in graph._why_no_graph(HybridModel(SHAPE), ProcessGroup(rank=0, size=2))
+    two = ProcessGroup(rank=0, size=2)
+    assert "torchrun" in graph._why_no_graph(HybridModel(SHAPE), SETTINGS, two)
     step = device_step(dataclasses.replace(SHAPE, mel_context_frames=2), **EXACT)
     run(step)
     assert step.gpu.n_captured == 0 and "mel_context_frames" in caplog.text
