@@ -18,7 +18,8 @@ class LayerCache:
     def __init__(self, window_steps: int = 0, capacity_steps: int = 256) -> None:
         """capacity_steps: room at first; it grows when that is not enough."""
         self.window_steps, self.capacity_steps = window_steps, capacity_steps
-        self._buffer: Tensor | None = None  # (B, capacity, 2, H, D)
+        # (B, 2, H, capacity, D): a head's keys side by side, as attention reads them.
+        self._buffer: Tensor | None = None
         self._start = 0
         self._end = 0
 
@@ -27,25 +28,25 @@ class LayerCache:
         n = new.shape[1]
         if self.window_steps:
             self._start = max(self._start, self._end - (self.window_steps - 1))
-        if self._buffer is None or self._end + n > self._buffer.shape[1]:
+        if self._buffer is None or self._end + n > self._buffer.shape[3]:
             self._make_room(new)
         assert self._buffer is not None
-        self._buffer[:, self._end : self._end + n] = new
+        self._buffer[:, :, :, self._end : self._end + n] = new.permute(0, 2, 3, 1, 4)
         self._end += n
-        kept = self._buffer[:, self._start : self._end]
-        return kept[:, :, 0], kept[:, :, 1]
+        kept = self._buffer[:, :, :, self._start : self._end].transpose(2, 3)
+        return kept[:, 0], kept[:, 1]
 
     def _make_room(self, new: Tensor) -> None:
         batch, n, _, heads, head_dim = new.shape
         kept = self._end - self._start
         old = self._buffer
         capacity = max(self.capacity_steps, n if old is None else 2 * (kept + n))
-        if old is None or old.shape[1] < capacity:
-            self._buffer = new.new_empty(batch, capacity, 2, heads, head_dim)
+        if old is None or old.shape[3] < capacity:
+            self._buffer = new.new_empty(batch, 2, heads, capacity, head_dim)
         assert self._buffer is not None
         if old is not None:
             # A copy first: the kept part may overlap its new place.
-            self._buffer[:, :kept] = old[:, self._start : self._end].clone()
+            self._buffer[:, :, :, :kept] = old[:, :, :, self._start : self._end].clone()
         self._start, self._end = 0, kept
 
     @staticmethod

@@ -52,6 +52,11 @@ class RotaryTable:
         return torch.polar(torch.ones_like(angles), angles).to(self._dtype)
 
 
+def _normed(x: Tensor, gain: Tensor) -> Tensor:
+    """x / rms(x) * gain in one kernel; torch's own rms_norm is several."""
+    return ops.add_rms_norm(x, None, gain)[1]
+
+
 class InferenceBlock:
     """Block over the newest steps, as rows."""
 
@@ -61,6 +66,7 @@ class InferenceBlock:
         self.window, self.scale = attention.window_steps, attention.head_dim**-0.5
         qkv = _weight_of(attention.qkv) * block.attention_norm.weight
         self.attention = attention_of(qkv.device)
+        self._ones = qkv.new_ones(self.width)
         # q and k: channels (i, i + D/2) of each head side by side.
         qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         qkv = torch.cat((qk.flatten(0, 2), qkv[2 * self.width :]))
@@ -73,15 +79,14 @@ class InferenceBlock:
         self, x: Tensor, batch: int, n_steps: int, phasors: Tensor, cache: LayerCache
     ) -> Tensor:
         """Rows x (batch * n_steps, C) to rows of that shape."""
-        shape, width = (self.width,), self.width
-        qkv = self.qkv.mm(torch.rms_norm(x, shape, None, 1e-6))
+        qkv = self.qkv.mm(_normed(x, self._ones))
         qkv = qkv.view(batch, n_steps, 3, -1, self.head_dim)
         qk = qkv[:, :, :2].unflatten(4, (-1, 2))
         torch.view_as_complex(qk).mul_(phasors[:, None])
         k, v = cache.append(qkv[:, :, 1:])
         y = self.attention(qkv[:, :, 0], k, v, self.scale, True, self.window)
-        x = self.out.addmm(x, y.view(-1, width))
-        up = self.up.mm(torch.rms_norm(x, shape, None, 1e-6))
+        x = self.out.addmm(x, y.view(-1, self.width))
+        up = self.up.mm(_normed(x, self._ones))
         return self.down.addmm(x, torch.nn.functional.gelu(up))
 
 
@@ -110,7 +115,6 @@ class InferenceModel:
 
     def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
         """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
-        config = self.config
         batch, n_steps = tokens.shape[:2]
         mel = None if frames is None else self._hear(frames, n_steps, cache)
         coarse = tokens if self._latent is None else tokens[:, :, 0]
@@ -124,7 +128,7 @@ class InferenceModel:
             x = block(x, batch, n_steps, phasors, layer)
         cache.position += n_steps
         newest = x.view(batch, n_steps, -1)[:, -1]
-        return torch.rms_norm(newest, (config.width,), self._norm, 1e-6)
+        return _normed(newest, self._norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) of the coarse token, from states (B, C)."""
@@ -157,7 +161,7 @@ class InferenceModel:
         phasors = self._mel_phasors(cache.position, n_steps)
         for block, layer in zip(self._mel_blocks, cache.mel_layers, strict=True):
             x = block(x, batch, n_steps, phasors, layer)
-        x = torch.rms_norm(x, (config.mel_dim,), mel.norm.weight, 1e-6)
+        x = _normed(x, mel.norm.weight)
         return x.view(batch, n_steps, -1)
 
 
@@ -171,6 +175,7 @@ class PackedFine:
         self._table = fine.table.detach()
         self._project = ops.PackedMatrix(_weight_of(fine.project).t())
         heads = fine.heads * fine.norm.weight
+        self._ones = torch.ones_like(fine.norm.weight)
         self._heads = [ops.PackedMatrix(head) for head in heads.transpose(1, 2)]  # (W, V) each
 
     def sample(self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
@@ -184,7 +189,7 @@ class PackedFine:
             phasors = self._phasors(depth, 1)
             for block, cache in zip(self._blocks, caches, strict=True):
                 x = block(x, batch, 1, phasors, cache)
-            x = torch.rms_norm(x, (x.shape[1],), None, 1e-6)
+            x = _normed(x, self._ones)
             code = draw(head.mm(x))
             codes.append(code)
         return torch.stack(codes, 1)
