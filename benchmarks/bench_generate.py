@@ -3,7 +3,9 @@
 A step is 1/75 s of sound: draw the token(s), decode 320 samples, take the mel slice, run the model.
 speed_over_realtime is 13.33 ms over the median step; the shares are of the same steps, timed around
 the codec's push, the mel slice's and the rest (model, fine head and drawing). What limits a step is
-reading every weight once (4 bytes a parameter) and the overhead of a few hundred small operations.
+reading every weight once (4 bytes a parameter; --weight-dtype bf16 2, int8 1) and the overhead of a
+few hundred small operations. Times are the thread's CPU time, which on an idle core is the wall
+clock's; step_wall_ms says how far others were in the way. Weights of several types take turns.
 
 A prompt of 3.08 s arrives in chunks of 80 ms and is encoded and read meanwhile. first_chunk_ms is
 the time from the arrival of its last chunk until 80 ms of sound exist: what is left to hear (here
@@ -30,16 +32,18 @@ from harness import Results, add_common_arguments, machine_facts, print_table, s
 
 from wgpt import codec
 from wgpt.audio.mel import MelFrontend
-from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, MelConfig
+from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ, STEP_RATE_HZ, WEIGHT_DTYPES, MelConfig
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
 from wgpt.generation.state import PREFILL_STEPS, GenerationState
 from wgpt.model import HybridModel
 from wgpt.model.presets import PRESETS
 
+KEY = ("preset", "codec", "n_fine", "weights")
 PROMPT_STEPS = 231  # 3.08 s: 28 blocks of 8 and 7, the most that can be left at the end
 CHUNK_S = 0.08
 SAMPLING = Sampling(top_k=100)
+N_WARM_UP = 10  # steps at the begin of each turn
 
 
 class Clock:
@@ -52,9 +56,9 @@ class Clock:
         inner = getattr(owner, name)
 
         def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            start = time.process_time()
             result = inner(*arguments)
-            self.spent_s += time.perf_counter() - start
+            self.spent_s += time.process_time() - start
             return result
 
         setattr(owner, name, timed)
@@ -69,10 +73,14 @@ def random_encodec(folder: Path) -> str:
     return str(folder)
 
 
-def speaker_of(preset: str, loaded: codec.Codec, n_fine: int) -> AudioGenerator:
+def generators_of(
+    preset: str, loaded: codec.Codec, n_fine: int, weight_dtypes: list[str]
+) -> dict[str, AudioGenerator]:
     torch.manual_seed(0)
-    shape = dataclasses.replace(PRESETS[preset][0], n_fine=n_fine)
-    return AudioGenerator(HybridModel(shape).eval(), loaded, MelFrontend(MelConfig()), "wave")
+    model = HybridModel(dataclasses.replace(PRESETS[preset][0], n_fine=n_fine)).eval()
+    frontend = MelFrontend(MelConfig())
+    return {name: AudioGenerator(model, loaded, frontend, "wave", weight_dtype=name)
+            for name in weight_dtypes}  # fmt: skip
 
 
 def first_chunk_ms(generator: AudioGenerator, prompt: np.ndarray, streamed: bool) -> float:
@@ -83,51 +91,71 @@ def first_chunk_ms(generator: AudioGenerator, prompt: np.ndarray, streamed: bool
         for piece in pieces[:-1]:
             heard.feed(piece)
         prompt = pieces[-1]
-    start = time.perf_counter()
+    start = time.process_time()
     heard.feed(prompt)
     for _ in heard.steps(round(CHUNK_S * STEP_RATE_HZ), SAMPLING):
         pass
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
-def step_times(
-    generator: AudioGenerator, prompt: np.ndarray, n_steps: int
-) -> dict[str, list[float]]:
-    """Seconds of each step after the prompt, in all and inside the codec and the mel slice."""
-    heard: GenerationState = generator.new_state()
-    heard.feed(prompt)
-    clocks = {"codec": Clock(), "mel": Clock()}
-    clocks["codec"].wrap(heard._decoder, "push")
-    clocks["mel"].wrap(heard._mel, "push")
-    times: dict[str, list[float]] = {"all": [], "codec": [], "mel": []}
-    steps = heard.steps(None, SAMPLING)
-    for _ in range(10):
-        next(steps)
-    for _ in range(n_steps):
-        for clock in clocks.values():
-            clock.spent_s = 0.0
-        start = time.perf_counter()
-        next(steps)
-        times["all"].append(time.perf_counter() - start)
-        for name, clock in clocks.items():
-            times[name].append(clock.spent_s)
-    return times
+class Stream:
+    """One continuation, and the seconds of its steps: of the CPU, of the wall clock, and of the CPU
+    inside the codec and the mel slice."""
+
+    def __init__(self, generator: AudioGenerator, prompt: np.ndarray) -> None:
+        heard: GenerationState = generator.new_state()
+        heard.feed(prompt)
+        self._clocks = {"codec": Clock(), "mel": Clock()}
+        self._clocks["codec"].wrap(heard._decoder, "push")
+        self._clocks["mel"].wrap(heard._mel, "push")
+        self._steps = heard.steps(None, SAMPLING)
+        self.times: dict[str, list[float]] = {"cpu": [], "wall": [], "codec": [], "mel": []}
+
+    def advance(self, n_steps: int) -> None:
+        for _ in range(N_WARM_UP):
+            next(self._steps)
+        for _ in range(n_steps):
+            for clock in self._clocks.values():
+                clock.spent_s = 0.0
+            start = time.process_time(), time.perf_counter()
+            next(self._steps)
+            self.times["cpu"].append(time.process_time() - start[0])
+            self.times["wall"].append(time.perf_counter() - start[1])
+            for name, clock in self._clocks.items():
+                self.times[name].append(clock.spent_s)
 
 
-def measure(generator: AudioGenerator, rounds: int, n_steps: int) -> dict[str, Any]:
+def measure(
+    generators: dict[str, AudioGenerator], rounds: int, n_steps: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of each, from rounds in which they take turns."""
     rng = np.random.default_rng(0)
     prompt = (0.1 * rng.standard_normal(PROMPT_STEPS * HOP_SAMPLES)).astype(np.float32)
-    first_chunk_ms(generator, prompt[:SAMPLE_RATE_HZ], True)
-    firsts = {streamed: [first_chunk_ms(generator, prompt, streamed) for _ in range(rounds)]
-              for streamed in (True, False)}  # fmt: skip
-    times = step_times(generator, prompt, n_steps)
-    step_s = statistics.median(times["all"])
-    total, in_codec, in_mel = (sum(times[name]) for name in ("all", "codec", "mel"))
+    for generator in generators.values():
+        first_chunk_ms(generator, prompt[:SAMPLE_RATE_HZ], True)
+    firsts: dict[tuple[str, bool], list[float]] = {}
+    streams = {name: Stream(generator, prompt) for name, generator in generators.items()}
+    for _ in range(rounds):
+        for name, generator in generators.items():
+            for streamed in (True, False):
+                took_ms = first_chunk_ms(generator, prompt, streamed)
+                firsts.setdefault((name, streamed), []).append(took_ms)
+            streams[name].advance(n_steps // rounds)
+    return {name: figures(streams[name].times, firsts[name, True], firsts[name, False])
+            for name in generators}  # fmt: skip
+
+
+def figures(
+    times: dict[str, list[float]], streamed_ms: list[float], whole_ms: list[float]
+) -> dict[str, Any]:
+    step_s = statistics.median(times["cpu"])
+    total, in_codec, in_mel = (sum(times[name]) for name in ("cpu", "codec", "mel"))
     return {
         "speed_over_realtime": 1 / STEP_RATE_HZ / step_s,
         "step_ms": step_s * 1e3,
-        "first_chunk_ms": statistics.median(firsts[True]),
-        "whole_prompt_first_chunk_ms": statistics.median(firsts[False]),
+        "step_wall_ms": statistics.median(times["wall"]) * 1e3,
+        "first_chunk_ms": statistics.median(streamed_ms),
+        "whole_prompt_first_chunk_ms": statistics.median(whole_ms),
         "model_share": 1 - (in_codec + in_mel) / total,
         "codec_share": in_codec / total,
         "mel_share": in_mel / total,
@@ -140,10 +168,11 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["hybrid-xs", "hybrid", "gpt-s", "gpt-l"])
     parser.add_argument("--codecs", nargs="+", default=["mini", "encodec-architecture"])
     parser.add_argument("--fine", nargs="+", type=int, default=[0, 7], help="residual codebooks")
+    parser.add_argument("--weight-dtype", nargs="+", default=["fp32"], choices=WEIGHT_DTYPES)
     args = parser.parse_args()
     torch.set_num_threads(args.threads or 1)
     rounds, n_steps = (3, 100) if args.quick else (5, 200)
-    results = Results(args.out, machine_facts("cpu"), ("preset", "codec", "n_fine"))
+    results = Results(args.out, machine_facts("cpu"), KEY)
     if args.resume:
         results.resume()
     deadline = time.monotonic() + args.time_limit
@@ -153,13 +182,18 @@ def main() -> None:
             for preset in args.presets:
                 for n_fine in args.fine:
                     key = {"preset": preset, "codec": name, "n_fine": n_fine}
-                    if results.has(**key) or time.monotonic() > deadline:
+                    wanted = [weights for weights in args.weight_dtype
+                              if not results.has(**key, weights=weights)]  # fmt: skip
+                    if not wanted or time.monotonic() > deadline:
                         continue
                     say(key)
-                    row = measure(speaker_of(preset, loaded, n_fine), rounds, n_steps)
-                    results.add(key | row | {"hear_steps": PREFILL_STEPS})
+                    generators = generators_of(preset, loaded, n_fine, wanted)
+                    for weights, row in measure(generators, rounds, n_steps).items():
+                        results.add(
+                            key | {"weights": weights} | row | {"hear_steps": PREFILL_STEPS}
+                        )
     if not args.json:
-        print_table(results.rows, ["preset", "codec", "n_fine", "speed_over_realtime", "step_ms",
+        print_table(results.rows, [*KEY, "speed_over_realtime", "step_ms", "step_wall_ms",
                                    "first_chunk_ms", "whole_prompt_first_chunk_ms", "model_share",
                                    "codec_share", "mel_share"])  # fmt: skip
     results.print_json()

@@ -48,7 +48,11 @@ __all__ = [
 
 
 def load(
-    name_or_folder: str | Path, device: str = "cpu", *, download: bool = False
+    name_or_folder: str | Path,
+    device: str = "cpu",
+    *,
+    download: bool = False,
+    weight_dtype: str = "fp32",
 ) -> AudioGenerator:
     """Opens a trained model to generate with.
 
@@ -58,13 +62,15 @@ def load(
         device: auto, cpu, cuda or cuda:N.
         download: let a model of the Hub be downloaded; without it, only the Hub's cache on this
             machine is looked at.
+        weight_dtype: in which generation holds the weights: fp32, or on the CPU bf16 or int8, for
+            which a step reads half or a quarter of the bytes.
 
     Raises:
         ConfigError, CodecError: name the file that is missing, damaged or does not fit.
     """
     from wgpt.generation import AudioGenerator
 
-    return AudioGenerator.load(name_or_folder, device, download=download)
+    return AudioGenerator.load(name_or_folder, device, download=download, weight_dtype=weight_dtype)
 
 
 def push_to_hub(

@@ -210,6 +210,7 @@ def mel_source_name(text: str) -> str:
 LIMIT = 1 << 20  # of every size in a file: far above a model that fits, far below 2^63
 LAYERS_LIMIT = 1000
 DTYPES = ("auto", "fp32", "bf16")
+WEIGHT_DTYPES = ("fp32", "bf16", "int8")  # of generation
 GRAPHS = ("auto", "on", "off")
 STRATEGIES = ("ddp", "fsdp")
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}

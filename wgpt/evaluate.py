@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from wgpt.config import WEIGHT_DTYPES
 from wgpt.data.dataset import SPLITS
 from wgpt.evaluation import evaluate
 from wgpt.evaluation.tables import codebook_table, drift_table, score_table
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="length of the scored windows, seconds (default: that of the training windows)",
     )
+    parser.add_argument(
+        "--weight-dtype",
+        choices=WEIGHT_DTYPES,
+        default="fp32",
+        help="score weights as `wgpt generate --weight-dtype` rounds them (default fp32)",
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
     parser.add_argument(
         "--rollout-s",
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.rollout_clips,
         args.context_s,
         args.download,
+        args.weight_dtype,
     )
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")

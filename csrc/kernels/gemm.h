@@ -18,9 +18,12 @@
 // has the same bits for any number of threads and whatever the other rows and columns hold.
 //
 // Prepacked (packed_addmm): c = addend + a b with b packed once, for many calls with few rows each, as in
-// decoding. float32 FMAs on every target, and batch-invariant: the bits of a row do not depend on m either.
+// decoding. b is float32, bfloat16, or int8 with a scale for each column (weight-only quantisation,
+// symmetric): c = addend + scale (a b). a and c are float32, and elements of b become float32 in registers:
+// float32 FMAs on every target, and batch-invariant: the bits of a row do not depend on m either.
 // k is summed in blocks of kPrepackedDepth, each in order, and the blocks in order. All of b is read, so
-// with few rows memory bandwidth is the limit; with many, the FMAs.
+// with few rows memory bandwidth is the limit, and half or a quarter of the bytes half or a quarter of the
+// time; with many, the FMAs.
 #pragma once
 
 #include "kernels/common.h"
@@ -37,6 +40,9 @@ enum class Packing {
   kPrepacked,  // b is panels of kPanelColumns columns already: (ceil(n / 64), k, 64), zero past n
 };
 
+// Elements of prepacked panels.
+enum class PanelType { kFloat32, kBFloat16, kInt8 };
+
 struct Gemm {
   DType dtype;  // of a, b and c
   int64_t m, n, k;
@@ -51,6 +57,8 @@ struct Gemm {
   const void* addend =
       nullptr;  // (m, n), rows addend_row apart (0: one row for all), or nullptr for zero
   int64_t addend_row = 0;
+  PanelType b_type = PanelType::kFloat32;
+  const float* b_scale = nullptr;  // (n,), where b is int8
 };
 
 }  // namespace wgpt

@@ -51,7 +51,9 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
       "bool gradients) -> (Tensor loss, Tensor n_correct, Tensor d_hidden, Tensor d_weight)");
   // On the CPU only: what generation needs to give an item of a batch the bits that it gets alone.
-  m.def("packed_addmm(Tensor x, Tensor panels, Tensor? addend, SymInt columns) -> Tensor");
+  m.def(
+      "packed_addmm(Tensor x, Tensor panels, Tensor? addend, SymInt columns, Tensor? scale=None) "
+      "-> Tensor");
 }
 
 // What only the second name has: a kernel in whose place the public function runs others where it does not fit.

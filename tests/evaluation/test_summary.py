@@ -47,6 +47,18 @@ def test_eval_scores_the_starter_on_any_data(prepared, tmp_path, capsys):
     assert "is not in a run; name the data with --data" in capsys.readouterr().err
 
 
+def test_eval_scores_the_weights_that_generation_runs(prepared, capsys):
+    nll = {}
+    for weight_dtype in ("fp32", "bf16", "int8"):
+        flags = ["--weight-dtype", weight_dtype, "--context-s", "1", "--json"]
+        assert main(["eval", "starter", "--data", str(prepared), *flags]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["weight_dtype"] == weight_dtype
+        nll[weight_dtype] = by_model(result)["voice-xs (teacher-forced)"]["nll_nats"]
+    for weight_dtype in ("bf16", "int8"):
+        assert 0 < abs(nll[weight_dtype] - nll["fp32"]) < 0.005
+
+
 def test_eval_context_is_the_record_s_or_the_flag_s(tiny_run, tmp_path):
     options = {"data": None, "split_name": "valid"}
     assert evaluate(tiny_run, **options)["context_steps"] == 38

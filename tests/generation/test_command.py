@@ -26,6 +26,10 @@ def test_generate_command_writes_a_wav(tiny_run, recordings, tmp_path, capsys):
     assert main([*arguments, "--out", str(out), "--with-prompt"]) == 0
     assert len(audio.read(out)) == len(audio.read(prompt)) + 15 * 320
     assert main([*arguments[:2], "--seconds", "0", "--out", str(out)]) == 2
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out), "--json", "--weight-dtype", "int8"]) == 0
+    in_int8 = json.loads(capsys.readouterr().out)
+    assert len(in_int8["tokens"]) == 15 and in_int8["entropy_nats"] != facts["entropy_nats"]
 
 
 def command(*arguments):

@@ -110,6 +110,15 @@ def test_generate_items_of_a_batch_are_what_they_are_alone(kind, prompt):
         next(generator.steps_batch([None, None], 1, seeds=[1, 2, 3]))
 
 
+@pytest.mark.parametrize("weight_dtype", ["bf16", "int8"])
+def test_generate_items_are_what_they_are_alone_in_every_weight_dtype(weight_dtype, prompt):
+    generator = dataclasses.replace(untrained("decoded-1", n_fine=2), weight_dtype=weight_dtype)
+    sampling, prompts = Sampling(top_k=50), [prompt[:5000], None, prompt[:5000] * 0.5]
+    batch = list(generator.steps_batch(prompts, 12, sampling, seeds=[5, 6, 7]))
+    for i, own in enumerate(prompts):
+        same_as_alone(generator, [steps[i] for steps in batch], own, sampling, 5 + i)
+
+
 def same_as_alone(generator, items, prompt, sampling, seed):
     alone = list(generator.steps(prompt, 12, sampling, seed))
     assert [s.tokens for s in items] == [s.tokens for s in alone]

@@ -6,10 +6,13 @@ import pytest
 import torch
 from waking import awake
 
+from wgpt.config import WEIGHT_DTYPES
+from wgpt.errors import ConfigError
 from wgpt.model import Cache, HybridModel, presets
-from wgpt.model.inference import InferenceModel, RotaryTable
+from wgpt.model.inference import InferenceModel, RotaryTable, round_weights
 
 HYBRID = dataclasses.replace(presets.preset("hybrid-xs"), n_fine=3, fine_dim=64, fine_ffn_dim=96)
+LATENT = dataclasses.replace(HYBRID, latent_steps=4, latent_dim=8, latent_hidden=16)
 SHAPES = {
     "hybrid": HYBRID,
     "tokens": presets.preset("gpt-xs"),
@@ -37,9 +40,9 @@ def inputs(shape, steps, batch=2):
     return tokens, frames
 
 
-def packed_logits(model, tokens, frames, pieces, cache=None):
+def packed_logits(model, tokens, frames, pieces, cache=None, weight_dtype="fp32"):
     """Logits (B, n_pieces, V) after each piece of steps."""
-    packed, cache = InferenceModel(model), cache or model.new_cache()
+    packed, cache = InferenceModel(model, weight_dtype), cache or model.new_cache()
     r, start, given = model.config.frames_per_step, 0, []
     for n in pieces:
         part = None if frames is None else frames[:, start * r : (start + n) * r]
@@ -65,16 +68,55 @@ def test_packed_logits_are_as_accurate_as_an_uncached_pass(name):
     assert error <= 2 * plain_error + 2 * torch.finfo(torch.float32).eps * scale
 
 
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
-def test_packed_rows_of_a_batch_have_the_bits_they_have_alone(name):
+def test_packed_rows_of_a_batch_have_the_bits_they_have_alone(name, weight_dtype):
     model = build(SHAPES[name])
     tokens, frames = inputs(SHAPES[name], 20, batch=5)
     pieces = [8, *[1] * 12]
-    batch = packed_logits(model, tokens, frames, pieces)
+    options = {"weight_dtype": weight_dtype}
+    batch = packed_logits(model, tokens, frames, pieces, **options)
     for b in range(5):
         part = None if frames is None else frames[b : b + 1]
-        assert torch.equal(batch[b : b + 1], packed_logits(model, tokens[b : b + 1], part, pieces))
+        alone = packed_logits(model, tokens[b : b + 1], part, pieces, **options)
+        assert torch.equal(batch[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", [HYBRID, LATENT], ids=["plain", "latent"])
+@torch.inference_mode()
+def test_round_weights_gives_the_model_that_generation_runs(weight_dtype, shape):
+    """Far nearer to it than the rounding itself, which is seen, in every layer and codebook."""
+    model, (tokens, frames) = build(shape), inputs(shape, 12)
+    if model.latent is not None:
+        model.latent.codebooks.normal_()
+        model.latent.down.weight.normal_(0, 0.1)
+        tokens = torch.stack([tokens, *[tokens.flip(1)] * shape.n_fine], 2)
+    packed, cache = InferenceModel(model, weight_dtype), model.new_cache()
+    state = packed.hidden(tokens, frames, cache)
+    plain = model.hidden(tokens, frames)[:, -1]
+    round_weights(model, weight_dtype)
+    assert_close(state, model.hidden(tokens, frames)[:, -1])
+    drift = (state - plain).norm() / plain.norm()
+    assert 5e-4 < drift < 0.05
+    assert_close(packed.logits(state), model.head(state))
+    codes, seen = torch.tensor([[3, 5, 7, 9], [1023, 0, 1, 2]]), []
+    drawn = iter(codes[:, 1:].t())
+    packed.sample_fine(state, codes[:, 0], lambda logits: (seen.append(logits), next(drawn))[1])
+    assert_close(torch.stack(seen, 1), model.fine(state[:, None], codes[:, :, None])[:, :, 0])
+
+
+def assert_close(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weight_dtypes_that_cannot_be_are_named():
+    model = build(SHAPES["tokens"])
+    with pytest.raises(ConfigError, match="must be one of fp32, bf16, int8, got 'int4'"):
+        InferenceModel(model, "int4")
+    with pytest.raises(ConfigError, match="int8 is for generation on the CPU, got device meta"):
+        InferenceModel(model.to("meta"), "int8")
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ namespace {
 using Words = uint32_t __attribute__((vector_size(64)));
 using Integers = int32_t __attribute__((vector_size(64)));
 using Shorts = uint16_t __attribute__((vector_size(64)));
+using Bytes = int8_t __attribute__((vector_size(16)));
 using HalfShorts = uint16_t __attribute__((vector_size(32)));
 
 inline Words words(__m512i x) { return reinterpret_cast<Words>(x); }
@@ -185,6 +186,14 @@ __mmask16 _mm512_mask_cmplt_epi32_mask(__mmask16 mask, __m512i a, __m512i b) {
 }
 
 // Other types.
+__m512i _mm512_cvtepi8_epi32(__m128i x) {
+  const auto from = reinterpret_cast<Bytes>(x);
+  return from_words([&](int i) { return static_cast<uint32_t>(int32_t{from[i]}); });
+}
+__m512 _mm512_cvtepi32_ps(__m512i x) {
+  const auto from = reinterpret_cast<Integers>(x);
+  return from_lanes([&](int i) { return static_cast<float>(from[i]); });
+}
 __m512i _mm512_cvtepu16_epi32(__m256i x) {
   const auto from = reinterpret_cast<HalfShorts>(x);
   return from_words([&](int i) { return from[i]; });

@@ -137,6 +137,8 @@ __mmask16 _mm512_cmpge_epi32_mask(__m512i a, __m512i b);
 __mmask16 _mm512_mask_cmplt_epi32_mask(__mmask16 mask, __m512i a, __m512i b);
 
 // Other types.
+__m512i _mm512_cvtepi8_epi32(__m128i x);
+__m512 _mm512_cvtepi32_ps(__m512i x);
 __m512i _mm512_cvtepu16_epi32(__m256i x);
 __m256i _mm512_cvtepi32_epi16(__m512i x);
 __m512 _mm512_cvtph_ps(__m256i x);

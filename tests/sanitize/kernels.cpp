@@ -293,10 +293,18 @@ void gemm(const Kernels& kernels, DType dtype, int64_t m, int64_t n, int64_t k) 
   }
 }
 
-void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
-  const int64_t n_panels = (n + kPanelColumns - 1) / kPanelColumns, x_row = k + 3;
+void packed_addmm(const Kernels& kernels, PanelType type, int64_t m, int64_t n, int64_t k) {
+  const int64_t n_weights = (n + kPanelColumns - 1) / kPanelColumns * kPanelColumns * k;
+  const int64_t x_row = k + 3;
+  const bool is_int8 = type == PanelType::kInt8;
   Block x(DType::kFloat32, (m - 1) * x_row + k),
-      panels(DType::kFloat32, n_panels * k * kPanelColumns), addend(DType::kFloat32, m * n);
+      panels(type == PanelType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32,
+             is_int8 ? 1 : n_weights),
+      scale(DType::kFloat32, n), addend(DType::kFloat32, m * n);
+  std::vector<int8_t> bytes;
+  for (int64_t i = 0; is_int8 && i < n_weights; ++i)
+    bytes.push_back(static_cast<int8_t>(i * 37 % 255 - 127));
+  bytes.shrink_to_fit();  // a read past it is seen
   for (const int64_t addend_row : {int64_t{-1}, int64_t{0}, n}) {
     check({{DType::kFloat32, m * n}}, 0, [&](auto& out, void*, const Executor& threads) {
       const Gemm call{DType::kFloat32,
@@ -304,7 +312,7 @@ void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
                       n,
                       k,
                       x.get(),
-                      panels.get(),
+                      is_int8 ? bytes.data() : panels.get(),
                       x_row,
                       1,
                       0,
@@ -315,7 +323,9 @@ void packed_addmm(const Kernels& kernels, int64_t m, int64_t n, int64_t k) {
                       Packing::kPrepacked,
                       nullptr,
                       addend_row < 0 ? nullptr : addend.get(),
-                      addend_row};
+                      addend_row,
+                      type,
+                      is_int8 ? static_cast<const float*>(scale.get()) : nullptr};
       kernels.gemm(call, threads);
     });
   }
@@ -410,8 +420,11 @@ int main() {
     g_random = 1;
     g_tolerance = tolerance_of(DType::kFloat32);
     g_what = std::string("packed_addmm, ") + kernels->target;
-    for (const int64_t m : {1, 2, 3, 4, 5, 6, 53}) packed_addmm(*kernels, m, 64 + m * 7, 300 + m);
-    packed_addmm(*kernels, 7, 200, 700);
+    for (const PanelType type : {PanelType::kFloat32, PanelType::kBFloat16, PanelType::kInt8}) {
+      for (const int64_t m : {1, 2, 3, 4, 5, 6, 53})
+        packed_addmm(*kernels, type, m, 64 + m * 7, 300 + m);
+      packed_addmm(*kernels, type, 7, 200, 700);
+    }
     std::printf("sanitize: %s done\n", kernels->target);
     std::fflush(stdout);
   }

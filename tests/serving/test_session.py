@@ -198,3 +198,5 @@ def test_two_runs_of_one_name_stay_apart(tiny_run, tmp_path):
     twin.symlink_to(tiny_run)
     models = load_models([str(tiny_run), str(twin), str(tiny_run / "model")], "cpu")
     assert list(models) == ["tiny", "tiny (2)", "model"]
+    (in_int8,) = load_models([str(tiny_run)], "cpu", weight_dtype="int8").values()
+    assert in_int8.weight_dtype == "int8"

@@ -16,6 +16,7 @@ from wgpt.evaluation.drift import check_rollouts, drift
 from wgpt.evaluation.scores import codebook_scores, score
 from wgpt.generation.generator import AudioGenerator
 from wgpt.model import HybridModel
+from wgpt.model.inference import check_weight_dtype, round_weights
 from wgpt.ops.runtime import resolve_device
 from wgpt.runs.model_record import ModelRecord
 from wgpt.runs.pretrained import model_folder
@@ -32,6 +33,7 @@ def evaluate(
     rollout_clips: int = 8,
     context_s: float | None = None,
     download: bool = False,
+    weight_dtype: str = "fp32",
 ) -> dict[str, Any]:
     """All figures of a trained model.
 
@@ -43,11 +45,14 @@ def evaluate(
         rollout_s, rollout_clips: seconds of `drift`, and how many rollouts; 0 s for none.
         context_s: length of the scored windows, s; by default that of the training windows.
         download: let a model of the Hub be downloaded.
+        weight_dtype: fp32; bf16 or int8 score the model with its weights rounded as generation
+            rounds them, in float32 arithmetic as generation's.
 
-    Returns {rows, codebooks, codec, rollout, context_steps, mel_source, data, split, baselines}:
-    `codebooks` are teacher-forced rows of every codebook that the model predicts, none of a coarse
-    one; `rollout` is evaluation.drift over rollout_s seconds, None for 0; `baselines` is the data
-    they were fitted on, the run's where `data` has no training split, None where there is none.
+    Returns {rows, codebooks, codec, rollout, context_steps, mel_source, data, split, baselines,
+    weight_dtype}: `codebooks` are teacher-forced rows of every codebook that the model predicts,
+    none of a coarse one; `rollout` is evaluation.drift over rollout_s seconds, None for 0;
+    `baselines` is the data they were fitted on, the run's where `data` has no training split, None
+    where there is none.
 
     The closed loop reads mel of audio decoded from the true codes: from codebook 0, from as many
     as the model predicts, and from those that `decoded-k` sources of the data were prepared for.
@@ -55,6 +60,7 @@ def evaluate(
     Raises ConfigError, DataError or CodecError naming the file at fault.
     """
     device = resolve_device(device)
+    check_weight_dtype(weight_dtype, device)
     if rollout_s:
         check_rollouts(rollout_s, rollout_clips)
     record = ModelRecord.read(model_folder(run, download))
@@ -63,6 +69,7 @@ def evaluate(
     split = _filled(dataset, split_name)
     dataset.verify()
     model = HybridModel.from_pretrained(record.folder, device)
+    round_weights(model, weight_dtype)
     source = record.mel_source
     codec = record.load_codec(device, download)
     frontend = MelFrontend(dataset.mel_config)
@@ -82,13 +89,16 @@ def evaluate(
             scores.append(score(title, model, split, mel_source=f"decoded-{k}", **options))
     rollout = None
     if rollout_s:
-        generator = AudioGenerator.load(record.folder, device, download=download)
+        generator = AudioGenerator.load(
+            record.folder, device, download=download, weight_dtype=weight_dtype
+        )
         rollout = drift(generator, split, rollout_s, rollout_clips)
     return {
         "run": str(run),
         "data": str(dataset.path),
         "split": split_name,
         "baselines": None if fitted_on is None else str(fitted_on.path),
+        "weight_dtype": weight_dtype,
         "mel_source": source if model.config.mel_dim else None,
         **options,
         "rows": [row for one in scores for row in one.rows()],

@@ -24,7 +24,7 @@ from wgpt.generation.sampling import Sampler, Sampling
 from wgpt.generation.state import GenerationState, Step
 from wgpt.generation.stopping import StuckDetector
 from wgpt.model import HybridModel
-from wgpt.model.inference import InferenceModel
+from wgpt.model.inference import InferenceModel, check_weight_dtype
 from wgpt.ops.runtime import resolve_device
 from wgpt.runs.model_record import ModelRecord
 from wgpt.runs.pretrained import model_folder
@@ -40,6 +40,9 @@ class AudioGenerator:
 
     mel_source: what the model was trained on; `decoded-k` reads k codebooks, of the prompt too.
     target_lufs: loudness of the training data, which prompts are brought to; None: as they are.
+    weight_dtype: in which generation holds the weights: fp32, or on the CPU bf16 or int8, for which
+        a step reads half or a quarter of the bytes. Samples are then those of rounded weights; the
+        same arguments still give the same ones, and an item of a batch those it gets alone.
     """
 
     model: HybridModel
@@ -47,14 +50,21 @@ class AudioGenerator:
     frontend: MelFrontend
     mel_source: str | None
     target_lufs: float | None = None
+    weight_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
+        check_weight_dtype(self.weight_dtype, next(self.model.parameters()).device)
         n_codes = self.model.config.codebook_size
         self.end_token = n_codes if self.model.head.out_features > n_codes else None
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "cpu", *, download: bool = False
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        *,
+        download: bool = False,
+        weight_dtype: str = "fp32",
     ) -> AudioGenerator:
         """From a run folder, a model folder that a run wrote, `starter`, the package's model, or
         `user/model` on the Hugging Face Hub.
@@ -63,10 +73,11 @@ class AudioGenerator:
         step would have more to attend to than ever in training (docs/closed-loop.md).
 
         device: auto, cpu, cuda or cuda:N. download: let a model and a codec of the Hub be
-        downloaded. Raises ConfigError or CodecError naming the file that is missing or does not
-        fit.
+        downloaded. weight_dtype: as in AudioGenerator. Raises ConfigError or CodecError naming the
+        file that is missing or does not fit.
         """
         device = resolve_device(device)
+        check_weight_dtype(weight_dtype, device)
         folder = model_folder(folder, download)
         record = ModelRecord.read(folder)
         if record.mel_source and record.mel_source.startswith("leaky"):
@@ -79,12 +90,13 @@ class AudioGenerator:
             model.set_window(record.context_steps)
         loaded = record.load_codec(device, download)
         target_lufs = record.treatment.get("target_lufs")
-        return cls(model, loaded, MelFrontend(record.mel), record.mel_source, target_lufs)
+        frontend = MelFrontend(record.mel)
+        return cls(model, loaded, frontend, record.mel_source, target_lufs, weight_dtype)
 
     @functools.cached_property
     def inference_model(self) -> InferenceModel:
         """The model as generation runs it: a copy of the weights as they are at first use."""
-        return InferenceModel(self.model)
+        return InferenceModel(self.model, self.weight_dtype)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -9,24 +9,46 @@ it is.
 
 Rows never mix, and on the CPU in float32 the GEMMs are batch-invariant (ops.PackedMatrix; a BLAS
 chooses by the number of rows how it rounds): an item of a batch gets the bits it gets alone.
+
+One row uses each weight once, so a step of a large model takes the time in which its weights are
+read. The matrices can be held in bfloat16 or int8 (`weight_dtype`); all else stays float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from wgpt import ops
+from wgpt.config import WEIGHT_DTYPES
 from wgpt.errors import ConfigError
 from wgpt.model.cache import Cache, LayerCache
 from wgpt.model.depth import DepthTransformer
 from wgpt.model.hybrid import HybridModel
 from wgpt.model.transformer import Block, is_plain
+from wgpt.ops.cuda import is_cpu
 from wgpt.ops.flash_attention import attention_of
+from wgpt.ops.packed_addmm import rounded
 
 _TABLE_STEPS = 1024
+Packer = Callable[[Tensor], ops.PackedMatrix]
+_TORCH_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def check_weight_dtype(weight_dtype: str, device: torch.device | str) -> None:
+    """Raises ConfigError for an unknown one, and for one that the device does not run."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ConfigError(
+            f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}"
+        )
+    if weight_dtype != "fp32" and not is_cpu(torch.device(device)):
+        raise ConfigError(
+            f"weight_dtype {weight_dtype} is for generation on the CPU, got device {device}; leave "
+            "it out"
+        )
 
 
 class RotaryTable:
@@ -60,7 +82,7 @@ def _normed(x: Tensor, gain: Tensor) -> Tensor:
 class InferenceBlock:
     """Block over the newest steps, as rows."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, pack: Packer) -> None:
         attention, ffn = block.attention, block.ffn
         self.width, self.head_dim = attention.out.in_features, attention.head_dim
         self.window, self.scale = attention.window_steps, attention.head_dim**-0.5
@@ -70,10 +92,10 @@ class InferenceBlock:
         # q and k: channels (i, i + D/2) of each head side by side.
         qk = qkv[: 2 * self.width].unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2)
         qkv = torch.cat((qk.flatten(0, 2), qkv[2 * self.width :]))
-        self.qkv = ops.PackedMatrix(qkv.t())  # (C, 3C)
-        self.out = ops.PackedMatrix(_weight_of(attention.out).t())
-        self.up = ops.PackedMatrix((_weight_of(ffn.up) * block.ffn_norm.weight).t())
-        self.down = ops.PackedMatrix(_weight_of(ffn.down).t())
+        self.qkv = pack(qkv.t())  # (C, 3C)
+        self.out = pack(_weight_of(attention.out).t())
+        self.up = pack((_weight_of(ffn.up) * block.ffn_norm.weight).t())
+        self.down = pack(_weight_of(ffn.down).t())
 
     def __call__(
         self, x: Tensor, batch: int, n_steps: int, phasors: Tensor, cache: LayerCache
@@ -91,27 +113,33 @@ class InferenceBlock:
 
 
 class InferenceModel:
-    """HybridModel for generation; holds copies of its weights, so pack again after training."""
+    """HybridModel for generation; holds copies of its weights, so pack again after training.
+
+    weight_dtype: in which the matrices are held; fp32, or on the CPU bf16 or int8. Raises
+    ConfigError for another.
+    """
 
     @torch.inference_mode()
-    def __init__(self, model: HybridModel) -> None:
+    def __init__(self, model: HybridModel, weight_dtype: str = "fp32") -> None:
+        check_weight_dtype(weight_dtype, model.fusion.table.device)
+        pack = functools.partial(ops.PackedMatrix, dtype=_TORCH_DTYPES[weight_dtype])
         self.config = config = model.config
         self.n_fine = 0 if model.fine is None else config.n_fine
         self._table = model.fusion.table.detach()
         self._phasors = RotaryTable(config.head_dim, config.rope_base, self._table)
-        self._blocks = _pack(model.blocks)
+        self._blocks = _pack_blocks(model.blocks, pack)
         self._norm = model.norm.weight.detach()
-        self._head = ops.PackedMatrix(_weight_of(model.head).t())
+        self._head = pack(_weight_of(model.head).t())
         self._mel = model.fusion.mel
         if self._mel is not None:
             self._mel_phasors = RotaryTable(config.mel_head_dim, config.rope_base, self._table)
-            self._mel_blocks = _pack(self._mel.blocks)
-        self._fine = None if model.fine is None else PackedFine(model.fine)
+            self._mel_blocks = _pack_blocks(self._mel.blocks, pack)
+        self._fine = None if model.fine is None else PackedFine(model.fine, pack)
         self._latent = model.latent
         if model.latent is not None:
             up, self._up_bias = _affine(model.latent.up)
-            self._up = ops.PackedMatrix(up.t())
-            self._down = ops.PackedMatrix(_weight_of(model.latent.down).t())
+            self._up = pack(up.t())
+            self._down = pack(_weight_of(model.latent.down).t())
 
     def hidden(self, tokens: Tensor, frames: Tensor | None, cache: Cache) -> Tensor:
         """The normed state (B, C) of the newest step; arguments as in HybridModel.hidden."""
@@ -168,15 +196,15 @@ class InferenceModel:
 class PackedFine:
     """DepthTransformer.sample over packed blocks."""
 
-    def __init__(self, fine: DepthTransformer) -> None:
+    def __init__(self, fine: DepthTransformer, pack: Packer) -> None:
         config = fine.config
-        self._blocks = _pack(fine.blocks)
+        self._blocks = _pack_blocks(fine.blocks, pack)
         self._phasors = RotaryTable(config.fine_head_dim, config.rope_base, fine.table)
         self._table = fine.table.detach()
-        self._project = ops.PackedMatrix(_weight_of(fine.project).t())
+        self._project = pack(_weight_of(fine.project).t())
         heads = fine.heads * fine.norm.weight
         self._ones = torch.ones_like(fine.norm.weight)
-        self._heads = [ops.PackedMatrix(head) for head in heads.transpose(1, 2)]  # (W, V) each
+        self._heads = [pack(head) for head in heads.transpose(1, 2)]  # (W, V) each
 
     def sample(self, hidden: Tensor, coarse: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         """Codes (B, n_fine) of one step, from states (B, C) and coarse codes (B,)."""
@@ -193,6 +221,39 @@ class PackedFine:
             code = draw(head.mm(x))
             codes.append(code)
         return torch.stack(codes, 1)
+
+
+@torch.no_grad()
+def round_weights(model: HybridModel, weight_dtype: str) -> None:
+    """Gives a model the matrices that InferenceModel(model, weight_dtype) computes with, in
+    place: norms' gains are in the matrix behind them, and are 1."""
+    dtype = _TORCH_DTYPES[weight_dtype]
+    if dtype is None:
+        return
+
+    def round_(weight: Tensor, norm: nn.RMSNorm | None = None) -> None:
+        """weight (..., F, C), behind a norm over C."""
+        if norm is not None:
+            weight *= norm.weight
+        for matrix in weight.view(-1, *weight.shape[-2:]):
+            matrix.copy_(rounded(matrix.t(), dtype).t())
+
+    for block in model.modules():
+        if isinstance(block, Block):
+            round_(block.attention.qkv.weight, block.attention_norm)
+            round_(block.attention.out.weight)
+            round_(block.ffn.up.weight, block.ffn_norm)
+            round_(block.ffn.down.weight)
+            for norm in (block.attention_norm, block.ffn_norm):
+                nn.init.ones_(norm.weight)
+    round_(model.head.weight)
+    if model.latent is not None:
+        round_(model.latent.up.weight)
+        round_(model.latent.down.weight)
+    if model.fine is not None:
+        round_(model.fine.project.weight)
+        round_(model.fine.heads, model.fine.norm)
+        nn.init.ones_(model.fine.norm.weight)
 
 
 def _affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -231,5 +292,5 @@ def _weight_of(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _pack(blocks: torch.nn.ModuleList) -> list[InferenceBlock]:
-    return [InferenceBlock(block) for block in blocks if isinstance(block, Block)]
+def _pack_blocks(blocks: torch.nn.ModuleList, pack: Packer) -> list[InferenceBlock]:
+    return [InferenceBlock(block, pack) for block in blocks if isinstance(block, Block)]

@@ -97,5 +97,7 @@ def _mel_embed_backward(
 
 
 @_of("packed_addmm")
-def _packed_addmm(x: Shape, panels: Shape, addend: Shape | None, columns: int, **_: Any) -> int:
+def _packed_addmm(
+    x: Shape, panels: Shape, addend: Shape | None, columns: int, *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(x) * columns

@@ -198,7 +198,7 @@ class GenerationSession:
 
 
 def load_models(
-    runs: Sequence[str], device: str, download: bool = False
+    runs: Sequence[str], device: str, download: bool = False, weight_dtype: str = "fp32"
 ) -> dict[str, AudioGenerator]:
     """Generators by a short name: the folder's, with a number where two are alike."""
     models: dict[str, AudioGenerator] = {}
@@ -208,7 +208,9 @@ def load_models(
         while name in models:
             count += 1
             name = f"{base} ({count})"
-        models[name] = AudioGenerator.load(folder, device, download=download)
+        models[name] = AudioGenerator.load(
+            folder, device, download=download, weight_dtype=weight_dtype
+        )
     return models
 
 

@@ -225,7 +225,7 @@ inline auto with_gemm(const Gemm& args, Body&& body) {
 
 inline bool gemm(const Gemm& args, const Executor& executor) {
   if (args.b_packing == Packing::kPrepacked) {
-    PrepackedGemm(args, executor).run();
+    run_prepacked_gemm(args, executor);
     return true;
   }
   return with_gemm(

@@ -2,6 +2,9 @@
 //
 //   task = a panel of columns, a chunk of rows
 //     for each 1 to 6 rows   a register block over all of k, b read in place from the panel
+//
+// With one row every byte of b is used once: 2 FLOPs for its 4, 2 or 1 bytes. From memory that is what
+// limits; elements are widened in registers, in the shadow of the loads.
 #pragma once
 
 #include "kernels/cpu/gemm/microkernel.h"
@@ -10,6 +13,8 @@
 
 namespace wgpt::cpu::WGPT_TARGET {
 
+// Element: of the panels, float, BFloat16 or int8_t.
+template <typename Element>
 class PrepackedGemm {
   static constexpr int kMaxRows = 6;
   static constexpr int64_t kRowsOfTask = 8 * kMaxRows;
@@ -63,18 +68,22 @@ class PrepackedGemm {
       const int64_t column = panel * kPanelColumns + strip;
       if (column >= args_.n) return;
       const float* a = static_cast<const float*>(args_.a) + row * args_.a_row;
-      const float* b = static_cast<const float*>(args_.b) + panel * args_.k * kPanelColumns + strip;
+      const Element* b =
+          static_cast<const Element*>(args_.b) + panel * args_.k * kPanelColumns + strip;
       RegisterBlock<kRows, kColumnVectors> sums;
       fill_block(sums, 0.0f);
       for (int64_t k = 0; k < args_.k; k += kPrepackedDepth) {
         RegisterBlock<kRows, kColumnVectors> block;
-        gemm_fresh_block<FloatDot>(a + k, args_.a_row, 1, b + k * kPanelColumns, kPanelColumns,
-                                   min_of(kPrepackedDepth, args_.k - k), block);
+        fill_block(block, 0.0f);
+        for (int64_t i = k; i < min_of(k + kPrepackedDepth, args_.k); ++i) {
+          gemm_unit<FloatDot>(a + i, args_.a_row, b + i * kPanelColumns, block);
+        }
         WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
           WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v) sums[r][v] =
               sums[r][v] + block[r][v];
         }
       }
+      if (args_.b_scale != nullptr) scale_columns(column, sums);
       if (column + kColumns <= args_.n) {
         WGPT_UNROLL for (int r = 0; r < kRows; ++r) {
           float* c = c_at(row + r, column);
@@ -99,6 +108,18 @@ class PrepackedGemm {
     }
   }
 
+  template <int kRows, int kColumnVectors>
+  void scale_columns(int64_t column, RegisterBlock<kRows, kColumnVectors>& sums) const {
+    constexpr int kColumns = kColumnVectors * kLanes;
+    alignas(64) float scale[kColumns] = {};
+    const int64_t n = min_of<int64_t>(kColumns, args_.n - column);
+    std::memcpy(scale, args_.b_scale + column, static_cast<size_t>(n) * sizeof(float));
+    WGPT_UNROLL for (int v = 0; v < kColumnVectors; ++v) {
+      const Floats factor = load(scale + v * kLanes);
+      WGPT_UNROLL for (int r = 0; r < kRows; ++r) sums[r][v] = sums[r][v] * factor;
+    }
+  }
+
   float* c_at(int64_t row, int64_t column) const {
     return static_cast<float*>(args_.c) + row * args_.c_row + column;
   }
@@ -110,5 +131,16 @@ class PrepackedGemm {
   const Gemm& args_;
   Executor executor_;
 };
+
+inline void run_prepacked_gemm(const Gemm& args, const Executor& executor) {
+  switch (args.b_type) {
+    case PanelType::kFloat32:
+      return PrepackedGemm<float>(args, executor).run();
+    case PanelType::kBFloat16:
+      return PrepackedGemm<BFloat16>(args, executor).run();
+    case PanelType::kInt8:
+      return PrepackedGemm<int8_t>(args, executor).run();
+  }
+}
 
 }  // namespace wgpt::cpu::WGPT_TARGET

@@ -158,9 +158,10 @@ WGPT_INLINE void amx_gemm_16x64([[maybe_unused]] const float* a, [[maybe_unused]
 #endif
 }
 
-// One step of the k loop with vectors: c[r, :] += a[r * a_row] b.
-template <typename Dot, int kRows, int kColumns>
-WGPT_INLINE void gemm_unit(const float* a, int64_t a_row, const float* b,
+// One step of the k loop with vectors: c[r, :] += a[r * a_row] b. b holds units, or elements that load
+// converts to float.
+template <typename Dot, int kRows, int kColumns, typename Element>
+WGPT_INLINE void gemm_unit(const float* a, int64_t a_row, const Element* b,
                            RegisterBlock<kRows, kColumns>& c) {
   Floats row[kColumns];
   WGPT_UNROLL for (int v = 0; v < kColumns; ++v) row[v] = load(b + v * kLanes);

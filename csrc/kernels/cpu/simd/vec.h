@@ -2,7 +2,7 @@
 // the flags it is compiled with. All of it is inlined into the target's own namespace.
 //
 //   Floats                    kLanes floats in one register; + - * / work on it
-//   load store splat          unaligned; load and store also convert BFloat16 and Float16
+//   load store splat          unaligned; load and store also convert BFloat16 and Float16, load int8_t
 //   fma(a, b, c)              a * b + c, rounded once where the target can
 //   max_or_second(a, b)       b where either is NaN
 //   reciprocal(x)             1 / x for 0 < x, within a unit in the last place or two; NaN at NaN

@@ -23,10 +23,20 @@ inline Floats load(const float* p) {
 }
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
 inline Floats load(const BFloat16* p) {
-  return Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  Halves top;
+  std::memcpy(&top, p, sizeof(top));
+  return reinterpret_cast<Floats>(__builtin_convertvector(top, Bits) << 16);
 }
 inline Floats load(const Float16* p) {
   return Floats{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+inline Floats load(const int8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(4)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Floats);
 }
 inline void store(BFloat16* p, Floats x) {
   for (int i = 0; i < kLanes; ++i) p[i] = narrow<BFloat16>(x[i]);

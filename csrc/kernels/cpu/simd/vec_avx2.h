@@ -21,6 +21,10 @@ inline Floats load(const BFloat16* p) {
 inline Floats load(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline Floats load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
 inline void store(BFloat16* p, Floats x) {
   const __m256i bits = _mm256_castps_si256(x), top = _mm256_srli_epi32(bits, 16);
   const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
