@@ -7,7 +7,11 @@ without the line, taken in turns in one process; median times and their ratio. W
 is attention's share of a step; `ops.info()["sdpa"]` says how many calls ours served. The last line
 of stdout is JSON.
 
+`speedup` is that of wall time, with torch's threads. `cpu_speedup` is that of the CPU time of one
+thread, in rounds of its own: what others do on the machine hardly moves it.
+
     python benchmarks/bench_models.py [--models gpt2 llama ...] [--rounds 9] [--dtype float32]
+        [--clock wall cpu]
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 from wgpt import ops
 
+CLOCKS = {"wall": "speedup", "cpu": "cpu_speedup"}
 Case = tuple[nn.Module, Callable[[], dict[str, Tensor]], Callable[[Any], Tensor], int]
 
 
@@ -130,13 +135,38 @@ MODELS: dict[str, Callable[[], Case]] = {
 }
 
 
-def _seconds(function: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def _take_turns(
+    function: Callable[[], None], rounds: int, clock: Callable[[], float]
+) -> tuple[list[float], list[float]]:
+    """Seconds of each call without the line and with it."""
+
+    def seconds() -> float:
+        began = clock()
+        function()
+        return clock() - began
+
+    plain, ours = [], []
+    for turn in range(rounds + 1):
+        plain_s = seconds()
+        with ops.use_for_sdpa():
+            ours_s = seconds()
+        if turn:  # the first warms up
+            plain.append(plain_s)
+            ours.append(ours_s)
+    return plain, ours
 
 
-def measure(name: str, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def _speedup(plain: list[float], ours: list[float], prefix: str = "") -> dict[str, Any]:
+    """The median ratio of a round, and its quartiles."""
+    ratios = sorted(a / b for a, b in zip(plain, ours, strict=True))
+    quarter = len(ratios) // 4
+    return {
+        f"{prefix}speedup": round(statistics.median(ratios), 3),
+        f"{prefix}speedup_quartiles": [round(ratios[i], 3) for i in (quarter, -1 - quarter)],
+    }
+
+
+def measure(name: str, rounds: int, dtype: torch.dtype, clocks: list[str]) -> list[dict[str, Any]]:
     """Rows for the forward and the training step of one model."""
     torch.manual_seed(0)
     model, make, pick, n_tokens = MODELS[name]()
@@ -153,36 +183,32 @@ def measure(name: str, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
     rows = []
     for what, function in (("forward", forward), ("training step", step)):
-        plain, ours = [], []
         before = ops.info()["sdpa"]
-        for turn in range(rounds + 1):
-            plain_s = _seconds(function)
-            with ops.use_for_sdpa():
-                ours_s = _seconds(function)
-            if turn:  # the first warms up
-                plain.append(plain_s)
-                ours.append(ours_s)
-        after = ops.info()["sdpa"]
-        ratios = sorted(a / b for a, b in zip(plain, ours, strict=True))
-        rows.append(
-            {
-                "model": name,
-                "what": what,
-                "dtype": str(dtype).removeprefix("torch."),
+        row: dict[str, Any] = {
+            "model": name,
+            "what": what,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if "wall" in clocks:
+            plain, ours = _take_turns(function, rounds, time.perf_counter)
+            row |= {
                 "torch_tokens_per_s": round(n_tokens / statistics.median(plain), 1),
                 "wgpt_tokens_per_s": round(n_tokens / statistics.median(ours), 1),
-                "speedup": round(statistics.median(ratios), 3),
-                "speedup_quartiles": [
-                    round(ratios[len(ratios) // 4], 3),
-                    round(ratios[-1 - len(ratios) // 4], 3),
-                ],
-                "calls_ours": after["ours"] - before["ours"],
-                "calls_torch": after["torch"] - before["torch"],
+                **_speedup(plain, ours),
             }
+        if "cpu" in clocks:
+            n_threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            row |= _speedup(*_take_turns(function, rounds, time.process_time), "cpu_")
+            torch.set_num_threads(n_threads)
+        after = ops.info()["sdpa"]
+        row |= {f"calls_{kind}": after[kind] - before[kind] for kind in ("ours", "torch")}
+        rows.append(row)
+        ratios = ", ".join(
+            f"{clock} {row[key]:.2f}x" for clock, key in CLOCKS.items() if key in row
         )
-        row = rows[-1]
         sys.stderr.write(
-            f"{name:16} {what:14} {row['dtype']:9} {row['speedup']:.2f}x "
+            f"{name:16} {what:14} {row['dtype']:9} {ratios} "
             f"({row['calls_ours']} calls ours, {row['calls_torch']} torch's)\n"
         )
     return rows
@@ -193,11 +219,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--clock", nargs="+", choices=tuple(CLOCKS), default=list(CLOCKS))
     args = parser.parse_args()
     rows = [
         row
         for name in args.models
-        for row in measure(name, args.rounds, getattr(torch, args.dtype))
+        for row in measure(name, args.rounds, getattr(torch, args.dtype), args.clock)
     ]
     result = {
         "question": __doc__.splitlines()[0],
