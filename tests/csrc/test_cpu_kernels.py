@@ -141,6 +141,45 @@ def test_any_scale_is_as_accurate_as_torch(dtype: torch.dtype, scale: float, tar
     check_accuracy(attention_call(1, 90, heads=1, head_dim=32, dtype=dtype, scale=scale))
 
 
+@pytest.mark.parametrize("factor", [3e2, 1e4, 1e7, 1e9, 1e10, -1e10, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_large_key_is_as_accurate_as_torch(
+    dtype: torch.dtype, factor: float, target: str
+) -> None:
+    """Scores that float32 holds, but no difference of rounded ones: rows with and without them."""
+    call = attention_call(2, 70, heads=1, head_dim=32, dtype=dtype)
+    call.tensors["k"][0, 5] *= factor
+    call.tensors["k"][1, 40] *= factor
+    check_accuracy(call, rows=True)
+
+
+@pytest.mark.parametrize("kv_steps, heads", [(70, 2), (450, 1)])
+@pytest.mark.parametrize("score", [1e3, 1e5, 3e7, 3e9, 1e15])
+def test_equal_large_scores_share_the_weight(
+    score: float, kv_steps: int, heads: int, target: str
+) -> None:
+    """lse = score + log n, of which float32 holds only the score. Head 0 has them all positive."""
+    call = attention_call(1, 70, kv_steps, heads=heads, head_dim=32, scale=1.0)
+    for name in ("q", "k"):
+        call.tensors[name].zero_()[..., 0] = 1
+    call.tensors["k"] *= score
+    call.tensors["q"][:, :, 1:] *= -1
+    values = run(call.op, call)
+    n_keys = torch.arange(kv_steps - 69, kv_steps + 1).view(1, 70, 1, 1)
+    mean = call.tensors["v"].double().cumsum(1)[:, -70:] / n_keys
+    torch.testing.assert_close(values["y"].double(), mean, rtol=1e-5, atol=1e-6)
+    check_accuracy(call, rows=True)
+
+
+@pytest.mark.parametrize("q_steps", [1, 3, 40])
+def test_scores_at_the_end_of_float32_are_numbers(q_steps: int, target: str) -> None:
+    q, k, v = (torch.randn(1, 40, 1, 32) for _ in range(3))
+    q.zero_()[..., 0], k[..., 0] = 1.0, -3.3e38
+    k[:, 1, :, 0] = -1e38
+    out = ops.flash_attention(q[:, -q_steps:], k, v, scale=1.0)
+    torch.testing.assert_close(out[:, -1], v[:, 1], rtol=1e-6, atol=1e-6)
+
+
 SPOILERS = {
     "q NaN": lambda q, k, v: q[0, 5, 0].fill_(NAN),
     "k NaN": lambda q, k, v: k[0, 5, 0].fill_(NAN),

@@ -78,7 +78,7 @@ inline void flash_attention_forward(const FlashAttentionForward& args, const Exe
   });
 }
 
-// Workspace of the backward, in floats: delta of every query, a flag per key head of whose group
+// Workspace of the backward, in floats: four facts of every query, a flag per key head of whose group
 // not all gradients are finite, and a dq per key split where there are several.
 template <typename Element, int kDim>
 struct BackwardWorkspace {
@@ -88,7 +88,7 @@ struct BackwardWorkspace {
   explicit BackwardWorkspace(const FlashAttentionShape& shape) {
     const int64_t n_heads = shape.batch * shape.heads,
                   n_key_splits = Backward::n_key_splits(shape, shape.kv_steps);
-    has_nonfinite = n_heads * shape.q_steps;
+    has_nonfinite = 4 * n_heads * shape.q_steps;
     dq = round_up(has_nonfinite + shape.batch * shape.kv_heads(), 16);
     all =
         dq + (n_key_splits == 1 ? 0 : n_heads * n_key_splits * Backward::dq_floats(shape.q_steps));
@@ -154,8 +154,8 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       run(head, [&](auto& of_head) { return body(of_head, head, begin, end); });
     });
   };
-  const auto write_delta = [](auto& of_head, int64_t, int64_t begin, int64_t end) {
-    return of_head.write_delta(begin, end);
+  const auto prepare_rows = [](auto& of_head, int64_t, int64_t begin, int64_t end) {
+    return of_head.prepare_rows(begin, end);
   };
   const bool is_packed = shape.causal && args.first_key != nullptr;
   const int64_t n_key_splits = Backward::n_key_splits(shape, shape.kv_steps),
@@ -171,7 +171,7 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       });
     });
   } else if (is_balanced) {
-    for_chunks(write_delta);
+    for_chunks(prepare_rows);
     float* dq = static_cast<float*>(args.workspace) + workspace.dq;
     const int64_t dq_floats = Backward::dq_floats(shape.q_steps);
     run_tasks(executor, n_tasks, [&](int64_t task) {
@@ -185,7 +185,7 @@ void attend_backward_by_blocks(const FlashAttentionBackward& args, const Executo
       return of_head.add_key_splits(begin, end, n_key_splits, dq + first * dq_floats);
     });
   } else {
-    for_chunks(write_delta);
+    for_chunks(prepare_rows);
     const int64_t keys = Backward::kGradientKeys;
     run_tasks(executor, n_groups * ceil_div(shape.kv_steps, keys), [&](int64_t task) {
       const int64_t begin = task / n_groups * keys;  // the first keys, seen by most queries, first

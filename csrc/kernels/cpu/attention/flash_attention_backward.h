@@ -20,11 +20,15 @@
 // are the same. Key and query blocks begin where their segment begins.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels/cpu/attention/visibility.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
+
+// Above it a float32 lse loses digits that p would show: 2^-18 of it at 64.
+constexpr float kLargeLse = 64.0f;
 
 // A task of a head: segments, a key split, a key block, or a chunk of queries. Derived has, for the current query block
 // and key block, score<kDkDv>(), clear_scores<kDkDv>(strip, row), add_key_gradients() and
@@ -59,14 +63,13 @@ class GradientTask {
     select_head(h);
   }
 
-  bool write_delta(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Element* out = head_row<Element>(args_.out, b_, h_, i);
-      const Element* d_out = head_row<Element>(args_.d_out, b_, h_, i);
-      Floats sum = splat(0.0f);
-      for (int c = 0; c < kDim; c += kLanes) sum = fma(load(out + c), load(d_out + c), sum);
-      delta_[i] = reduce_add(sum) - (d_lse_ == nullptr ? 0.0f : d_lse_[i]);
-    }
+  // Of queries [begin, end): delta, and how their scores become p.
+  bool prepare_rows(int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Dot::Scope scope;
+    reserve();
+    for_segments(begin, end, [&] {
+      write_row_facts(max_of(begin, segment_.queries.begin), min_of(end, segment_.queries.end));
+    });
     return true;
   }
 
@@ -89,7 +92,7 @@ class GradientTask {
     for_segments(begin, end, [&] {
       const Range& rows = segment_.queries;
       if (rows.begin < begin) return;
-      for_group([&](int64_t) { write_delta(rows.begin, rows.end); });
+      for_group([&](int64_t) { write_row_facts(rows.begin, rows.end); });
       const float* dq = add_over_splits(
           rows, segment_.keys, shape_.group,
           [&](int64_t key_block, float* sums) { run_key_block<true>(key_block, sums); });
@@ -171,7 +174,9 @@ class GradientTask {
     const int64_t offset = (b_ * shape_.heads + h) * shape_.q_steps;
     lse_ = static_cast<const float*>(args_.lse) + offset;
     d_lse_ = args_.d_lse == nullptr ? nullptr : static_cast<const float*>(args_.d_lse) + offset;
-    delta_ = static_cast<float*>(args_.workspace) + offset;
+    float* const facts = static_cast<float*>(args_.workspace) + offset;
+    const int64_t n = shape_.batch * shape_.heads * shape_.q_steps;
+    facts_ = {facts, facts + n, facts + 2 * n, facts + 3 * n};
   }
 
   // Calls body(g) with query head g of the group selected.
@@ -185,7 +190,7 @@ class GradientTask {
 
   void reserve() {
     const int64_t n_floats = kTerms * (3 * kKeyFloats + 5 * kQueryFloats + 3 * kScoreFloats) +
-                             2 * kGradientKeys * kDim + 2 * kGradientQueries + 64;
+                             2 * kGradientKeys * kDim + 4 * kGradientQueries + 64;
     float* next =
         static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     const auto take = [&](int64_t n) { return next += n, next - n; };
@@ -202,8 +207,8 @@ class GradientTask {
     p_over_queries_ = take(kTerms * kScoreFloats);
     ds_over_queries_ = take(kTerms * kScoreFloats);
     ds_ = kPer == 1 ? ds_over_queries_ : take(kTerms * kScoreFloats);
-    block_lse_ = take(kGradientQueries);
-    block_delta_ = take(kGradientQueries);
+    block_ = {take(kGradientQueries), take(kGradientQueries), take(kGradientQueries),
+              take(kGradientQueries)};
   }
 
   static float* reserve_dq(int64_t n_rows) {
@@ -227,6 +232,127 @@ class GradientTask {
       return min_of(range.end, range.begin + round_up(max_of<int64_t>(0, x - range.begin), step));
     };
     return {next(begin), next(end)};
+  }
+
+  void write_delta(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Element* out = head_row<Element>(args_.out, b_, h_, i);
+      const Element* d_out = head_row<Element>(args_.d_out, b_, h_, i);
+      Floats sum = splat(0.0f);
+      for (int c = 0; c < kDim; c += kLanes) sum = fma(load(out + c), load(d_out + c), sum);
+      facts_.delta[i] = reduce_add(sum) - (d_lse_ == nullptr ? 0.0f : d_lse_[i]);
+    }
+  }
+
+  // p = 2^(log2 e (scale s - lse) - rest) with the row's own scale and lse. Of most rows these are the call's
+  // scale, the forward's lse and no rest. A float32 lse of thousands has no digits left for the logarithm of
+  // the sum, and the rounding of out in delta would be multiplied by a key as large: such rows get a lse of
+  // two floats, and delta = sum_j p_j d_out v_j, from their scores computed again.
+  struct RowFacts {
+    float *delta, *scale, *lse, *rest;
+  };
+
+  // Queries [begin, end) of the segment.
+  void write_row_facts(int64_t begin, int64_t end) {
+    write_delta(begin, end);
+    for (int64_t query_block = begin; query_block < end; query_block += kGradientQueries) {
+      const int64_t block_end = min_of(query_block + kGradientQueries, end);
+      bool is_large = false;
+      for (int64_t i = query_block; i < block_end; ++i) {
+        facts_.scale[i] = static_cast<float>(shape_.scale);
+        facts_.lse[i] = lse_[i];
+        facts_.rest[i] = 0.0f;
+        is_large = is_large || is_large_lse(lse_[i]);
+      }
+      if (is_large) recompute_facts(query_block, block_end);
+    }
+  }
+
+  static bool is_large_lse(float lse) { return fabsf(lse) > kLargeLse && fabsf(lse) < INFINITY; }
+
+  // Of a query, for the keys of each lane: largest score, sum of p and of p d_out v^T, p being relative to it.
+  struct LaneSums {
+    alignas(64) float maximum[kLanes], sum[kLanes], weighted[kLanes];
+  };
+
+  // The online softmax of queries [begin, end), at most a query block, lane by lane. A score's distance to the
+  // maximum is taken before it is scaled, and so does not round where it matters.
+  __attribute__((noinline)) void recompute_facts(int64_t begin, int64_t end) {
+    alignas(64) float scores[kRowGroup * kStrip], dp[kRowGroup * kStrip];
+    LaneSums sums[kGradientQueries];
+    for (LaneSums& row : sums) {
+      store(row.maximum, splat(-FLT_MAX));
+      store(row.sum, splat(0.0f));
+      store(row.weighted, splat(0.0f));
+    }
+    const auto n_rows = static_cast<int>(end - begin);
+    pack_rows<Dot, kDim>(head_rows<Element>(args_.q, b_, h_, begin), n_rows, kGradientQueries, q_);
+    pack_rows<Dot, kDim>(head_rows<Element>(args_.d_out, b_, h_, begin), n_rows, kGradientQueries,
+                         d_out_);
+    const Range keys = rows_visibility(mask_, begin, n_rows, end - 1).any;
+    const int64_t origin = segment_.keys.begin;  // a lane holds the same keys, whatever the block
+    for (int64_t key_block = origin + (keys.begin - origin) / kGradientKeys * kGradientKeys;
+         key_block < keys.end; key_block += kGradientKeys) {
+      const int64_t n_keys = min_of<int64_t>(kGradientKeys, keys.end - key_block);
+      const int64_t n_packed = round_up(n_keys, kStrip);
+      pack_columns<Dot, kDim>(head_rows<Element>(args_.k, b_, kv_h_, key_block), n_keys, n_packed,
+                              k_columns_, kKeyFloats);
+      pack_columns<Dot, kDim>(head_rows<Element>(args_.v, b_, kv_h_, key_block), n_keys, n_packed,
+                              v_columns_, kKeyFloats);
+      for (int strip = 0; strip < n_keys; strip += kStrip) {
+        for (int row = 0; row < n_rows; row += kRowGroup) {
+          derived()->score_strip(q_, k_columns_, strip, row, scores);
+          derived()->score_strip(d_out_, v_columns_, strip, row, dp);
+          for (int r = row; r < min_of(row + kRowGroup, n_rows); ++r) {
+            const int at = (r - row) * kStrip;
+            add_to_lanes(begin + r, key_block + strip, scores + at, dp + at, sums[r]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < n_rows; ++r) {
+      if (is_large_lse(lse_[begin + r])) write_facts(begin + r, sums[r]);
+    }
+  }
+
+  // A strip of keys, from `key` on, of query i.
+  void add_to_lanes(int64_t i, int64_t key, const float* scores, const float* dp, LaneSums& sums) {
+    const Floats factor = splat(static_cast<float>(shape_.scale) * kLog2E);
+    Floats s[kVectors];
+    WGPT_UNROLL for (int v = 0; v < kVectors; ++v) s[v] = load(scores + v * kLanes);
+    mask_keys(mask_, i, key, splat(-INFINITY), s);
+    Floats top = load(sums.maximum), sum = load(sums.sum), weighted = load(sums.weighted);
+    WGPT_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const Floats now = max_or_second(s[v], top), shrink = exp2_of<true>((top - now) * factor);
+      const Floats p = exp2_of<true>((s[v] - now) * factor);
+      sum = fma(sum, shrink, p);
+      // A key that is not seen may hold anything: no 0 times infinity.
+      const Floats seen_dp = choose_above(p, splat(0.0f), load(dp + v * kLanes), splat(0.0f));
+      weighted = fma(weighted, shrink, p * seen_dp);
+      top = now;
+    }
+    store(sums.maximum, top);
+    store(sums.sum, sum);
+    store(sums.weighted, weighted);
+  }
+
+  void write_facts(int64_t i, const LaneSums& sums) {
+    const float scale = static_cast<float>(shape_.scale), top = reduce_max(load(sums.maximum));
+    double sum = 0.0, weighted = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double factor = exp2((double{sums.maximum[lane]} - top) * scale * double{kLog2E});
+      sum += sums.sum[lane] * factor;
+      weighted += sums.weighted[lane] * factor;
+    }
+    const double scaled = double{top} * scale;
+    const bool is_huge = fabs(scaled) > double{kHugeScore};
+    const float of_row = is_huge ? power_below(scale) : scale;
+    const float lse = static_cast<float>(is_huge ? double{top} * of_row : scaled);
+    const double residue = is_huge ? 0.0 : scaled - double{lse};
+    facts_.scale[i] = of_row;
+    facts_.lse[i] = lse;
+    facts_.rest[i] = static_cast<float>(residue * double{kLog2E} + log2(sum));
+    facts_.delta[i] = static_cast<float>(weighted / sum) - (d_lse_ == nullptr ? 0.0f : d_lse_[i]);
   }
 
   // Gradients of keys in [begin, end) in front of all that is seen.
@@ -320,8 +446,11 @@ class GradientTask {
     prefetch_rows<kDim>(head_rows<Element>(args_.q, b_, h_, end), n_next);
     prefetch_rows<kDim>(head_rows<Element>(args_.d_out, b_, h_, end), n_next);
     for (int64_t i = 0; i < kGradientQueries; ++i) {
-      block_lse_[i] = i < n_rows_ ? lse_[query_block + i] : INFINITY;
-      block_delta_[i] = i < n_rows_ ? delta_[query_block + i] : 0.0f;
+      const bool is_row = i < n_rows_;
+      block_.delta[i] = is_row ? facts_.delta[query_block + i] : 0.0f;
+      block_.scale[i] = is_row ? facts_.scale[query_block + i] : 0.0f;
+      block_.lse[i] = is_row ? facts_.lse[query_block + i] : INFINITY;
+      block_.rest[i] = is_row ? facts_.rest[query_block + i] : 0.0f;
     }
     // Rows past the last have p = 0, and fill up the k loop over rows.
     n_scored_ = static_cast<int>(round_up(n_rows_, Dot::kIsAmx ? kKStep : 1));
@@ -345,6 +474,15 @@ class GradientTask {
         if (piece.n_vectors > 0) body(piece, row);
       }
     }
+  }
+
+  // p of row `row` of the query block.
+  template <int kWidth>
+  WGPT_INLINE void exp_of_scores(int row, const Floats (&s)[kWidth], Floats (&p)[kWidth]) const {
+    const Floats scale = splat(block_.scale[row]), lse = splat(-block_.lse[row]);
+    const Floats rest = splat(-block_.rest[row]);
+    WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[v] =
+        exp2_of<Dot::kExact>(fma(fma_unrounded(s[v], scale, lse), splat(kLog2E), rest));
   }
 
   template <int kWidth>
@@ -394,15 +532,15 @@ class GradientTask {
   const bool fp32_fallback_;
   Segment segment_;
   bool all_finite_ = true;
-  int64_t h_;  // the query head, with its rows of lse_, d_lse_ and delta_
+  int64_t h_;  // the query head, with its rows of lse_, d_lse_ and facts_
   const float *lse_, *d_lse_;
-  float* delta_;
+  RowFacts facts_, block_;  // of all rows; of those of the query block
   int64_t key_block_ = 0, n_keys_ = 0, query_block_ = 0, n_rows_ = 0;
   int n_scored_ = 0;
   Visibility visible_[(kGradientQueries + kRowGroup - 1) / kRowGroup];
   float *k_columns_, *v_columns_, *k_rows_, *dk_, *dv_, *q_, *d_out_, *q_over_queries_,
       *d_out_over_queries_;
-  float *p_over_queries_, *ds_over_queries_, *ds_, *block_lse_, *block_delta_;
+  float *p_over_queries_, *ds_over_queries_, *ds_;
   float* pairs_;  // row pairs before their transpose
 };
 

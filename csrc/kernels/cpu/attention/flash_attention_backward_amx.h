@@ -74,6 +74,13 @@ class AmxBackward : public GradientTask<AmxBackward<Element, kDim, Dot>, Element
     clear_floats(this->ds_ + at_over_keys(strip, row), kRowGroup * kScoreRow);
   }
 
+  // q k^T or d_out v^T of a group and a strip of keys, to the bits of gemm_scores().
+  void score_strip(const float* rows, const float* columns, int strip, int row, float* out) {
+    constexpr int kRow = kTerms * kUnits;
+    amx_gemm_32x32<Dot, kVectors, true>(rows + row * kRow, kRow, kUnits, columns + strip * kUnits,
+                                        kStrip, kKeyFloats, kUnits, out, kStrip, [] {});
+  }
+
   template <bool kDkDv>
   void score() {
     this->template for_pieces<kDkDv>([&](const Piece& piece, int row) {
@@ -131,15 +138,12 @@ class AmxBackward : public GradientTask<AmxBackward<Element, kDim, Dot>, Element
   WGPT_INLINE void p_and_ds_pair(int r) {
     const Scores &s = s_[pending_.buffer], &d = dp_[pending_.buffer];
     const int row = pending_.row + r, key = pending_.piece.key;
-    const Floats scale = splat(static_cast<float>(this->shape_.scale));
     Floats p[2][kWidth], ds[2][kWidth];
     WGPT_UNROLL for (int i = 0; i < 2; ++i) {
-      const Floats lse = splat(-this->block_lse_[row + i]);
-      const Floats delta = splat(this->block_delta_[row + i]);
-      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) {
-        p[i][v] = exp2_of<Dot::kExact>(fma(s[r + i][v], scale, lse) * splat(kLog2E));
-        ds[i][v] = (d[r + i][v] - delta) * p[i][v];
-      }
+      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[i][v] = s[r + i][v];
+      this->exp_of_scores(row + i, p[i], p[i]);
+      const Floats delta = splat(this->block_.delta[row + i]);
+      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) ds[i][v] = (d[r + i][v] - delta) * p[i][v];
       if constexpr (kMasked) {
         this->mask(pending_.piece, row + i, p[i]);
         this->mask(pending_.piece, row + i, ds[i]);

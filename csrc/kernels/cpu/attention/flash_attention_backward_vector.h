@@ -41,6 +41,16 @@ class VectorBackward
     }
   }
 
+  // q k^T or d_out v^T of a group and a strip of keys, to the bits of score_keys().
+  void score_strip(const float* rows, const float* columns, int strip, int row, float* out) {
+    RegisterBlock<kRowGroup, kVectors> s;
+    gemm_fresh_block<Dot>(rows + row * kUnits, kUnits, 1, columns + strip * kUnits, kStrip, kUnits,
+                          s);
+    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+      WGPT_UNROLL for (int v = 0; v < kVectors; ++v) store(out + r * kStrip + v * kLanes, s[r][v]);
+    }
+  }
+
   template <bool kDkDv>
   void score() {
     this->template for_pieces<kDkDv>([&](const Piece& piece, int row) {
@@ -60,25 +70,20 @@ class VectorBackward
     const int64_t columns = key / kStrip * (kStrip * kUnits) + key % kStrip;
     gemm_fresh_block<Dot>(this->q_ + row * kUnits, kUnits, 1, this->k_columns_ + columns, kStrip,
                           kUnits, p);
-    const Floats scale = splat(static_cast<float>(this->shape_.scale));
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-      const Floats lse = splat(-this->block_lse_[row + r]);
-      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[r][v] =
-          exp2_of<Dot::kExact>(fma_unrounded(p[r][v], scale, lse) * splat(kLog2E));
+      this->exp_of_scores(row + r, p[r], p[r]);
       if constexpr (kMasked) this->mask(piece, row + r, p[r]);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v)
           store(saved + (r * kWidth + v) * kLanes, p[r][v]);
     }
     if constexpr (kDkDv)
       store_over_rows<Dot>(this->p_over_queries_ + at_over_queries(key, row), kKeys, p);
+    gemm_fresh_block<Dot>(this->d_out_ + row * kUnits, kUnits, 1, this->v_columns_ + columns,
+                          kStrip, kUnits, dp);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
-      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) dp[r][v] = splat(-this->block_delta_[row + r]);
-    }
-    gemm_block<Dot>(this->d_out_ + row * kUnits, kUnits, 1, this->v_columns_ + columns, kStrip,
-                    kUnits, dp);
-    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+      const Floats delta = splat(this->block_.delta[row + r]);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v) dp[r][v] =
-          dp[r][v] * load(saved + (r * kWidth + v) * kLanes);
+          (dp[r][v] - delta) * load(saved + (r * kWidth + v) * kLanes);
       if constexpr (kMasked) this->mask(piece, row + r, dp[r]);
     }
     store_over_rows<Dot>(this->ds_over_queries_ + at_over_queries(key, row), kKeys, dp);

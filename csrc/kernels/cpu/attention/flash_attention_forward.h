@@ -15,6 +15,7 @@
 // or threads, nor on where its document is packed. Key blocks and strips that no row sees are skipped.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels/cpu/attention/visibility.h"
@@ -31,10 +32,19 @@ constexpr float kHeadroom = Dot::kExact   ? 8.0f
                             : Dot::kIsAmx ? 64.0f
                                           : 32.0f;
 constexpr float kMostHeadroom = 32.0f;
-constexpr float kLowest = -3.0e38f;  // maximum and limit before any score
+constexpr float kLowest = -3.0e38f;  // maximum before any score
 
-// x rounded to whole numbers; to some number near it where |x| > 2^22.
-inline Floats whole(Floats x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+// A score above 2^22 (base 2) gets no headroom: where float32 has no digits left for it, the residue of
+// rounding the maximum, up to 2^5 at kHugeScore, takes its place.
+constexpr float kLargeScore = 0x1p22f;
+
+inline Floats magnitude(Floats x) { return max_or_second(x, splat(0.0f) - x); }
+
+// x rounded to whole numbers.
+inline Floats whole(Floats x) {
+  const Floats magic = choose_above(splat(0.0f), x, splat(-0x1p23f), splat(0x1p23f));
+  return choose_above(magnitude(x), splat(0x1p23f), x, (x + magic) - magic);
+}
 
 // 2^n for whole n <= 0; 0 far below.
 inline Floats power_of_two(Floats n) { return scale_by_power(splat(1.0f), n); }
@@ -131,7 +141,11 @@ class ForwardChunk {
     reserve(n_padded);
     pack_rows<Dot, kDim>(head_rows<Element>(args_.q, b, h, begin), n_rows_, n_padded, q_);
     if (scale_ <= 0.0f) negate_queries(n_padded);
-    for (int64_t i = 0; i < n_padded; ++i) limit_[i] = maximum_[i] = kLowest;
+    for (int64_t i = 0; i < n_padded; ++i) {
+      maximum_[i] = kLowest;
+      limit_[i] = -INFINITY;
+      row_scale_[i] = scale_;
+    }
     clear_floats(sum_, n_padded * kLanes);
     clear_floats(out_, n_padded * kDim);
     const Range keys = rows_visibility(mask_, begin, n_rows_, end - 1).any;
@@ -155,9 +169,9 @@ class ForwardChunk {
   }
 
   void reserve(int64_t n_padded) {
-    const int64_t n_floats = n_padded * (Dot::kTerms * kUnits + kDim + kLanes + 2) +
+    const int64_t n_floats = n_padded * (Dot::kTerms * kUnits + kDim + kLanes + 3) +
                              Dot::kTerms * (kKTerm + kVTerm) + kGroups * kRowGroup * kPRow +
-                             2 * kPaddedRows;
+                             3 * kPaddedRows;
     q_ = static_cast<float*>(thread_scratch(static_cast<size_t>(n_floats) * sizeof(float)));
     out_ = q_ + Dot::kTerms * n_padded * kUnits;
     sum_ = out_ + n_padded * kDim;
@@ -166,6 +180,7 @@ class ForwardChunk {
     p_ = v_ + Dot::kTerms * kVTerm;
     maximum_ = p_ + kGroups * kRowGroup * kPRow;
     limit_ = maximum_ + n_padded + kPaddedRows;
+    row_scale_ = limit_ + n_padded + kPaddedRows;
   }
 
   // Conditional rescaling needs a positive scale: a negative sign moves into q, and scale 0 makes q 0.
@@ -207,9 +222,8 @@ class ForwardChunk {
 
   // p = 2^(scale s - m) of row r and of keys from `key` on: added to the row sum and stored.
   template <int kWidth>
-  WGPT_INLINE void exp_and_sum(const Group& group, int key, int r, Floats scale,
-                               Floats (&s)[kWidth]) {
-    const Floats m = splat(-maximum_[group.row + r]);
+  WGPT_INLINE void exp_and_sum(const Group& group, int key, int r, Floats (&s)[kWidth]) {
+    const Floats m = splat(-maximum_[group.row + r]), scale = splat(row_scale_[group.row + r]);
     WGPT_UNROLL for (int v = 0; v < kWidth; ++v) s[v] = exp2_of<Dot::kExact>(fma(s[v], scale, m));
     float* sum = sum_ + (group.row + r) * kLanes;
     Floats total = s[0];
@@ -241,15 +255,32 @@ class ForwardChunk {
     float largest[kPaddedRows], factor[kPaddedRows];
     for (int r = 0; r < kPaddedRows; ++r)
       largest[r] = r < kRowGroup ? reduce_max(lanes[r]) : -INFINITY;
-    const Floats inverse = splat(1.0f / scale_);
+    const Floats inverse = splat(1.0f / scale_), of_huge = splat(power_below(scale_));
+    const Floats infinity = splat(INFINITY);
+    float* const row_scale = row_scale_ + group.row;
     for (int r = 0; r < kPaddedRows; r += kLanes) {
       const Floats s = load(largest + r), bound = load(limit + r), before = load(maximum + r);
       const Floats scaled = s * splat(scale_), headroom = headroom_of(scaled);
-      const Floats new_max = whole(scaled + headroom);
-      store(update.before + r, before);
+      const Floats huge = splat(kHugeScore), size = magnitude(scaled),
+                   old_scale = load(row_scale + r);
+      const Floats new_scale = choose_above(size, huge, of_huge, splat(scale_));
+      const Floats new_max = choose_above(size, huge, s * of_huge, whole(scaled + headroom));
+      // -infinity, whose power is 0, before the first score, and where the scale changes: the scores before
+      // and after then lie more than 2^6 apart.
+      Floats from = choose_above(splat(-FLT_MAX), bound, splat(0.0f) - infinity, before);
+      from =
+          choose_above(magnitude(new_scale - old_scale), splat(0.0f), splat(0.0f) - infinity, from);
+      const Floats update_before = choose_above(s, bound, from, before);
+      store(update.before + r, update_before);
+      for (MaxUpdate* earlier = max_updates_[&group - groups_]; earlier < &update; ++earlier) {
+        const Floats value = load(earlier->before + r);
+        store(earlier->before + r,
+              choose_above(splat(-FLT_MAX), update_before, update_before, value));
+      }
       store(maximum + r, choose_above(s, bound, new_max, before));
       store(limit + r, choose_above(s, bound, limit_of(fma(headroom, inverse, s)), bound));
-      store(factor + r, choose_above(s, bound, power_of_two(before - new_max), splat(1.0f)));
+      store(row_scale + r, choose_above(s, bound, new_scale, old_scale));
+      store(factor + r, choose_above(s, bound, power_of_two(from - new_max), splat(1.0f)));
     }
     for (int r = 0; r < kRowGroup; ++r) {
       float* sum = sum_ + (group.row + r) * kLanes;
@@ -258,9 +289,10 @@ class ForwardChunk {
   }
 
   static Floats headroom_of(Floats scaled) {
-    const Floats half = max_or_second(scaled * splat(0.5f), scaled * splat(-0.5f));
-    const Floats most = splat(kMostHeadroom);
-    return max_or_second(choose_above(half, most, most, half), splat(kHeadroom<Dot>));
+    const Floats size = magnitude(scaled), half = size * splat(0.5f), most = splat(kMostHeadroom);
+    const Floats headroom =
+        max_or_second(choose_above(half, most, most, half), splat(kHeadroom<Dot>));
+    return choose_above(size, splat(kLargeScore), splat(0.0f), headroom);
   }
 
   // At least 1e-30: the difference of a score to a limit closer to 0 could be flushed to 0.
@@ -294,6 +326,11 @@ class ForwardChunk {
     }
   }
 
+  // Of a row scaled by a power of two, in nats.
+  float unscaled_maximum(int64_t i) const {
+    return static_cast<float>(double{maximum_[i]} / row_scale_[i] * fabs(shape_.scale));
+  }
+
   bool finish_row(int64_t b, int64_t h, int64_t i) {
     const float sum = reduce_add(load(sum_ + i * kLanes));
     const Floats inverse = splat(1.0f / sum);
@@ -303,7 +340,7 @@ class ForwardChunk {
     const auto is_finite = [&] { return are_finite(out, kDim) && *lse - *lse == 0.0f; };
     if (fp32_fallback_ && is_finite()) return true;
     for (int c = 0; c < kDim; c += kLanes) store(out + c, load(out_ + i * kDim + c) * inverse);
-    *lse = log_sum(maximum_[i], sum);
+    *lse = row_scale_[i] == scale_ ? log_sum(maximum_[i], sum) : unscaled_maximum(i) + logf(sum);
     return Dot::kTerms == 1 || is_finite();
   }
 
@@ -314,8 +351,8 @@ class ForwardChunk {
   const bool fp32_fallback_;
   int64_t begin_ = 0, n_rows_ = 0, key_block_ = 0;
   float *q_, *out_, *sum_, *k_, *v_, *p_;
-  // Of each row: its maximum (base 2), and the unscaled score above which it is updated.
-  float *maximum_, *limit_;
+  // Of each row: its maximum (base 2), the unscaled score above which it is updated, and what scales it.
+  float *maximum_, *limit_, *row_scale_;
   Group groups_[kGroups];
   MaxUpdate max_updates_[kGroups][kBlockKeys / kStrip];  // one a strip at most
 };

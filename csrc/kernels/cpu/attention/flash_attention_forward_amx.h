@@ -82,24 +82,23 @@ class AmxForward
   // Softmax of the pending scores, up to row `end`.
   WGPT_INLINE void exp_and_sum_until(int end) {
     if (pending_.scores == nullptr) return;
-    const Floats scale = splat(this->scale_);
     for (int r = pending_.row; r < end; ++r) {
       if (__builtin_expect(pending_.piece.is_masked, 0)) {
-        exp_and_sum_masked_row(r, scale);
+        exp_and_sum_masked_row(r);
       } else {
-        exp_and_sum_row<kVectors, false>(r, scale);
+        exp_and_sum_row<kVectors, false>(r);
       }
     }
     pending_.row = max_of(pending_.row, end);
   }
 
-  __attribute__((noinline)) void exp_and_sum_masked_row(int r, Floats scale) {
-    if (pending_.piece.n_vectors == kVectors) return exp_and_sum_row<kVectors, true>(r, scale);
-    exp_and_sum_row<2, true>(r, scale);
+  __attribute__((noinline)) void exp_and_sum_masked_row(int r) {
+    if (pending_.piece.n_vectors == kVectors) return exp_and_sum_row<kVectors, true>(r);
+    exp_and_sum_row<2, true>(r);
   }
 
   template <int kWidth, bool kMasked>
-  WGPT_INLINE void exp_and_sum_row(int r, Floats scale) {
+  WGPT_INLINE void exp_and_sum_row(int r) {
     Group& group = *pending_.group;
     const int key = pending_.piece.key;
     Floats s[kWidth];
@@ -107,7 +106,7 @@ class AmxForward
     const Floats largest = Chunk::largest_of(s);
     if (__builtin_expect(any_above(largest, splat(this->limit_[group.row + r])), 0))
       update_group_max<kWidth, kMasked>();
-    this->exp_and_sum(group, key, r, scale, s);
+    this->exp_and_sum(group, key, r, s);
   }
 
   // Updates the maxima of all rows of the group, which tend to rise together. Only a row with a NaN, which

@@ -66,8 +66,7 @@ class VectorForward
       WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) largest[r] = Chunk::largest_of(s[r]);
       this->update_row_max(group, key, largest);
     }
-    const Floats scale = splat(this->scale_);
-    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->exp_and_sum(group, key, r, scale, s[r]);
+    WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) this->exp_and_sum(group, key, r, s[r]);
   }
 
   // kJoined groups from g on, in one register block where they see the same keys.

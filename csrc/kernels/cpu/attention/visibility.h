@@ -184,4 +184,11 @@ inline void prefetch_rows(Rows<Element> rows, int64_t n) {
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
+// Above 2^30 (scaled), scores that differ at all differ by more than 2^6, and any scale near the true one
+// gives the same softmax: a row with such a maximum is scaled by a power of two, so that s - m does not round.
+constexpr float kHugeScore = 0x1p30f;
+
+// The largest power of two that is at most x.
+inline float power_below(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7f800000u); }
+
 }  // namespace wgpt::cpu::WGPT_TARGET
