@@ -82,8 +82,9 @@ def flash_attention(
     Args:
         q: (B, Tq, H, D), D a multiple of 8 up to 256; float32, bfloat16, float16, or float64 on the
             CPU. The kernels are for 32, 64, 96, 128 and 256 (CUDA: 32, 64 and 128): other sizes
-            cost padded copies and the time of the next larger one. On CUDA, torch's own attention
-            runs for D above 128.
+            cost padded copies and the time of the next larger one. Torch's own attention runs on
+            CUDA for D above 128, and on the CPU for up to 4 float32 queries of a padded size
+            (without `return_lse`), where copies of a KV cache would take 10 times as long.
         k, v: (B, Tk, Hk, D), H a multiple of Hk, in the dtype of q. On CUDA they are repeated to H
             heads first.
         scale: factor of the scores, positive and finite; None is 1 / sqrt(D).
@@ -106,7 +107,7 @@ def flash_attention(
     lse: Tensor
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    if runs_plain_torch(q.device) or _is_too_wide_for_cuda(q):
+    if runs_plain_torch(q.device) or _is_torch_s(q, k, return_lse):
         arguments = (q, k, v, scale, causal, window, first_key)
         _check(*arguments)
         if return_lse:
@@ -119,8 +120,13 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def _is_too_wide_for_cuda(q: Tensor) -> bool:
-    return is_gpu(q.device) and q.shape[-1] > MOST_CUDA_HEAD_DIM
+def _is_torch_s(q: Tensor, k: Tensor, return_lse: bool) -> bool:
+    """Whether the device has our kernels, and none for so many channels that is of use."""
+    if is_gpu(q.device):
+        return q.shape[-1] > MOST_CUDA_HEAD_DIM
+    if q.shape[-1] in HEAD_DIMS or q.dtype != torch.float32 or return_lse:
+        return False
+    return q.dim() == k.dim() == 4 and q.shape[1] <= 4 < k.shape[1]
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:

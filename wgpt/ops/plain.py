@@ -66,7 +66,10 @@ def flash_attention(
     queries to more keys asks for it.
     """
     q_steps, kv_steps = q.shape[1], k.shape[1]
-    k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
+    # torch's kernel for the CPU reads grouped heads in place.
+    is_grouped = q.device.type == "cpu" and k.shape[2] != q.shape[2]
+    if not is_grouped:
+        k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
     is_square = bool(causal and window == 0 and first_key is None and q_steps == kv_steps)
     sees_all = window == 0 and first_key is None and (not causal or q_steps == 1)
     mask = None
@@ -80,6 +83,7 @@ def flash_attention(
         attn_mask=mask,
         is_causal=is_square,
         scale=scale,
+        enable_gqa=is_grouped,
     )
     return out.transpose(1, 2).contiguous()
 
