@@ -152,6 +152,7 @@ def test_sharded_processes_equal_one_which_resumes_their_run(prepared, alone, tm
     out = tmp_path / "run"
     said = finish(torchrun(tmp_path, 2, *begin(prepared, out), *FSDP, FAULT="error"), code=1)
     assert re.search(r"^wgpt train: process 1: step 5: planted.*--resume", said, re.M)
+    assert "Warning" not in said
     np.testing.assert_allclose(losses(out), losses(alone)[: len(losses(out))], rtol=2e-5)
     files = sorted(p.name for p in (out / "checkpoints" / "step-00000003").iterdir())
     assert files == [
@@ -378,4 +379,5 @@ def test_killed_process_of_two_hosts_is_restarted_to_the_same_weights(
     ]  # fmt: skip
     said = [finish(process) for process in running]
     assert any("resumed from step 3" in text for text in said)
+    assert not any(re.search(r"--resume.*--resume", text) for text in said)
     assert last_step(out) == last_step(whole)

@@ -58,8 +58,8 @@ def read(folder: Path, tensors: dict[str, Tensor]) -> None:
     found = names_in(folder)
     if found != set(tensors):
         odd = sorted(found ^ set(tensors))[0]
-        what = "has no" if odd in tensors else "holds, which this model has not,"
-        raise CheckpointError(f"{folder}: {what} {odd}")
+        what = f"has no {odd}" if odd in tensors else f"holds {odd}, which this model has not"
+        raise CheckpointError(f"{folder}: {what}")
     scalars = {name: t for name, t in tensors.items() if t.dim() == 0}
     for file in _files(folder):
         with safetensors.safe_open(file, "pt") as opened:

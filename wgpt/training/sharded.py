@@ -8,6 +8,7 @@ a checkpoint       the whole model as ever; of the optimizer, a file for each pr
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ class ShardedModel:
         self.whole: HybridModel | None = None
         if dist.get_rank() == 0:
             self.whole = copy.deepcopy(model).requires_grad_(False)
+        # Of blocks whose results are views; nothing writes into them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         mesh = init_device_mesh(device.type, (n_processes,))
         mel = model.fusion.mel
         for module in [*(mel.blocks if mel is not None else ()), *model.blocks, root]:

@@ -204,7 +204,9 @@ class Trainer:
                 self.processes.tell(error)
                 raise
             has_begun = (self.run.folder / "config.json").exists()
-            safe = f". What is committed is safe: {resume_command(self.run)}" if has_begun else ""
+            is_said = "--resume" in why  # by the process that told
+            safe = f". What is committed is safe: {resume_command(self.run)}"
+            safe = safe if has_begun and not is_said else ""
             raise TrainError(f"{why}{safe}") from error
 
     @contextlib.contextmanager
