@@ -11,7 +11,6 @@ import sys
 from wgpt.cli import one_line
 from wgpt.config import MelConfig, mel_source_name
 from wgpt.data import prepare
-from wgpt.data.levels import MEL_BITS
 from wgpt.data.parts import shard_of
 from wgpt.data.report import report_lines
 from wgpt.data.splits import SPLIT_BY
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "8; adding one later costs only that one",
     )  # fmt: skip
     add(
-        "--mel-bits", type=int, choices=MEL_BITS, default=16,
+        "--mel-bits", type=int, metavar="{16,8,5}", default=16,
         help="of a stored mel bin: 8 and 5 take a half and 5/16 of the space of the default 16, "
         "float16",
     )  # fmt: skip
