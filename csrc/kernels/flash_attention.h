@@ -1,6 +1,7 @@
 // flash_attention: softmax attention without a T x T matrix.
 //
 //   s[i,j] = scale * q[i] . k[j]          for every visible pair (i, j), else -inf
+//   with softcap: s = softcap tanh(s / softcap)      with bias: s = s + bias[b,h,i,j], or -inf where a mask is false
 //   lse[i] = log sum_j exp(s[i,j])        p[i,j] = exp(s[i,j] - lse[i])        out[i] = sum_j p[i,j] v[j]
 //
 // q, out (B, Tq, H, D); k, v (B, Tk, H / group, D); lse (B, H, Tq), natural logarithm,
@@ -18,8 +19,11 @@
 // bits of a segment, gradients included, depend on no other segment, NaN and infinities included; on the CPU they are
 // those that it gets alone (backward: alone in a call of as many heads).
 //
+// softcap and bias are the CPU's alone. A query that bias leaves no key (all -inf) has out 0, lse -inf and no gradient.
+//
 // Backward recomputes p from lse:
 //   delta[i] = d_out[i] . out[i] - d_lse[i]      ds[i,j] = p[i,j] (d_out[i] . v[j] - delta[i])
+//   with softcap ds is multiplied by 1 - tanh^2; bias has no gradient
 //   dq[i] = scale sum_j ds[i,j] k[j]     dk[j] = scale sum_i ds[i,j] q[i]     dv[j] = sum_i p[i,j] d_out[i]
 // dk and dv sum over the queries of every head of the group, head by head.
 //
@@ -47,10 +51,19 @@ struct FlashAttentionShape {
   int64_t batch, q_steps, kv_steps, heads, head_dim;  // a kernel's: kCpuHeadDims, kCudaHeadDims
   double scale;
   bool causal;
-  int64_t window;     // 0: none
-  int64_t group = 1;  // consecutive query heads that share a key head; CUDA: 1
+  int64_t window;      // 0: none
+  int64_t group = 1;   // consecutive query heads that share a key head; CUDA: 1
+  double softcap = 0;  // 0: none
 
   int64_t kv_heads() const { return heads / group; }
+};
+
+// (B, H, Tq, Tk) by strides, 0 along what is broadcast: added to the scores, or bytes that are 0 where a key is hidden.
+struct ScoreBias {
+  const void* data = nullptr;  // nullptr: none
+  bool is_mask = false;
+  DType dtype = DType::kFloat32;  // of what is no mask
+  int64_t batch_stride = 0, head_stride = 0, query_stride = 0, key_stride = 0;
 };
 
 struct FlashAttentionForward {
@@ -60,6 +73,7 @@ struct FlashAttentionForward {
   HeadsView out;
   void* lse;        // (B, H, Tq) float32 (float64 for float64)
   void* workspace;  // flash_attention_*_forward_workspace_bytes(shape), 64-byte aligned
+  ScoreBias bias{};
 };
 
 struct FlashAttentionBackward {
@@ -70,6 +84,7 @@ struct FlashAttentionBackward {
   const void* d_lse;              // (B, H, Tq), or nullptr for zero
   HeadsView dq, dk, dv;
   void* workspace;  // flash_attention_*_backward_workspace_bytes(shape), 64-byte aligned
+  ScoreBias bias{};
 };
 
 }  // namespace wgpt

@@ -54,6 +54,13 @@ Tensor own_channels(const Tensor& x, int64_t head_dim) {
   return own;
 }
 
+// What the CUDA kernels do not compute.
+template <typename Call>
+[[maybe_unused]] void refuse_transforms(const char* op, const Call& call) {
+  if (call.bias.data != nullptr || call.shape.softcap > 0)
+    fail(op, "bias and softcap run on the CPU only");
+}
+
 void launch(FlashAttentionForward& call, const Tensor& where) {
   if (!on_cuda(where)) {
     const auto& kernels = cpu::active();
@@ -64,6 +71,7 @@ void launch(FlashAttentionForward& call, const Tensor& where) {
   }
 #ifdef WGPT_WITH_CUDA
   if (call.shape.group > 1) fail(kOp, "fewer key than query heads run on the CPU only");
+  refuse_transforms(kOp, call);
   const CudaScope scope(kOp, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_forward_workspace_bytes(call.shape));
@@ -84,6 +92,7 @@ void launch(FlashAttentionBackward& call, const Tensor& where) {
   }
 #ifdef WGPT_WITH_CUDA
   if (call.shape.group > 1) fail(kBackward, "fewer key than query heads run on the CPU only");
+  refuse_transforms(kBackward, call);
   const CudaScope scope(kBackward, where);
   const Tensor scratch =
       workspace(where, cuda::flash_attention_backward_workspace_bytes(call.shape));
@@ -191,9 +200,34 @@ std::optional<Tensor> checked_first_key(const char* op, const std::optional<Tens
   return is_zero ? std::nullopt : std::optional<Tensor>(dense);
 }
 
+// bias as the kernels read it, in place; and softcap.
+ScoreBias checked_transforms(const char* op, const std::optional<Tensor>& bias, double softcap,
+                             const Tensor& q, FlashAttentionShape& shape) {
+  if (!(softcap >= 0) || std::isinf(softcap))
+    fail(op, "softcap must be at least 0 and finite, got ", softcap);
+  shape.softcap = softcap;
+  if (!bias.has_value()) return {};
+  check_shape(op, "bias", *bias, "(B, H, Tq, Tk)",
+              {shape.batch, shape.heads, shape.q_steps, shape.kv_steps});
+  check_same_device(op, "bias", *bias, "q", q);
+  const bool is_mask = bias->scalar_type() == ScalarType::Bool;
+  if (!is_mask && bias->scalar_type() != ScalarType::Float)
+    check_dtype(op, "bias", *bias, q.scalar_type(), " like q, or bool or float32");
+  return {bias->const_data_ptr(),
+          is_mask,
+          is_mask ? DType::kFloat32 : element_type(op, "bias", *bias),
+          bias->stride(0),
+          bias->stride(1),
+          bias->stride(2),
+          bias->stride(3)};
+}
+
 void check(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
-           int64_t window, const std::optional<Tensor>& first_key) {
-  checked_first_key(kOp, first_key, q, check_inputs(kOp, q, k, v, scale, causal, window));
+           int64_t window, const std::optional<Tensor>& first_key,
+           const std::optional<Tensor>& bias, double softcap) {
+  FlashAttentionShape shape = check_inputs(kOp, q, k, v, scale, causal, window);
+  checked_first_key(kOp, first_key, q, shape);
+  checked_transforms(kOp, bias, softcap, q, shape);
 }
 
 const int32_t* first_key_data(const std::optional<Tensor>& first_key) {
@@ -203,9 +237,11 @@ const int32_t* first_key_data(const std::optional<Tensor>& first_key) {
 // q (B, Tq, H, D), k and v (B, Tk, Hk, D) -> out (B, Tq, H, D), lse (B, H, Tq)
 std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                    double scale, bool causal, int64_t window,
-                                   const std::optional<Tensor>& first_key_in) {
+                                   const std::optional<Tensor>& first_key_in,
+                                   const std::optional<Tensor>& bias, double softcap) {
   FlashAttentionForward call{};
   call.shape = check_inputs(kOp, q_in, k_in, v_in, scale, causal, window);
+  call.bias = checked_transforms(kOp, bias, softcap, q_in, call.shape);
   FlashAttentionShape& shape = call.shape;
   const std::optional<Tensor> first_key = checked_first_key(kOp, first_key_in, q_in, shape);
   const int64_t head_dim = shape.head_dim;
@@ -229,9 +265,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_in, const Tensor& k_in, const
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& d_out_in, const std::optional<Tensor>& d_lse_in, const Tensor& q_in,
     const Tensor& k_in, const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in,
-    double scale, bool causal, int64_t window, const std::optional<Tensor>& first_key_in) {
+    double scale, bool causal, int64_t window, const std::optional<Tensor>& first_key_in,
+    const std::optional<Tensor>& bias, double softcap) {
   FlashAttentionBackward call{};
   call.shape = check_inputs(kBackward, q_in, k_in, v_in, scale, causal, window);
+  call.bias = checked_transforms(kBackward, bias, softcap, q_in, call.shape);
   FlashAttentionShape& shape = call.shape;
   const std::optional<Tensor> first_key = checked_first_key(kBackward, first_key_in, q_in, shape);
   const struct {

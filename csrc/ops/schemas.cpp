@@ -24,11 +24,12 @@ void define_ops(torch::stable::detail::StableLibrary& m) {
       "SymInt pos_rows) -> (Tensor d_table, Tensor d_pos)");
   m.def(
       "flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, "
-      "Tensor? first_key=None) "
+      "Tensor? first_key=None, Tensor? bias=None, float softcap=0.) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor lse, float scale, bool causal, int window, Tensor? first_key=None) "
+      "Tensor out, Tensor lse, float scale, bool causal, int window, Tensor? first_key=None, "
+      "Tensor? bias=None, float softcap=0.) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
   // What a profile of the training step asked for (docs/log.md); linear on the CPU only.
   m.def(
@@ -76,7 +77,7 @@ void define_checks(torch::stable::detail::StableLibrary& m) {
   m.def("check_token_concat(Tensor tokens, Tensor table, Tensor? mel_hidden, Tensor? pos) -> ()");
   m.def(
       "check_flash_attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window, "
-      "Tensor? first_key) -> ()");
+      "Tensor? first_key, Tensor? bias, float softcap) -> ()");
   m.def("check_add_rms_norm(Tensor x, Tensor? delta, Tensor weight, ScalarType dtype) -> ()");
   m.def("check_rotary_qkv(Tensor qkv, Tensor cos, Tensor sin) -> ()");
   m.def("check_linear(Tensor x, Tensor weight) -> ()");

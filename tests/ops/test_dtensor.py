@@ -23,6 +23,7 @@ def arguments_of(name: str) -> list[Any]:
         case "flash_attention":
             first_key = torch.arange(T, dtype=torch.int32).div(2).int().expand(B, T)
             forward = [r(B, T, H, D), r(B, T, H, D), r(B, T, H, D), 0.2, True, 0, first_key]
+            forward += [r(B, H, T, T), 3.0]
             out, lse = torch.ops.wgpt_kernels.flash_attention(*forward)
             backward = [r(B, T, H, D), r(B, H, T), *forward[:3], out, lse, *forward[3:]]
         case "rotary_qkv":

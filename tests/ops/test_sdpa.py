@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import assert_as_accurate_as_torch, nudge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from wgpt.ops.sdpa import sdpa_calls, use_for_sdpa
@@ -54,8 +55,6 @@ def test_ours_is_as_accurate_as_torch_s(dtype, options):
 @pytest.mark.parametrize(
     ("options", "k_shape"),
     [
-        ({"attn_mask": torch.ones(300, 300, dtype=torch.bool).tril()}, SHAPE),
-        ({"attn_mask": torch.randn(300, 300)}, SHAPE),
         ({"is_causal": True}, (2, 4, 400, 64)),  # aligned to the first key in torch
     ],
 )
@@ -65,6 +64,52 @@ def test_what_ours_does_not_serve_has_torch_s_bits(options, k_shape):
     through, n_ours, n_torch = served(lambda: attend(*arguments, **options))
     assert (n_ours, n_torch) == (0, 1)
     assert all(torch.equal(a, b) for a, b in zip(own, through, strict=True))
+
+
+MASKS = {
+    "tril": torch.ones(300, 300, dtype=torch.bool).tril(),
+    "keys of items": torch.rand(2, 1, 1, 300) > 0.3,
+    "numbers of heads": torch.randn(1, 4, 300, 300),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_run_ours(mask, dtype):
+    attn_mask = MASKS[mask] if MASKS[mask].dtype == torch.bool else MASKS[mask].to(dtype)
+    arguments = inputs(dtype)
+    exact_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.double()
+    exact = attend(*(x.double() for x in arguments), attn_mask=exact_mask)
+    own = attend(*arguments, attn_mask=attn_mask)
+    ours, n_ours, n_torch = served(lambda: attend(*arguments, attn_mask=attn_mask))
+    assert (n_ours, n_torch) == (1, 0)
+    nudged = attend(*(nudge(x.double(), dtype) for x in arguments), attn_mask=exact_mask)
+    for name, *values in zip(("out", "dq", "dk", "dv"), ours, own, exact, nudged, strict=True):
+        assert_as_accurate_as_torch(name, *values)
+
+
+@pytest.mark.parametrize("hidden", [False, torch.finfo(torch.float32).min], ids=str)
+def test_rows_without_a_key_are_as_torch_gives_them(hidden):
+    """A mask of False: 0, and no gradient; the lowest number, as padding has it: the mean."""
+    attn_mask = torch.ones(300, 300, dtype=torch.bool).tril()
+    if hidden is not False:
+        attn_mask = torch.zeros(300, 300).masked_fill(~attn_mask, hidden)
+    attn_mask[:7] = hidden
+    arguments = inputs()
+    # Its formula: of rows at the lowest number, gradients of its fused kernel miss 1 / n.
+    with sdpa_kernel(SDPBackend.MATH):
+        own = attend(*arguments, attn_mask=attn_mask)
+    ours, n_ours, _ = served(lambda: attend(*arguments, attn_mask=attn_mask))
+    assert n_ours == 1
+    for a, b in zip(own, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_that_wants_a_gradient_is_torch_s():
+    arguments = inputs()
+    attn_mask = torch.randn(300, 300, requires_grad=True)
+    _, n_ours, _ = served(lambda: attend(*arguments, attn_mask=attn_mask))
+    assert n_ours == 0 and attn_mask.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 64), (2, 4, 300, 36)])

@@ -131,6 +131,17 @@ FlashAttentionShape = structure(
     causal=ctypes.c_bool,
     window=i64,
     group=i64,
+    softcap=f64,
+)
+ScoreBias = structure(  # none on CUDA
+    "ScoreBias",
+    data=ptr,
+    is_mask=ctypes.c_bool,
+    dtype=i32,
+    batch_stride=i64,
+    head_stride=i64,
+    query_stride=i64,
+    key_stride=i64,
 )
 FlashAttentionForward = structure(
     "FlashAttentionForward",
@@ -142,6 +153,7 @@ FlashAttentionForward = structure(
     out=HeadsView,
     lse=ptr,
     workspace=ptr,
+    bias=ScoreBias,
 )
 FlashAttentionBackward = structure(
     "FlashAttentionBackward",
@@ -158,6 +170,7 @@ FlashAttentionBackward = structure(
     dk=HeadsView,
     dv=HeadsView,
     workspace=ptr,
+    bias=ScoreBias,
 )
 
 

@@ -19,12 +19,12 @@ Rule = tuple[list[Placed], list[Placed]]
 
 _RULES: dict[str, list[Rule]] = {
     "flash_attention": [
-        ([0, 0], [0, 0, 0, None, None, None, 0]),
-        ([2, 1], [2, 2, 2, None, None, None, R]),
+        ([0, 0], [0, 0, 0, None, None, None, 0, 0, None]),
+        ([2, 1], [2, 2, 2, None, None, None, R, 1, None]),
     ],
     "flash_attention_backward": [
-        ([0, 0, 0], [0, 0, 0, 0, 0, 0, 0, None, None, None, 0]),
-        ([2, 2, 2], [2, 1, 2, 2, 2, 2, 1, None, None, None, R]),
+        ([0, 0, 0], [0, 0, 0, 0, 0, 0, 0, None, None, None, 0, 0, None]),
+        ([2, 2, 2], [2, 1, 2, 2, 2, 2, 1, None, None, None, R, 1, None]),
     ],
     "rotary_qkv": [([0, 0, 0], [0, R, R]), ([2, 2, 2], [3, R, R])],
     "rotary_qkv_backward": [([0], [0, 0, 0, R, R]), ([3], [2, 2, 2, R, R])],

@@ -26,6 +26,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -40,6 +42,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -54,6 +58,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -67,6 +73,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention without a Tq x Tk matrix: softmax(scale q k^T) v over the visible keys.
@@ -93,6 +101,13 @@ def flash_attention(
         first_key: (B, Tq) int32, the first key that each query may see; 0 <= first_key, at most the
             last key that the query sees without it, non-decreasing along a row. Causal attention
             over packed documents: the start of the query's document (`first_key_of`). No gradient.
+        bias: on the CPU, broadcast to (B, H, Tq, Tk) without a copy: numbers in the dtype of q or
+            float32, added to the scores, or a bool mask, True where the query may see the key.
+            Beside causal, window and first_key, all of which hold. A query that it leaves no key
+            (a row of False or -inf) has out 0, lse -inf and no gradient. No gradient of its own:
+            one that requires a gradient is refused.
+        softcap: > 0, on the CPU: the scores become softcap * tanh(scores / softcap) before bias is
+            added (Gemma 2, arXiv 2408.00118).
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -102,20 +117,23 @@ def flash_attention(
     Raises:
         OpError: for other shapes, dtypes or options.
     """
+    if bias is not None or softcap != 0.0:
+        bias = _checked_bias(q, k, bias)
     q, k, v = cast_to_autocast_type(q, k, v)  # type: ignore[assignment]
     out: Tensor
     lse: Tensor
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
-    if runs_plain_torch(q.device) or _is_torch_s(q, k, return_lse):
-        arguments = (q, k, v, scale, causal, window, first_key)
+    is_plain = bias is None and softcap == 0.0
+    if runs_plain_torch(q.device) or (is_plain and _is_torch_s(q, k, return_lse)):
+        arguments = (q, k, v, scale, causal, window, first_key, bias, softcap)
         _check(*arguments)
         if return_lse:
             return plain.flash_attention_with_lse(*arguments)
         return plain.flash_attention(*arguments)
     if is_gpu(q.device) and q.dim() == k.dim() == v.dim() == 4:  # our CUDA kernels know no groups
         k, v = (reference.repeat_heads(x, q.shape[2]) for x in (k, v))
-    given = () if first_key is None else (first_key,)
+    given = _given(first_key, bias, softcap)
     out, lse = _flash_attention(q, k, v, scale, causal, window, *given)
     return (out, lse) if return_lse else out
 
@@ -127,6 +145,37 @@ def _is_torch_s(q: Tensor, k: Tensor, return_lse: bool) -> bool:
     if q.shape[-1] in HEAD_DIMS or q.dtype != torch.float32 or return_lse:
         return False
     return q.dim() == k.dim() == 4 and q.shape[1] <= 4 < k.shape[1]
+
+
+def _checked_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
+    """bias as a (B, H, Tq, Tk) view, where q and k are whole; what is not served is refused."""
+    if is_gpu(q.device):
+        raise OpError(
+            f"flash_attention: bias and softcap run on the CPU only, got q on {q.device}; there "
+            "torch's scaled_dot_product_attention takes a bias and flex_attention a softcap"
+        )
+    if bias is None or not q.dim() == k.dim() == 4:
+        return bias
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise OpError(
+            "flash_attention: bias has no gradient, got one that requires it; pass bias.detach(), "
+            "or train it with wgpt.ops.reference.flash_attention"
+        )
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    own = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if len(own) > 4 or any(n not in (1, m) for n, m in zip(own, shape, strict=True)):
+        raise OpError(
+            f"flash_attention: bias must broadcast to (B, H, Tq, Tk) = {tuple(shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
+    return bias.expand(shape)
+
+
+def _given(first_key: Tensor | None, bias: Tensor | None, softcap: float) -> tuple[Any, ...]:
+    """The last arguments of the op, as few as the call needs."""
+    if bias is not None or softcap != 0.0:
+        return first_key, bias, softcap
+    return () if first_key is None else (first_key,)
 
 
 def attention_of(device: torch.device) -> Callable[..., Tensor]:
@@ -181,6 +230,8 @@ def _fake(
     causal: bool,
     window: int,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     batch, q_steps, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, q_steps), dtype=statistic_dtype(q))
@@ -194,23 +245,27 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.causal, ctx.window, *first_key = inputs
-    ctx.save_for_backward(q, k, v, *output, *first_key)
+    q, k, v, ctx.scale, ctx.causal, ctx.window, *given = inputs
+    first_key, bias, ctx.softcap = (*given, *(None, None, 0.0)[len(given) :])
+    ctx.save_for_backward(q, k, v, *output, first_key, bias)
     ctx.set_materialize_grads(False)  # an unused lse costs nothing: its gradient stays None
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None and d_lse is None:
-        return (None,) * 7
-    q, k, v, out, lse, *first_key = ctx.saved_tensors
+        return (None,) * 9
+    q, k, v, out, lse, first_key, bias = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
+    given = _given(first_key, bias, ctx.softcap)
     dq, dk, dv = _flash_attention_backward(
-        d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, *first_key
+        d_out, d_lse, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, *given
     )
-    return dq, dk, dv, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None
 
 
-_flash_attention = differentiable("flash_attention", _setup_context, _backward, folded=(0, 1, 2, 6))
-_flash_attention_backward = backward_op("flash_attention", folded=(0, 1, 2, 3, 4, 5, 6, 10))
+_flash_attention = differentiable(
+    "flash_attention", _setup_context, _backward, folded=(0, 1, 2, 6, 7)
+)
+_flash_attention_backward = backward_op("flash_attention", folded=(0, 1, 2, 3, 4, 5, 6, 10, 11))
 _check = checks_of("flash_attention")

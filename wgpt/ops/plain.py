@@ -59,12 +59,16 @@ def flash_attention(
     causal: bool,
     window: int,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """out of `wgpt.ops.flash_attention` by torch's scaled_dot_product_attention.
 
     A mask of Tq x Tk bits is written where first_key, a window, or causal attention of a few
-    queries to more keys asks for it.
+    queries to more keys asks for it; with bias or softcap the scores are.
     """
+    if bias is not None or softcap > 0:
+        return flash_attention_with_lse(q, k, v, scale, causal, window, first_key, bias, softcap)[0]
     q_steps, kv_steps = q.shape[1], k.shape[1]
     # torch's kernel for the CPU reads grouped heads in place.
     is_grouped = q.device.type == "cpu" and k.shape[2] != q.shape[2]
@@ -96,6 +100,8 @@ def flash_attention_with_lse(
     causal: bool,
     window: int,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Both results of `wgpt.ops.flash_attention`; writes the float32 scores of all pairs."""
     with torch.autocast(q.device.type, enabled=False):
@@ -105,6 +111,8 @@ def flash_attention_with_lse(
             causal=causal,
             window=window,
             first_key=first_key,
+            bias=bias,
+            softcap=softcap,
             return_lse=True,
         )
     return out.to(q.dtype).contiguous(), lse

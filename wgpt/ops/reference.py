@@ -59,6 +59,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -73,6 +75,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -87,6 +91,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -100,6 +106,8 @@ def flash_attention(
     causal: bool = True,
     window: int = 0,
     first_key: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `wgpt.ops.flash_attention`; this one writes the Tq x Tk matrix of scores."""
@@ -108,10 +116,23 @@ def flash_attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None and bias.dtype == torch.bool:
+        scores = scores.masked_fill(~bias, float("-inf"))
+    elif bias is not None:
+        scores = scores + bias.to(scores.dtype)
     visible = visible_keys(q_steps, kv_steps, causal, window, first_key, q.device)
     scores = scores.masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
-    out = torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, dim=-1), v)
+    if bias is None:
+        lse = torch.logsumexp(scores, dim=-1)  # (B, H, Tq)
+        weights = torch.softmax(scores, dim=-1)
+    else:  # a query that bias leaves no key
+        blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
+        scores = scores.masked_fill(blind, 0.0)
+        lse = torch.logsumexp(scores, dim=-1).masked_fill(blind[..., 0], float("-inf"))
+        weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
+    out = torch.einsum("bhij,bjhd->bihd", weights, v)
     return (out, lse) if return_lse else out
 
 

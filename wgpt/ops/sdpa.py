@@ -101,7 +101,9 @@ class _Kernels:
             return own
         _calls["ours"] += 1
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out, lse = torch.ops.wgpt.flash_attention(q, k, v, _scale(query, scale), is_causal, 0)
+        out, lse = torch.ops.wgpt.flash_attention(
+            q, k, v, _scale(query, scale), is_causal, 0, None, _bias(query, key, attn_mask)
+        )
         # The layouts that torch's own kernel gives, which torch.compile counts on.
         return _like(query, out.transpose(1, 2)), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -128,8 +130,9 @@ class _Kernels:
             return own
         d_out, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
         gradients = torch.ops.wgpt.flash_attention_backward(
-            d_out, None, q, k, v, o, logsumexp.contiguous(), _scale(query, scale), is_causal, 0
-        )
+            d_out, None, q, k, v, o, logsumexp.contiguous(), _scale(query, scale), is_causal, 0,
+            None, _bias(query, key, attn_mask),
+        )  # fmt: skip
         d_q, d_k, d_v = (gradient.transpose(1, 2) for gradient in gradients)
         return d_q, d_k, d_v
 
@@ -154,6 +157,28 @@ def _like(pattern: Tensor, value: Tensor) -> Tensor:
     return value if value.stride() == wanted.stride() else wanted.copy_(value)
 
 
+def _bias(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+    """attn_mask as a (B, H, Tq, Tk) view."""
+    return attn_mask if attn_mask is None else attn_mask.expand(_scores_shape(query, key))
+
+
+def _scores_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    return query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+
+
+def _serves_mask(query: Tensor, key: Tensor, is_causal: bool, attn_mask: Tensor) -> bool:
+    """Masks come as numbers: torch converts those of bools first."""
+    shape = _scores_shape(query, key)
+    own = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    return (
+        not is_causal
+        and query.shape[3] == 64  # measured
+        and attn_mask.dtype in (query.dtype, torch.float32)
+        and len(own) == 4
+        and all(n in (1, m) for n, m in zip(own, shape, strict=True))
+    )
+
+
 def _scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
@@ -174,8 +199,8 @@ def _serves(
     batch, heads, q_steps, head_dim = query.shape
     kv_heads, k_steps = key.shape[1:3]
     return (
-        attn_mask is None
-        and dropout_p == 0.0
+        dropout_p == 0.0
+        and (attn_mask is None or _serves_mask(query, key, is_causal, attn_mask))
         and query.dtype in _DTYPES
         and is_fast(head_dim, query.dtype, is_causal)
         and key.dtype == value.dtype == query.dtype
@@ -197,10 +222,11 @@ def use_for_sdpa() -> SdpaHandle:
         with wgpt.ops.use_for_sdpa(): ...       # in here
 
     Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 96, 128, 256},
-    no mask but a square causal one, no dropout, and enough work, with fewer key than query heads
-    too (`enable_gqa`, where torch does not repeat them first); for other multiples of 8 up to 256
-    in 16 bits, and in float32 if causal and D < 128. Any other call runs torch's own kernel, to the
-    same bits as without this. `ops.info()["sdpa"]` counts both.
+    no mask, a square causal one or, at D 64, an `attn_mask` (bool or numbers, broadcast over batch
+    or heads; one that wants a gradient runs torch's formula), no dropout, and enough work, with
+    fewer key than query heads too (`enable_gqa`, where torch does not repeat them first); for other
+    multiples of 8 up to 256 in 16 bits, and in float32 if causal and D < 128. Any other call runs
+    torch's own kernel, to the same bits as without this. `ops.info()["sdpa"]` counts both.
 
     The override holds for the whole process, threads included, until every handle is closed.
 

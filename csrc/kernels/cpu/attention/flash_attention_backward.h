@@ -23,7 +23,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "kernels/cpu/attention/visibility.h"
+#include "kernels/cpu/attention/scores.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -59,6 +59,8 @@ class GradientTask {
         b_(b),
         kv_h_(h / args.shape.group),
         fp32_fallback_(fp32_fallback),
+        transform_(args.shape, args.bias, b, h),
+        score_scale_(transform_.is_active() ? 1.0f : static_cast<float>(args.shape.scale)),
         segment_(segment_of(mask_, 0)) {
     select_head(h);
   }
@@ -171,6 +173,7 @@ class GradientTask {
 
   void select_head(int64_t h) {
     h_ = h;
+    transform_ = ScoreTransform(shape_, args_.bias, b_, h);
     const int64_t offset = (b_ * shape_.heads + h) * shape_.q_steps;
     lse_ = static_cast<const float*>(args_.lse) + offset;
     d_lse_ = args_.d_lse == nullptr ? nullptr : static_cast<const float*>(args_.d_lse) + offset;
@@ -259,8 +262,9 @@ class GradientTask {
       const int64_t block_end = min_of(query_block + kGradientQueries, end);
       bool is_large = false;
       for (int64_t i = query_block; i < block_end; ++i) {
-        facts_.scale[i] = static_cast<float>(shape_.scale);
-        facts_.lse[i] = lse_[i];
+        const bool is_blind = transform_.is_active() && lse_[i] == -INFINITY;  // p = 2^-infinity
+        facts_.scale[i] = score_scale_;
+        facts_.lse[i] = is_blind ? 0.0f : lse_[i];
         facts_.rest[i] = 0.0f;
         is_large = is_large || is_large_lse(lse_[i]);
       }
@@ -317,9 +321,10 @@ class GradientTask {
 
   // A strip of keys, from `key` on, of query i.
   void add_to_lanes(int64_t i, int64_t key, const float* scores, const float* dp, LaneSums& sums) {
-    const Floats factor = splat(static_cast<float>(shape_.scale) * kLog2E);
+    const Floats factor = splat(score_scale_ * kLog2E);
     Floats s[kVectors];
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) s[v] = load(scores + v * kLanes);
+    if (transform_.is_active()) transform_.apply(i, key, s);
     mask_keys(mask_, i, key, splat(-INFINITY), s);
     Floats top = load(sums.maximum), sum = load(sums.sum), weighted = load(sums.weighted);
     WGPT_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -337,7 +342,7 @@ class GradientTask {
   }
 
   void write_facts(int64_t i, const LaneSums& sums) {
-    const float scale = static_cast<float>(shape_.scale), top = reduce_max(load(sums.maximum));
+    const float scale = score_scale_, top = reduce_max(load(sums.maximum));
     double sum = 0.0, weighted = 0.0;
     for (int lane = 0; lane < kLanes; ++lane) {
       const double factor = exp2((double{sums.maximum[lane]} - top) * scale * double{kLog2E});
@@ -469,7 +474,7 @@ class GradientTask {
     for (int strip = 0; strip < n_strips_end; strip += kStrip) {
       for (int row = 0; row < n_scored_; row += kRowGroup) {
         Piece piece = piece_of<kPieceStep>(visible_[row / kRowGroup], key_block_, strip);
-        piece.is_masked = piece.is_masked || row + kRowGroup > n_rows_;
+        piece.is_masked = piece.is_masked || row + kRowGroup > n_rows_ || transform_.is_active();
         if (piece.n_vectors < kVectors) derived()->template clear_scores<kDkDv>(strip, row);
         if (piece.n_vectors > 0) body(piece, row);
       }
@@ -483,6 +488,14 @@ class GradientTask {
     const Floats rest = splat(-block_.rest[row]);
     WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[v] =
         exp2_of<Dot::kExact>(fma(fma_unrounded(s[v], scale, lse), splat(kLog2E), rest));
+  }
+
+  // q k^T of row `row` of the query block -> scores, with their slopes; where there is nothing to do as they are.
+  template <int kWidth>
+  WGPT_INLINE void transform(const Piece& piece, int row, Floats (&s)[kWidth],
+                             Floats (&slope)[kWidth]) const {
+    const int64_t i = query_block_ + min_of<int64_t>(row, n_rows_ - 1);
+    if (transform_.is_active()) transform_.apply(i, key_block_ + piece.key, s, slope);
   }
 
   template <int kWidth>
@@ -530,6 +543,8 @@ class GradientTask {
   const Mask mask_;
   const int64_t b_, kv_h_;
   const bool fp32_fallback_;
+  ScoreTransform transform_;  // of query head h_
+  const float score_scale_;   // of what it gives
   Segment segment_;
   bool all_finite_ = true;
   int64_t h_;  // the query head, with its rows of lse_, d_lse_ and facts_

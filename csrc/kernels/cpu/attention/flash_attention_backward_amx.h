@@ -140,10 +140,18 @@ class AmxBackward : public GradientTask<AmxBackward<Element, kDim, Dot>, Element
     const int row = pending_.row + r, key = pending_.piece.key;
     Floats p[2][kWidth], ds[2][kWidth];
     WGPT_UNROLL for (int i = 0; i < 2; ++i) {
+      [[maybe_unused]] Floats slope[kWidth];
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v) p[i][v] = s[r + i][v];
+      if constexpr (kMasked) {
+        WGPT_UNROLL for (int v = 0; v < kWidth; ++v) slope[v] = splat(1.0f);
+        this->transform(pending_.piece, row + i, p[i], slope);
+      }
       this->exp_of_scores(row + i, p[i], p[i]);
       const Floats delta = splat(this->block_.delta[row + i]);
-      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) ds[i][v] = (d[r + i][v] - delta) * p[i][v];
+      WGPT_UNROLL for (int v = 0; v < kWidth; ++v) {
+        ds[i][v] = (d[r + i][v] - delta) * p[i][v];
+        if constexpr (kMasked) ds[i][v] = ds[i][v] * slope[v];
+      }
       if constexpr (kMasked) {
         this->mask(pending_.piece, row + i, p[i]);
         this->mask(pending_.piece, row + i, ds[i]);

@@ -71,10 +71,15 @@ class VectorBackward
     gemm_fresh_block<Dot>(this->q_ + row * kUnits, kUnits, 1, this->k_columns_ + columns, kStrip,
                           kUnits, p);
     WGPT_UNROLL for (int r = 0; r < kRowGroup; ++r) {
+      [[maybe_unused]] Floats slope[kWidth];
+      if constexpr (kMasked) {
+        WGPT_UNROLL for (int v = 0; v < kWidth; ++v) slope[v] = splat(1.0f);
+        this->transform(piece, row + r, p[r], slope);
+      }
       this->exp_of_scores(row + r, p[r], p[r]);
       if constexpr (kMasked) this->mask(piece, row + r, p[r]);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v)
-          store(saved + (r * kWidth + v) * kLanes, p[r][v]);
+          store(saved + (r * kWidth + v) * kLanes, kMasked ? p[r][v] * slope[v] : p[r][v]);
     }
     if constexpr (kDkDv)
       store_over_rows<Dot>(this->p_over_queries_ + at_over_queries(key, row), kKeys, p);

@@ -26,17 +26,23 @@ inline size_t decode_workspace_bytes(const FlashAttentionShape& shape) {
   return static_cast<size_t>(n_partials * (shape.head_dim + 2)) * sizeof(float);
 }
 
+// What turns a difference of scores into an exponent of two: transformed ones are in nats, others in powers of two.
+inline float exponent_unit(const FlashAttentionShape& shape, const ScoreBias& bias) {
+  return ScoreTransform::is_active(shape, bias) ? kLog2E : 1.0f;
+}
+
 template <typename Element, int kDim>
 class DecodeSpan {
  public:
   static constexpr int kVectorsOfRow = kDim / kLanes;
-  static constexpr int kPartial = kDim + 2;  // out, maximum (base 2), sum
+  static constexpr int kPartial = kDim + 2;  // out, maximum, sum
 
   // partial (Tq, kPartial) of keys [begin, end) of a head.
   DecodeSpan(const FlashAttentionForward& args, int64_t b, int64_t h, float* partial)
       : args_(args),
         shape_(args.shape),
         mask_(args.shape, args.first_key, b),
+        transform_(args.shape, args.bias, b, h),
         b_(b),
         kv_h_(h / shape_.group),
         partial_(partial),
@@ -64,7 +70,7 @@ class DecodeSpan {
   float& sum(int r) { return partial_[r * kPartial + kDim + 1]; }
 
   void score(int64_t key, int n) {
-    const float scale = static_cast<float>(shape_.scale) * kLog2E;
+    const float scale = transform_.is_active() ? 1.0f : static_cast<float>(shape_.scale) * kLog2E;
     for (int j = 0; j < n; ++j) {
       const Element* k = head_row<Element>(args_.k, b_, kv_h_, key + j);
       Floats row[kVectorsOfRow];
@@ -78,7 +84,7 @@ class DecodeSpan {
     }
   }
 
-  // p = 2^(s - maximum) of row r, 0 for keys that it does not see; sum and out so far are rescaled.
+  // p = 2^(unit (s - maximum)) of row r, 0 for keys that it does not see; sum and out so far are rescaled.
   void exp_and_sum(int64_t key, int n, int r) {
     const Range keys = visible_keys(mask_, r);
     const int64_t end = min_of(keys.end, key + n);
@@ -86,17 +92,19 @@ class DecodeSpan {
     Floats largest = splat(-INFINITY);
     for (int j = 0; j < kDecodeKeys; j += kLanes) {
       const int64_t first = key + j;
-      const Floats s =
-          keep_lanes(load(p + j), splat(-INFINITY), static_cast<int>(keys.begin - first),
-                     static_cast<int>(end - first));
+      Floats scores[1] = {load(p + j)};
+      if (transform_.is_active()) transform_.apply(r, first, scores);
+      const Floats s = keep_lanes(scores[0], splat(-INFINITY), static_cast<int>(keys.begin - first),
+                                  static_cast<int>(end - first));
       largest = max_or_second(s, largest);
       store(p + j, s);
     }
     const float now = max_of(maximum(r), reduce_max(largest)), base = now == -INFINITY ? 0.0f : now;
-    const Floats shrink = exp2_of<true>(splat(maximum(r) - base));
+    const Floats unit = splat(exponent_unit(shape_, args_.bias));
+    const Floats shrink = exp2_of<true>(splat(maximum(r) - base) * unit);
     Floats total = splat(0.0f);
     for (int j = 0; j < kDecodeKeys; j += kLanes) {
-      const Floats x = exp2_of<true>(load(p + j) - splat(base));
+      const Floats x = exp2_of<true>((load(p + j) - splat(base)) * unit);
       total = total + x;
       store(p + j, x);
     }
@@ -126,6 +134,7 @@ class DecodeSpan {
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
   const Mask mask_;
+  const ScoreTransform transform_;
   const int64_t b_, kv_h_;
   float* partial_;
   const int n_rows_;
@@ -143,19 +152,24 @@ void join_spans(const FlashAttentionForward& args, int64_t head, int64_t row, in
     const int64_t index = (head * decode_spans(shape) + span) * shape.q_steps + row;
     return static_cast<const float*>(args.workspace) + index * kPartial;
   };
+  const bool is_transformed = ScoreTransform::is_active(shape, args.bias);
+  const float unit = exponent_unit(shape, args.bias);
   float maximum = -INFINITY, sum = 0.0f;
   for (int64_t span = first; span < last; ++span) maximum = max_of(maximum, partial(span)[kDim]);
   const float base = maximum == -INFINITY ? 0.0f : maximum;
   alignas(64) float out[kDim] = {};
   for (int64_t span = first; span < last; ++span) {
-    const Floats factor = exp2_of<true>(splat(partial(span)[kDim] - base));
+    const Floats factor = exp2_of<true>(splat((partial(span)[kDim] - base) * unit));
     sum += partial(span)[kDim + 1] * first_lane(factor);
     for (int c = 0; c < kDim; c += kLanes)
       store(out + c, fma(load(partial(span) + c), factor, load(out + c)));
   }
   Element* result = head_row<Element>(args.out, head / shape.heads, head % shape.heads, row);
-  for (int c = 0; c < kDim; c += kLanes) store(result + c, load(out + c) * splat(1.0f / sum));
-  static_cast<float*>(args.lse)[head * shape.q_steps + row] = log_sum(maximum, sum);
+  // Of a query that bias leaves no key, out is 0 already.
+  const float inverse = is_transformed && sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int c = 0; c < kDim; c += kLanes) store(result + c, load(out + c) * splat(inverse));
+  static_cast<float*>(args.lse)[head * shape.q_steps + row] =
+      is_transformed ? maximum + logf(sum) : log_sum(maximum, sum);
 }
 
 // The keys that item b's queries see, the key at which its spans begin, and which spans hold those keys.

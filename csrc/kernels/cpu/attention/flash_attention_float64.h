@@ -7,7 +7,7 @@
 
 #include <math.h>
 
-#include "kernels/cpu/attention/visibility.h"
+#include "kernels/cpu/attention/scores.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -41,12 +41,15 @@ void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t
   const Element* q = head_row<Element>(args.q, b, h, i);
   Sum scaled_q[kMaxHeadDim], out[kMaxHeadDim] = {}, p[kKeysPerBlock], sum = 0, maximum = -INFINITY;
   for (int64_t c = 0; c < d; ++c) scaled_q[c] = widen(q[c]) * static_cast<Sum>(shape.scale);
+  const ScoreTransform transform(shape, args.bias, b, h);
+  double slope;
   const Range keys = visible_keys(Mask(shape, args.first_key, b), i);
   for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kKeysPerBlock) {
     const int64_t n = min_of(kKeysPerBlock, keys.end - j0);
     Sum new_maximum = maximum;
     for (int64_t j = 0; j < n; ++j) {
-      p[j] = dot(scaled_q, head_row<Element>(args.k, b, kv_h, j0 + j), d);
+      p[j] = transform.apply(i, j0 + j,
+                             dot(scaled_q, head_row<Element>(args.k, b, kv_h, j0 + j), d), &slope);
       new_maximum = max_of(new_maximum, p[j]);
     }
     const Sum base = new_maximum == -INFINITY ? Sum(0) : new_maximum;
@@ -61,7 +64,8 @@ void attend_row(const FlashAttentionForward& args, int64_t b, int64_t h, int64_t
     maximum = new_maximum;
   }
   Element* result = head_row<Element>(args.out, b, h, i);
-  for (int64_t c = 0; c < d; ++c) result[c] = narrow<Element>(out[c] / sum);
+  const bool is_blind = transform.is_active() && sum == 0;
+  for (int64_t c = 0; c < d; ++c) result[c] = narrow<Element>(is_blind ? Sum(0) : out[c] / sum);
   static_cast<Sum*>(args.lse)[(b * shape.heads + h) * shape.q_steps + i] = maximum + log_of(sum);
 }
 
@@ -96,13 +100,18 @@ struct BackwardRow {
   int64_t b, h;
   int64_t kv_h = h / args.shape.group;
   Mask mask{args.shape, args.first_key, b};
+  ScoreTransform transform{args.shape, args.bias, b, h};
 
-  Sum p(int64_t i, int64_t j) const {
+  // slope: of the score after scale q k^T.
+  Sum p(int64_t i, int64_t j, Sum* slope) const {
     Sum q[kMaxHeadDim];
     const Element* row = head_row<Element>(args.q, b, h, i);
     for (int64_t c = 0; c < args.shape.head_dim; ++c)
       q[c] = widen(row[c]) * static_cast<Sum>(args.shape.scale);
-    return exp_of(dot(q, head_row<Element>(args.k, b, kv_h, j), args.shape.head_dim) - lse()[i]);
+    const Sum scaled = dot(q, head_row<Element>(args.k, b, kv_h, j), args.shape.head_dim);
+    const Sum s = transform.apply(i, j, scaled, slope);
+    const bool is_blind = transform.is_active() && lse()[i] == -INFINITY;
+    return is_blind ? Sum(0) : exp_of(s - lse()[i]);
   }
   Sum ds(int64_t i, int64_t j, Sum p_ij) const {
     Sum d_out[kMaxHeadDim];
@@ -131,7 +140,9 @@ struct BackwardRow {
     const int64_t d = args.shape.head_dim;
     const Range keys = visible_keys(mask, i);
     for (int64_t j = keys.begin; j < keys.end; ++j) {
-      add_scaled(ds(i, j, p(i, j)), head_row<Element>(args.k, b, kv_h, j), d, dq);
+      Sum slope;
+      const Sum p_ij = p(i, j, &slope);
+      add_scaled(ds(i, j, p_ij * slope), head_row<Element>(args.k, b, kv_h, j), d, dq);
     }
     Element* out = head_row<Element>(args.dq, b, h, i);
     for (int64_t c = 0; c < d; ++c) out[c] = narrow<Element>(dq[c]);
@@ -141,9 +152,10 @@ struct BackwardRow {
     const int64_t d = args.shape.head_dim;
     const Range queries = seeing_queries(mask, j, 0, args.shape.q_steps);
     for (int64_t i = queries.begin; i < queries.end; ++i) {
-      const Sum p_ij = p(i, j);
+      Sum slope;
+      const Sum p_ij = p(i, j, &slope);
       add_scaled(p_ij, head_row<Element>(args.d_out, b, h, i), d, dv);
-      add_scaled(ds(i, j, p_ij), head_row<Element>(args.q, b, h, i), d, dk);
+      add_scaled(ds(i, j, p_ij * slope), head_row<Element>(args.q, b, h, i), d, dk);
     }
   }
 };

@@ -18,7 +18,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "kernels/cpu/attention/visibility.h"
+#include "kernels/cpu/attention/scores.h"
 
 namespace wgpt::cpu::WGPT_TARGET {
 
@@ -37,8 +37,6 @@ constexpr float kLowest = -3.0e38f;  // maximum before any score
 // A score above 2^22 (base 2) gets no headroom: where float32 has no digits left for it, the residue of
 // rounding the maximum, up to 2^5 at kHugeScore, takes its place.
 constexpr float kLargeScore = 0x1p22f;
-
-inline Floats magnitude(Floats x) { return max_or_second(x, splat(0.0f) - x); }
 
 // x rounded to whole numbers.
 inline Floats whole(Floats x) {
@@ -80,7 +78,8 @@ class ForwardChunk {
       : args_(args),
         shape_(args.shape),
         mask_(args.shape, args.first_key, 0),
-        scale_(static_cast<float>(args.shape.scale) * kLog2E),
+        transform_(args.shape, args.bias, 0, 0),
+        scale_((transform_.is_active() ? 1.0f : static_cast<float>(args.shape.scale)) * kLog2E),
         fp32_fallback_(fp32_fallback) {}
 
   // Rows of a task: q, out and the sums fit L2 (1 MiB or more on AVX-512 machines), and every thread gets
@@ -102,6 +101,7 @@ class ForwardChunk {
   bool run(int64_t b, int64_t h, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Dot::Scope scope;
     mask_ = Mask(shape_, args_.first_key, b);
+    transform_ = ScoreTransform(shape_, args_.bias, b, h);
     bool all_finite = true;
     for (int64_t next = 0; begin < end; begin = next) {
       const Segment segment = segment_of(mask_, begin);
@@ -232,9 +232,21 @@ class ForwardChunk {
     store_row_terms<Dot>(p_of(group, r, key), kPUnits, s);
   }
 
+  Piece piece_of_group(const Group& group, int strip) const {
+    Piece piece = piece_of<kPieceStep>(group.visible, key_block_, strip);
+    piece.is_masked = piece.is_masked || transform_.is_active();
+    return piece;
+  }
+
   template <int kWidth>
   WGPT_INLINE void mask_scores(const Group& group, int key, int r, Floats (&s)[kWidth]) {
     const int64_t row = min_of(group.row + r, n_rows_ - 1);
+    if (transform_.is_active()) {
+      transform_.apply(begin_ + row, key_block_ + key, s);
+      const Range all = group.visible.all,
+                  keys{key_block_ + key, key_block_ + key + kWidth * kLanes};
+      if (all.begin <= keys.begin && keys.end <= all.end) return;
+    }
     mask_keys(mask_, begin_ + row, key_block_ + key, splat(-INFINITY), s);
   }
 
@@ -328,7 +340,8 @@ class ForwardChunk {
 
   // Of a row scaled by a power of two, in nats.
   float unscaled_maximum(int64_t i) const {
-    return static_cast<float>(double{maximum_[i]} / row_scale_[i] * fabs(shape_.scale));
+    const double scale = transform_.is_active() ? 1.0 : fabs(shape_.scale);
+    return static_cast<float>(double{maximum_[i]} / row_scale_[i] * scale);
   }
 
   bool finish_row(int64_t b, int64_t h, int64_t i) {
@@ -339,6 +352,11 @@ class ForwardChunk {
         static_cast<float*>(args_.lse) + (b * shape_.heads + h) * shape_.q_steps + begin_ + i;
     const auto is_finite = [&] { return are_finite(out, kDim) && *lse - *lse == 0.0f; };
     if (fp32_fallback_ && is_finite()) return true;
+    if (transform_.is_active() && sum == 0.0f) {  // no key is left
+      for (int c = 0; c < kDim; c += kLanes) store(out + c, splat(0.0f));
+      *lse = -INFINITY;
+      return true;
+    }
     for (int c = 0; c < kDim; c += kLanes) store(out + c, load(out_ + i * kDim + c) * inverse);
     *lse = row_scale_[i] == scale_ ? log_sum(maximum_[i], sum) : unscaled_maximum(i) + logf(sum);
     return Dot::kTerms == 1 || is_finite();
@@ -347,6 +365,7 @@ class ForwardChunk {
   const FlashAttentionForward& args_;
   const FlashAttentionShape& shape_;
   Mask mask_;
+  ScoreTransform transform_;
   float scale_;  // of scores, base 2
   const bool fp32_fallback_;
   int64_t begin_ = 0, n_rows_ = 0, key_block_ = 0;

@@ -47,7 +47,7 @@ class AmxForward
       if (!group.is_seen()) continue;
       int strip = static_cast<int>(group.keys.begin) & -kStrip;
       for (;;) {
-        const Piece piece = piece_of<Chunk::kPieceStep>(group.visible, this->key_block_, strip);
+        const Piece piece = this->piece_of_group(group, strip);
         const Scores* scores = piece.n_vectors == kVectors ? gemm_scores<kVectors>(group, piece)
                                                            : gemm_scores<2>(group, piece);
         strip += kStrip;

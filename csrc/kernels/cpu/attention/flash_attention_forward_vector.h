@@ -31,8 +31,7 @@ class VectorForward
       for (int strip = 0; strip < kKeys; strip += kStrip) {
         for (Group& group : this->groups_) {
           if (group.keys.begin < strip + kStrip && strip < group.keys.end)
-            attend_piece(group,
-                         piece_of<Chunk::kPieceStep>(group.visible, this->key_block_, strip));
+            attend_piece(group, this->piece_of_group(group, strip));
         }
       }
       for (const Group& group : this->groups_) this->rescale(group);

@@ -9,6 +9,7 @@
 //   exp2_of<kExact>(x)        2^x for x <= 127; 0 at -inf, NaN at NaN; relative error 8e-8, or 8e-5
 //   any_above(a, b)           whether a > b in some lane; false at NaN
 //   choose_above(a, b, x, y)  x where a > b, else y
+//   choose_by_bytes(p, x, y)  x where the byte of the lane is not 0, else y
 //   keep_lanes(x, y, lo, hi)  x in lanes [lo, hi), y elsewhere
 //   reduce_add reduce_max     over the lanes, in one fixed order
 //   transpose_block(...)      a kLanes x kLanes block of 32-bit units

@@ -82,6 +82,11 @@ inline Floats scale_by_power(Floats y, Floats n) {
 // x where a > b, else y; y where either is NaN.
 inline Floats choose_above(Floats a, Floats b, Floats x, Floats y) { return select(a > b, x, y); }
 
+inline Floats choose_by_bytes(const uint8_t* p, Floats x, Floats y) {
+  const Integers wide = {p[0], p[1], p[2], p[3]};
+  return select(wide != 0, x, y);
+}
+
 inline Floats keep_lanes(Floats x, Floats otherwise, int lo, int hi) {
   const Integers lane = {0, 1, 2, 3};
   return select((lane >= lo) & (lane < hi), x, otherwise);

@@ -79,6 +79,12 @@ inline Floats choose_above(Floats a, Floats b, Floats x, Floats y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
 
+inline Floats choose_by_bytes(const uint8_t* p, Floats x, Floats y) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i is_zero = _mm256_cmpeq_epi32(wide, _mm256_setzero_si256());
+  return _mm256_blendv_ps(x, y, _mm256_castsi256_ps(is_zero));
+}
+
 inline Floats keep_lanes(Floats x, Floats otherwise, int lo, int hi) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane);

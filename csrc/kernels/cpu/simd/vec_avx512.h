@@ -75,6 +75,11 @@ inline Floats choose_above(Floats a, Floats b, Floats x, Floats y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
 }
 
+inline Floats choose_by_bytes(const uint8_t* p, Floats x, Floats y) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), y, x);
+}
+
 inline Floats keep_lanes(Floats x, Floats otherwise, int lo, int hi) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __mmask16 from = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(lo));
