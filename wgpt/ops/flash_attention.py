@@ -245,8 +245,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.causal, ctx.window, *given = inputs
-    first_key, bias, ctx.softcap = (*given, *(None, None, 0.0)[len(given) :])
+    missing = (None, None, 0.0)[len(inputs) - 6 :]
+    q, k, v, ctx.scale, ctx.causal, ctx.window, first_key, bias, ctx.softcap = inputs + missing
     ctx.save_for_backward(q, k, v, *output, first_key, bias)
     ctx.set_materialize_grads(False)  # an unused lse costs nothing: its gradient stays None
 
