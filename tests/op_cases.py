@@ -1,11 +1,13 @@
 """Random calls of each op, and how to run one in a given type with its gradients."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from numerics import (
+    RoundedTanh,
     assert_as_accurate_as_torch,
     assert_rows_as_accurate_as_torch,
     attention_roundings,
@@ -97,11 +99,16 @@ def _output_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def run(
-    function: Callable[..., Any], call: Call, nudged_as: torch.dtype | None = None
+    function: Callable[..., Any],
+    call: Call,
+    nudged_as: torch.dtype | None = None,
+    *,
+    rows: bool = False,
 ) -> dict[str, Tensor]:
     """Outputs and, for fixed random output gradients, the gradients of all parameters, by name.
 
-    nudged_as: move every input (float64) by one rounding of that type's accumulation.
+    nudged_as: move every input (float64) by one rounding of that type's accumulation. rows: count
+    what shows in single rows alone.
     """
     leaves: dict[str, Tensor | None] = {}
     for name, tensor in call.tensors.items():
@@ -111,11 +118,14 @@ def run(
         leaves[name] = (
             tensor.detach().requires_grad_() if wants_grad and tensor is not None else tensor
         )
-    result = function(*leaves.values(), **call.options)
+    with RoundedTanh(nudged_as) if nudged_as else nullcontext():
+        result = function(*leaves.values(), **call.options)
     outputs = result if isinstance(result, tuple) else (result,)
     d_outputs = _output_gradients(outputs)
     if nudged_as and call.name == "flash_attention" and len(outputs) == 2:
-        d_out, moved = attention_roundings(d_outputs[0], *(y.detach() for y in outputs), nudged_as)
+        d_out, moved = attention_roundings(
+            d_outputs[0], *(y.detach() for y in outputs), nudged_as, of_stored_out=rows
+        )
         d_outputs = [d_out, d_outputs[1] + moved]
     wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
     grads = torch.autograd.grad(outputs, list(wanted.values()), d_outputs)
@@ -132,7 +142,7 @@ def check_accuracy(call: Call, op: Callable[..., Any] | None = None, *, rows: bo
     ours, plain = run(op or call.op, call), run(call.reference, call)
     double = call.converted(torch.float64)
     exact = run(call.reference, double)
-    nudged = run(call.reference, double, nudged_as=ours["y"].dtype)
+    nudged = run(call.reference, double, nudged_as=ours["y"].dtype, rows=rows)
     if "lse" in ours and ours["lse"].dtype != plain["lse"].dtype:
         # lse is float32 for 16-bit inputs: hold it to what torch gets in float32, but let it show
         # that weights which are going to be 16-bit numbers need no float32 exponentials.

@@ -62,17 +62,19 @@ def test_bias_is_as_accurate_as_torch(kind: str, dtype: torch.dtype) -> None:
             attention_call(
                 B, q_steps, kv_steps, H, 32, kv_heads=2, dtype=dtype, causal=causal, bias=bias
             ),
-            rows=dtype == torch.float32,
+            rows=True,
         )
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("softcap", [0.5, 20.0])
+@pytest.mark.parametrize("softcap", [0.3, 20.0])  # 0.3 is no float32
 def test_softcap_is_as_accurate_as_torch(softcap: float, dtype: torch.dtype) -> None:
     for steps, options in ((61, {"causal": False}), (203, {"window": 40}), (2, {})):
         call = attention_call(1, steps, 203, 2, 32, dtype=dtype, softcap=softcap, **options)
         call.tensors["q"] *= 3  # type: ignore[operator]
-        check_accuracy(call, rows=dtype == torch.float32)
+        # bfloat16 weights are rounded, their sum is not: out of a row that one key rules is off by
+        # 2^-9 in every channel alike, and d_out . out with it.
+        check_accuracy(call, rows=dtype != torch.bfloat16)
 
 
 def test_softcap_comes_before_bias() -> None:

@@ -30,12 +30,12 @@ class ScoreTransform {
   ScoreTransform(const FlashAttentionShape& shape, const ScoreBias& bias, int64_t b, int64_t h)
       : bias_(bias),
         scale_(static_cast<float>(shape.scale)),
-        softcap_(static_cast<float>(shape.softcap)),
+        softcap_(shape.softcap),
         offset_(b * bias.batch_stride + h * bias.head_stride),
         kv_steps_(shape.kv_steps) {}
 
   // Whether there is anything to do beyond the scale. The softmax then takes scores in nats.
-  bool is_active() const { return bias_.data != nullptr || softcap_ > 0.0f; }
+  bool is_active() const { return bias_.data != nullptr || softcap_ > 0.0; }
   static bool is_active(const FlashAttentionShape& shape, const ScoreBias& bias) {
     return bias.data != nullptr || shape.softcap > 0.0;
   }
@@ -45,10 +45,11 @@ class ScoreTransform {
   template <int kWidth>
   WGPT_INLINE void apply(int64_t i, int64_t j, Floats (&s)[kWidth], Floats (&slope)[kWidth]) const {
     WGPT_UNROLL for (int v = 0; v < kWidth; ++v) s[v] = s[v] * splat(scale_);
-    if (softcap_ > 0.0f) {
+    if (softcap_ > 0.0) {
+      const auto softcap = static_cast<float>(softcap_);
       WGPT_UNROLL for (int v = 0; v < kWidth; ++v) {
-        const Floats t = tanh_of(s[v] * splat(1.0f / softcap_));
-        s[v] = t * splat(softcap_);
+        const Floats t = tanh_of(s[v] * splat(1.0f / softcap));
+        s[v] = t * splat(softcap);
         slope[v] = splat(1.0f) - t * t;
       }
     }
@@ -64,7 +65,7 @@ class ScoreTransform {
   // The same for one score, in float64.
   double apply(int64_t i, int64_t j, double scaled, double* slope) const {
     *slope = 1.0;
-    if (softcap_ > 0.0f) {
+    if (softcap_ > 0.0) {
       const double t = tanh(scaled / softcap_);
       scaled = t * softcap_;
       *slope = 1.0 - t * t;
@@ -118,7 +119,8 @@ class ScoreTransform {
   }
 
   ScoreBias bias_;
-  float scale_, softcap_;
+  float scale_;
+  double softcap_;
   int64_t offset_, kv_steps_;
 };
 
