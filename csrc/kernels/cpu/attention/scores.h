@@ -42,8 +42,11 @@ class ScoreTransform {
 
   // s = q k^T of query i and of keys from j on -> scores in nats. slope, all 1 before: their derivatives after
   // scale s.
+  //
+  // Not inlined: every kernel calls it, and copies in each of them were a third of the library.
   template <int kWidth>
-  WGPT_INLINE void apply(int64_t i, int64_t j, Floats (&s)[kWidth], Floats (&slope)[kWidth]) const {
+  __attribute__((noinline)) void apply(int64_t i, int64_t j, Floats (&s)[kWidth],
+                                       Floats (&slope)[kWidth]) const {
     WGPT_UNROLL for (int v = 0; v < kWidth; ++v) s[v] = s[v] * splat(scale_);
     if (softcap_ > 0.0) {
       const auto softcap = static_cast<float>(softcap_);
