@@ -158,14 +158,9 @@ def _joined(parts: Sequence[PartFolder], records: list[dict[str, Any]]) -> Merge
         entry = Entry(places(row["path"])[0], row["name"], row["group"], row["split"])
         inputs.entries.append(entry)
         digest = row["sha256"]
-        if digest in found.jobs:
-            found.duplicates.append(
-                {"path": entry.name, "sha256": digest, "group": entry.group,
-                 "duplicate_of": found.entries[digest].name}
-            )  # fmt: skip
+        if not found.add(digest, entry):
             continue
         partial = part.folder / PARTIAL / f"{digest}.safetensors"
-        found.entries[digest] = entry
         found.jobs[digest] = Job(row["path"], digest, 0, row["bytes"], str(partial))
         if digest in record["reasons"]:
             reasons[digest] = record["reasons"][digest]

@@ -23,6 +23,17 @@ class Found:
     duplicates: list[dict[str, Any]]
     unreadable: list[dict[str, Any]]
 
+    def add(self, digest: str, entry: Entry) -> bool:
+        """Notes a file; False if another had the same content before."""
+        if digest not in self.entries:
+            self.entries[digest] = entry
+            return True
+        self.duplicates.append(
+            {"path": entry.name, "sha256": digest, "group": entry.group,
+             "duplicate_of": self.entries[digest].name}
+        )  # fmt: skip
+        return False
+
     def contents(self) -> dict[str, str | None]:
         """sha256 by name of every file, None where it could not be read."""
         return (
@@ -54,13 +65,8 @@ def hash_all(
             reason = error.strerror or str(error)
             found.unreadable.append({"path": entry.name, "reason": reason})
             continue
-        if digest in found.jobs:
-            found.duplicates.append(
-                {"path": entry.name, "sha256": digest, "group": entry.group,
-                 "duplicate_of": found.entries[digest].name}
-            )  # fmt: skip
+        if not found.add(digest, entry):
             continue
-        found.entries[digest] = entry
         found.jobs[digest] = Job(
             path=str(entry.path),
             sha256=digest,

@@ -20,7 +20,7 @@ class PackedMatrix:
 
     Decoding reads every weight once a step, so bytes are time: a float32 matrix on the CPU can be
     held as bfloat16 (half of the bytes) or int8 (a quarter; weight-only, symmetric, one scale for
-    each column). Rows, accumulation and results stay float32, products are float32 FMAs, and the
+    each column). Rows and results stay float32, accumulation is by float32 FMAs, and the
     promise is the same. What differs is the matrix: it is rounded once, as `rounded` does.
 
     Args:
