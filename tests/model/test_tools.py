@@ -1,13 +1,16 @@
 """The model under torch's and others' tools: hooks, LoRA, quantisation, export, compile, meta."""
 
 import copy
+import functools
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tools_cases import LATENT, SMALL, build, inputs, targets
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from wgpt import ops
 from wgpt.config import ModelConfig
@@ -264,3 +267,95 @@ def test_weights_that_replace_torchs_functions_are_asked() -> None:
     del model.head.weight
     model.head.weight = halved
     torch.testing.assert_close(model(*inputs()).detach(), expected / 2, rtol=1e-4, atol=1e-5)
+
+
+class WithAdapter(nn.Module):
+    """A low-rank adapter as one writes it by hand: a layer that has no weight of its own."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 4, bias=False)
+        self.up = nn.Linear(4, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_adapters_written_by_hand_train() -> None:
+    model, arguments = build(), inputs()
+    expected = model(*arguments).detach()
+    for name in linear_names(model):
+        owner, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner)
+        setattr(owner, attribute, WithAdapter(getattr(owner, attribute)))
+    torch.testing.assert_close(model(*arguments), expected, rtol=1e-4, atol=1e-4)
+    model.loss(*arguments, targets()).backward()
+    adapters = [m for m in model.modules() if isinstance(m, WithAdapter)]
+    assert len(adapters) > 5 and all(m.up.weight.grad.abs().max() > 0 for m in adapters)
+
+
+def test_averaged_model_is_the_model_of_the_mean_weights() -> None:
+    model, arguments = build(), inputs()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged(*arguments), model(*arguments))
+    mean = {n: 2 * p.detach() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    averaged.update_parameters(model)
+    of_mean = build()
+    of_mean.load_state_dict(mean, strict=False)
+    torch.testing.assert_close(averaged(*arguments), of_mean(*arguments))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_have_the_same_gradients(reentrant: bool) -> None:
+    model, arguments = build(), inputs()
+    gradients = []
+    for is_checkpointed in (False, True):
+        model.zero_grad()
+        if is_checkpointed:
+            for block in model.blocks:
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=reentrant
+                )
+        model.loss(*arguments, targets()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_threads_share_a_model() -> None:
+    model = build()
+
+    def gradients(steps: int) -> list[torch.Tensor]:
+        loss = model.loss(*inputs(steps), targets(steps))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    lengths = [9, 20, 33, 47] * 3
+    expected = {steps: gradients(steps) for steps in set(lengths)}
+    with ThreadPoolExecutor(4) as pool:
+        for steps, got in zip(lengths, pool.map(gradients, lengths), strict=True):
+            assert all(map(torch.equal, got, expected[steps])), steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_models_of_other_types_run_and_train(dtype: torch.dtype) -> None:
+    expected = build().loss(*inputs(), targets())
+    model = build().to(dtype)
+    tokens, frames = inputs()
+    loss = model.loss(tokens, frames.to(dtype), targets())
+    torch.testing.assert_close(loss.float(), expected, rtol=2e-2, atol=2e-2)
+    loss.backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and notes the shapes it fixes
+def test_traced_model_gives_the_same_logits() -> None:
+    model = build()
+    with torch.no_grad():  # as the check of the trace runs it: without what a backward saves
+        traced = torch.jit.trace(model, inputs(9))
+        for steps in (9, 33):
+            assert torch.equal(traced(*inputs(steps)), model(*inputs(steps)))

@@ -112,6 +112,22 @@ def test_a_mask_that_wants_a_gradient_is_torch_s():
     assert n_ours == 0 and attn_mask.grad.isfinite().all()
 
 
+def test_dropout_is_torch_s():
+    arguments = inputs()
+
+    def dropped():
+        torch.manual_seed(1)
+        return attend(*arguments, dropout_p=0.5, is_causal=True)
+
+    own = dropped()
+    through, n_ours, _ = served(dropped)
+    assert n_ours == 0 and not torch.equal(own[0], attend(*arguments, is_causal=True)[0])
+    assert all(torch.equal(a, b) for a, b in zip(own, through, strict=True))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with use_for_sdpa(), pytest.raises(RuntimeError, match="dropout"):
+        flash(*arguments[:3], dropout_p=0.5)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 8, 64), (2, 4, 300, 36)])
 def test_small_calls_and_other_head_sizes_are_torch_s(shape):
     arguments = inputs(q_shape=shape, k_shape=shape)
