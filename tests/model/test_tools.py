@@ -352,6 +352,20 @@ def test_models_of_other_types_run_and_train(dtype: torch.dtype) -> None:
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_model_under_autocast_keeps_float32_parameters(dtype: torch.dtype) -> None:
+    model = build()
+    expected = model.loss(*inputs(), targets())
+    with torch.autocast("cpu", dtype=dtype):
+        assert model(*inputs()).dtype == dtype
+        loss = model.loss(*inputs(), targets())
+    assert loss.dtype == torch.float32 and not torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and notes the shapes it fixes
 def test_traced_model_gives_the_same_logits() -> None:
     model = build()
