@@ -1,18 +1,21 @@
 """Models on the Hugging Face Hub: pushed to and loaded from a stand-in of its HTTP interface."""
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hub_server import serve
 
 import wgpt
-from wgpt import audio, codec, hub
+from wgpt import audio, codec, doctor, hub
 from wgpt.cli import main
 from wgpt.codec.training import synth
 from wgpt.codec.weights import ASSETS
@@ -81,6 +84,28 @@ def python(environment, *arguments):
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120,
         cwd=environment["HF_HOME"],  # not the source tree, whose wgpt may have no _C
     )  # fmt: skip
+
+
+def with_packages_alone(folder, environment, names):
+    """`environment` of a Python that has wgpt, the named packages and what these require."""
+    folder.mkdir()
+    (folder / "wgpt").symlink_to(Path(wgpt.__file__).parent)
+    asked, known = list(names), set()
+    while asked:
+        name = asked.pop()
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another Python or platform
+        if found.metadata["Name"] in known:
+            continue
+        known.add(found.metadata["Name"])
+        lines = [line for line in found.requires or () if "extra ==" not in line]
+        asked += [re.match(r"[\w.-]+", line)[0] for line in lines]
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(found.locate_file(top))
+    return environment | {"PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +186,45 @@ def test_name_loads_only_where_a_download_is_allowed_and_then_from_the_cache(
     assert (tmp_path / "cached.wav").read_bytes() == expected
     beside = pretrained.model_folder("me/voice@main") / "codec"
     assert wgpt.load("me/voice@main").codec.source == str(beside)
+
+
+@pytest.mark.slow
+def test_an_environment_with_nothing_else_loads_it_by_name(pushed, server, environment, own,
+                                                           tmp_path):  # fmt: skip
+    """Only what `pip install wgpt` brings, and the Hub's client for the download."""
+    prompt = tmp_path / "x.wav"
+    audio.write(prompt, synth.render_music(1.0, seed=9))
+    (tmp_path / "hf").mkdir()
+    empty = environment | {"HF_HOME": str(tmp_path / "hf")}
+    core = with_packages_alone(tmp_path / "core", empty, doctor.REQUIRED)
+    client = (*doctor.REQUIRED, "huggingface_hub")
+    downloading = with_packages_alone(tmp_path / "client", empty, client)
+    others = ["matplotlib", "pytest", "scipy", "transformers"]
+    code = f"import importlib.util as u; print([n for n in {others} if u.find_spec(n)])"
+    for env in (core, downloading):
+        assert python(env, "-S", "-c", code).stdout == "[]\n"
+
+    def generate(env, name, *flags):
+        words = ["generate", name, *flags, "--prompt", str(prompt), "--seconds", "0.2"]
+        out = tmp_path / f"{len(list(tmp_path.glob('*.wav')))}.wav"
+        done = python(env, "-S", "-m", "wgpt", *words, "--out", str(out))
+        return done, out.read_bytes() if out.exists() else None
+
+    n_before = len(server.hub.requests)
+    refused, _ = generate(core, "me/voice")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("wgpt generate: me/voice: no such folder") and (
+        "allow a download with --download" in refused.stderr
+    )
+    refused, _ = generate(core, "me/voice", "--download")
+    assert refused.returncode == 2
+    assert refused.stderr.endswith("needs huggingface_hub: pip install 'wgpt[download]'\n")
+    assert len(server.hub.requests) == n_before
+    fetched, wave = generate(downloading, "me/voice", "--download")
+    assert fetched.returncode == 0, fetched.stderr
+    again, same = generate(core, "me/voice")  # from the cache
+    assert again.returncode == 0, again.stderr
+    assert same == wave == generate(core, str(own))[1]
 
 
 def test_damage_in_the_cache_is_found(pushed, environment, monkeypatch, tmp_path):
