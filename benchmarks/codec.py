@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import shutil
@@ -35,15 +36,15 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from listeners import Listeners
 from spectrograms import draw_spectrograms
 
 from wgpt import audio, codec
 from wgpt.codec import weights as codec_weights
 from wgpt.codec.layers import Network
 from wgpt.codec.training import synth
-from wgpt.codec.training.score import si_sdr_db, stoi
+from wgpt.codec.training.score import pesq, si_sdr_db, stoi
 from wgpt.config import HOP_SAMPLES, SAMPLE_RATE_HZ
+from wgpt.evaluation.listeners import PACKAGES, Listeners
 from wgpt.files import write_atomically
 
 MAX_CLIP_S, MIN_CLIP_S = 8.0, 1.0
@@ -179,7 +180,7 @@ def measure(clips: list[Clip], copy: Callable[[Wave], Wave], listeners: Listener
         row: dict[str, float | None] = {"si_sdr_db": si_sdr_db(decoded, clip.wave)}
         if clip.set in SPEECH:
             row["stoi"] = stoi(decoded, clip.wave, SAMPLE_RATE_HZ)
-            row["pesq"] = listeners.pesq(decoded, clip.wave)
+            row["pesq"] = pesq(decoded, clip.wave, SAMPLE_RATE_HZ)
             row["speaker"] = listeners.speaker(decoded, clip.wave)
         if clip.set == ENGLISH:
             row = {"words": listeners.words(decoded, clip.wave)}
@@ -283,8 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     clips = {name: held_out_clips(table, name, args.clips) for name in SETS}
     if shutil.which("espeak-ng"):
         clips["espeak"] = espeak_clips(args.clips)
-    if "pocketsphinx" not in listeners.missing:
+    if "confidence" not in listeners.missing:
         clips[ENGLISH] = english_clips(table)
+    packages = ("pystoi", "pesq", *(package for package, _ in PACKAGES.values()))
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     rows = []
     for set_name, found in clips.items():
         for name, copy in compared.items():
@@ -301,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, one in codecs.items()
         },
         "rows": rows,
-        "missing": listeners.missing + ["opus-tools"] * ("Opus, 6 kbit/s" not in compared),
+        "missing": missing + ["opus-tools"] * ("Opus, 6 kbit/s" not in compared),
     }
     print(markdown(rows), file=sys.stderr)
     if args.pictures:

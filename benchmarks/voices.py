@@ -45,7 +45,6 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from listeners import Listeners
 from spectrograms import draw_spectrograms
 from tagger import Tagger, is_installed
 
@@ -64,6 +63,7 @@ from wgpt.evaluation.frechet import (
     squared_frechet,
     statistics,
 )
+from wgpt.evaluation.listeners import Listeners
 from wgpt.files import write_atomically
 from wgpt.generation import AudioGenerator, Sampling
 from wgpt.generation.listener import silent_share
@@ -258,7 +258,7 @@ class Judge:
 
     def speaker(self, waves: list[Wave] | None) -> dict[str, float]:
         """Cosine of the speaker embeddings of waves and clips; none without resemblyzer."""
-        if not waves or "resemblyzer" in self.listeners.missing:
+        if not waves or "speaker" in self.listeners.missing:
             return {}
         pairs = zip(waves, self.clips[: len(waves)], strict=True)
         return {"speaker": float(np.mean([self.listeners.speaker(*pair) for pair in pairs]))}

@@ -35,7 +35,10 @@ OPTIONAL = {
     "uvicorn": "the page of wgpt serve (pip install 'wgpt[serve]')",
     "transformers": "another implementation of the codec (pip install 'wgpt[transformers]')",
     "encodec": "another implementation of the codec (pip install 'wgpt[encodec]')",
-    "pystoi": "a listening measure in the tests (pip install 'wgpt[test]')",
+    "pystoi": "STOI in the report of wgpt prepare (pip install 'wgpt[metrics]')",
+    "pesq": "PESQ in the report of wgpt prepare (pip install 'wgpt[metrics]')",
+    "pocketsphinx": "the recogniser of wgpt eval --metrics (pip install 'wgpt[metrics]')",
+    "resemblyzer": "the speakers of wgpt eval --metrics (pip install --no-deps resemblyzer)",
 }
 # A check of agreement, not of accuracy (that is the tests'): float32 on inputs of order one.
 SELF_TEST_TOLERANCE = 1e-4

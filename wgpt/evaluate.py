@@ -9,7 +9,7 @@ import sys
 from wgpt.config import WEIGHT_DTYPES
 from wgpt.data.dataset import SPLITS
 from wgpt.evaluation import evaluate
-from wgpt.evaluation.tables import codebook_table, drift_table, score_table
+from wgpt.evaluation.tables import codebook_table, drift_table, listener_table, score_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also continue prompts for S seconds and report how the sound drifts (default 0)",
     )
     parser.add_argument("--rollout-clips", type=int, default=8, help="rollouts (default 8)")
+    parser.add_argument(
+        "--metrics",
+        action="store_true",
+        help="also let trained listeners judge the rollouts: speaker similarity, a recogniser of "
+        "English; each needs a package, and is left out by name where that is missing",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -67,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.context_s,
         args.download,
         args.weight_dtype,
+        args.metrics,
     )
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write("\n" + codebook_table(result["codebooks"]) + "\n\n")
     if result["rollout"]:
         sys.stdout.write("\n" + drift_table(result["rollout"]) + "\n\n")
+        if result["rollout"]["listeners"]:
+            sys.stdout.write(listener_table(result["rollout"]["listeners"]["rows"]) + "\n\n")
     for row in result["codec"]:
         sys.stdout.write(
             f"codec ceiling, {row['codebooks']} codebook(s): log-mel error "

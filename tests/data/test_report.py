@@ -116,6 +116,20 @@ def test_the_ceiling_by_hand() -> None:
     assert ceiling.codec_ceiling([], RATE) is None
 
 
+def test_measures_of_the_codec_are_told_as_far_as_they_are_known(manifest) -> None:
+    changed = copy.deepcopy(manifest)
+    row = {"codebooks": 1, "si_sdr_db": 3.25, "stoi": None}  # of an earlier version
+    whole = {"codebooks": 8, "si_sdr_db": 9.21, "stoi": 0.8444, "pesq": 1.914}
+    changed["report"]["codec"]["ceiling"] = {"n_clips": 2, "word": "fair", "rows": [row, whole]}
+    text = "\n".join(report_lines(changed))
+    assert "1 codebook: SI-SDR 3.2 dB\n" in text and "wgpt[metrics]" not in text
+    assert "8 codebooks: STOI 0.844, PESQ 1.91, SI-SDR 9.2 dB (2 clips): fair\n" in text
+    whole |= {"stoi": None, "pesq": None}
+    text = "\n".join(report_lines(changed))
+    assert "8 codebooks: SI-SDR 9.2 dB (2 clips): fair\n" in text
+    assert "STOI and PESQ of the codec: pip install 'wgpt[metrics]'" in text
+
+
 def test_clips_are_heard_as_they_were_encoded(tmp_path: Path) -> None:
     """What is decoded are the stored tokens, beside the treated wave of the same steps."""
     from wgpt.data import Dataset

@@ -86,26 +86,31 @@ def _of_source(encoder: Encoder, source: Source, file: Path, indices: list[int])
 
 
 def codec_ceiling(heard: list[Heard], rate_hz: int) -> dict[str, Any] | None:
-    """Mean SI-SDR (dB) and, where pystoi is installed, STOI of the decoded clips.
+    """Mean SI-SDR (dB) and, where pystoi and pesq are installed, STOI and PESQ of decoded clips.
 
     Returns:
-        {"n_clips", "rows": [{"codebooks", "si_sdr_db", "stoi"}], "word": good, fair or poor};
-        None without clips. STOI says how well speech is understood; of music SI-SDR tells more.
+        {"n_clips", "rows": [{"codebooks", "si_sdr_db", "stoi", "pesq"}], "word": good, fair or
+        poor, by the first two}; None without clips. STOI says how well speech is understood, PESQ
+        how good it sounds (None also where it finds no speech); of music SI-SDR tells more.
     """
-    from wgpt.codec.training.score import si_sdr_db, stoi  # seconds that `--help` should not pay
+    from wgpt.codec.training.score import pesq, si_sdr_db, stoi  # what `--help` should not import
 
     if not heard:
         return None
     rows = []
     for k in sorted(heard[0].decoded):
         pairs = [(clip.decoded[k][: len(clip.wave)], clip.wave) for clip in heard]
-        intelligible = [stoi(estimate, target, rate_hz) for estimate, target in pairs]
-        known = [value for value in intelligible if value is not None]
         si_sdr = round(float(np.mean([si_sdr_db(*pair) for pair in pairs])), 2)
-        mean_stoi = round(float(np.mean(known)), 3) if known else None
-        rows.append({"codebooks": k, "si_sdr_db": si_sdr, "stoi": mean_stoi})
+        mean_stoi = _mean([stoi(*pair, rate_hz) for pair in pairs])
+        mean_pesq = _mean([pesq(*pair, rate_hz) for pair in pairs])
+        rows.append({"codebooks": k, "si_sdr_db": si_sdr, "stoi": mean_stoi, "pesq": mean_pesq})
         word = _word(si_sdr, mean_stoi)  # of the last: all codebooks
     return {"n_clips": len(heard), "rows": rows, "word": word}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), 3) if known else None
 
 
 def _word(si_sdr_db: float, stoi: float | None) -> str:

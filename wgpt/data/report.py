@@ -114,6 +114,14 @@ def _warnings(found: dict[str, Any], totals: dict[str, Any], split_by: str) -> l
     return said
 
 
+def _measures(row: dict[str, Any]) -> str:
+    """Of a row of the codec's ceiling. Folders of earlier versions have no PESQ."""
+    stoi, pesq = row["stoi"], row.get("pesq")
+    known = [] if stoi is None else [f"STOI {stoi:.3f}"]
+    known += [] if pesq is None else [f"PESQ {pesq:.2f}"]
+    return ", ".join([*known, f"SI-SDR {row['si_sdr_db']:.1f} dB"])
+
+
 def report_lines(manifest: dict[str, Any]) -> list[str]:
     """Account, splits and figures in words, for a terminal."""
     found, lines = manifest["report"], account_lines(manifest)
@@ -144,12 +152,11 @@ def report_lines(manifest: dict[str, Any]) -> list[str]:
     ceiling = found["codec"]["ceiling"]
     if ceiling:
         for row in ceiling["rows"]:
-            stoi = "pystoi not installed" if row["stoi"] is None else f"STOI {row['stoi']:.3f}"
+            books = "codebook" if row["codebooks"] == 1 else "codebooks"
             lines.append(
-                f"codec {found['codec']['name']}, {row['codebooks']} codebooks: {stoi}, SI-SDR "
-                f"{row['si_sdr_db']:.1f} dB ({ceiling['n_clips']} clips): {ceiling['word']}"
-                if row is ceiling["rows"][-1] else
-                f"codec {found['codec']['name']}, {row['codebooks']} codebook: {stoi}, SI-SDR "
-                f"{row['si_sdr_db']:.1f} dB"
-            )  # fmt: skip
+                f"codec {found['codec']['name']}, {row['codebooks']} {books}: {_measures(row)}"
+            )
+        lines[-1] += f" ({ceiling['n_clips']} clips): {ceiling['word']}"
+        if ceiling["rows"][-1]["stoi"] is None:
+            lines.append("STOI and PESQ of the codec: pip install 'wgpt[metrics]'")
     return [*lines, *(f"warning: {text}" for text in found["warnings"])]

@@ -9,10 +9,14 @@ continues; the other half is the reference. Second by second, over all rollouts 
 A few seconds of sound never have the histogram of many, so the same distances are given for real
 sound: as many random seconds of the first half as there are rollouts (`floor`), and those seconds
 decoded from the codebooks that the model samples (`codec`), which is the best it could do.
+
+Trained listeners (listeners.py) judge whole rollouts beside their prompts: one piece of real sound
+of the prompt's group, and one of another group, after the codec too, give the scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from wgpt.config import HOP_SAMPLES, STEP_RATE_HZ
 from wgpt.data.dataset import Split
 from wgpt.errors import ConfigError, DataError
 from wgpt.evaluation.codec_ceiling import DB_PER_NEPER, with_decoded_mel
+from wgpt.evaluation.listeners import Listeners
 from wgpt.generation.generator import AudioGenerator
 from wgpt.generation.sampling import Sampling
 from wgpt.ops.runtime import one_thread
@@ -34,7 +39,12 @@ _SECOND = round(STEP_RATE_HZ)  # steps
 
 
 def drift(
-    generator: AudioGenerator, split: Split, seconds: int, n_clips: int = 8, seed: int = 0
+    generator: AudioGenerator,
+    split: Split,
+    seconds: int,
+    n_clips: int = 8,
+    seed: int = 0,
+    listeners: Listeners | None = None,
 ) -> dict[str, Any]:
     """Distances of the model's rollouts to real sound for each second, and their scale.
 
@@ -44,16 +54,18 @@ def drift(
         seconds: length of a rollout, at least 1.
         n_clips: rollouts, at least 1; fewer if the split has fewer prompts.
         seed: rollout i samples with seed + i.
+        listeners: to judge the rollouts too.
 
     Returns {seconds: [{second, log_mel_db, token_tv}], floor, codec: {log_mel_db, token_tv},
-    n_rollouts, prompt_s, n_codebooks}.
+    n_rollouts, prompt_s, n_codebooks, listeners}: None, or {rows: [{sound, n, and what is installed
+    of speaker, confidence, words_per_s}], missing: Listeners.missing}.
 
     Raises ConfigError for a bad length or count, DataError for a split that is too small.
     """
     check_rollouts(seconds, n_clips)
     prompted, reference = _halves(split)
     prompts = _prompts(split, prompted, n_clips)
-    tokens, mel = _roll_out(generator, split, prompts, seconds, seed)
+    heard, waves, tokens, mel = _roll_out(generator, split, prompts, seconds, seed)
     sounds = _Sounds(split, "wave")
     real = sounds.of([(clip, 0, split.clip_steps(clip)) for clip in reference])
     rows = []
@@ -70,6 +82,10 @@ def drift(
     decoded = _Sounds(
         with_decoded_mel(split, generator.codec, generator.frontend, k), f"decoded-{k}"
     )
+    judged = None
+    if listeners is not None:
+        rollouts = list(zip(waves, heard, strict=True))
+        judged = _judged(listeners, generator, split, prompts, rollouts, reference)
     return {
         "seconds": rows,
         "floor": _floor(sounds, chunks, real, len(prompts), seed),
@@ -77,6 +93,7 @@ def drift(
         "n_rollouts": len(prompts),
         "prompt_s": PROMPT_S,
         "n_codebooks": k,
+        "listeners": judged,
     }
 
 
@@ -141,14 +158,61 @@ def _halves(split: Split) -> tuple[list[int], list[int]]:
     return clips[::2], clips[1::2]
 
 
-def _prompts(split: Split, clips: list[int], n: int) -> list[tuple[int, int]]:
-    """Up to n (clip, first step) of different PROMPT_S pieces, spread evenly over the clips."""
+def _pieces(split: Split, clips: list[int]) -> list[tuple[int, int]]:
+    """(clip, first step) of all PROMPT_S pieces."""
     steps = round(PROMPT_S * STEP_RATE_HZ)
-    pieces = [
+    return [
         (clip, start)
         for clip in clips
         for start in range(0, split.clip_steps(clip) - steps + 1, steps)
     ]
+
+
+def _judged(
+    listeners: Listeners,
+    generator: AudioGenerator,
+    split: Split,
+    prompts: list[tuple[int, int]],
+    rollouts: list[tuple[np.ndarray, np.ndarray]],
+    reference: list[int],
+) -> dict[str, Any]:
+    """What listeners say of rollouts, each with its prompt's wave, and of real sound likewise."""
+    k, sounds = generator.n_codebooks, {"rollouts": rollouts}
+    for whose, same in (("the prompt's group", True), ("another group", False)):
+        sounds[f"real sound of {whose}, {k} codebook(s)"] = [
+            (_decoded(generator, split, piece, k), rollouts[i][1])
+            for i, piece in _beside(split, prompts, reference, same)
+        ]
+    rows = [
+        {"sound": name, "n": len(pairs), **listeners.judge(pairs)}
+        for name, pairs in sounds.items()
+        if pairs
+    ]
+    return {"rows": rows, "missing": listeners.missing}
+
+
+def _beside(
+    split: Split, prompts: list[tuple[int, int]], reference: list[int], same: bool
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """For each prompt that has one its number and a piece of the reference, of its group or not."""
+    pieces = _pieces(split, reference)
+    for i, (clip, _) in enumerate(prompts):
+        group = split.groups[clip]
+        fitting = [piece for piece in pieces if (split.groups[piece[0]] == group) == same]
+        if fitting:
+            yield i, fitting[i % len(fitting)]
+
+
+def _decoded(generator: AudioGenerator, split: Split, piece: tuple[int, int], k: int) -> np.ndarray:
+    """float32 wave of a PROMPT_S piece, from k codebooks."""
+    clip, start = piece
+    tokens, _ = split.slice(clip, start, start + round(PROMPT_S * STEP_RATE_HZ))
+    return generator.codec.decode(tokens[:k]).cpu().numpy()
+
+
+def _prompts(split: Split, clips: list[int], n: int) -> list[tuple[int, int]]:
+    """Up to n (clip, first step) of different PROMPT_S pieces, spread evenly over the clips."""
+    pieces = _pieces(split, clips)
     if not pieces:
         raise DataError(
             f"{split.name}: a prompt takes {PROMPT_S:g} s, got no clip that long among the "
@@ -160,13 +224,12 @@ def _prompts(split: Split, clips: list[int], n: int) -> list[tuple[int, int]]:
 
 def _roll_out(
     generator: AudioGenerator, split: Split, prompts: list[tuple[int, int]], seconds: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Coarse tokens (n, T) and log-mel (n, T, r * M) of a continuation of each prompt."""
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """The prompts' waves; waves (n, L), coarse tokens (n, T) and log-mel (n, T, r * M) of their
+    continuations."""
     n_prompt, n_steps = round(PROMPT_S * STEP_RATE_HZ), seconds * _SECOND
-    waves_in = [
-        generator.codec.decode(split.slice(clip, start, start + n_prompt)[0]).cpu()
-        for clip, start in prompts
-    ]
+    heard = [_decoded(generator, split, prompt, split.n_codebooks) for prompt in prompts]
+    waves_in = [torch.from_numpy(wave) for wave in heard]
     seeds = [seed + i for i in range(len(prompts))]
     with one_thread():
         sampling = Sampling(fine_temperature=1.0, end_of_clip=False)
@@ -180,4 +243,5 @@ def _roll_out(
     with torch.inference_mode():  # behind the prompt: a first slice reaches back into it
         mel = generator.frontend(torch.cat([torch.stack(waves_in), torch.from_numpy(waves)], 1))
     r = mel.shape[1] // (n_prompt + n_steps)
-    return tokens, mel[:, n_prompt * r :].reshape(len(prompts), n_steps, r, -1).numpy()
+    frames = mel[:, n_prompt * r :].reshape(len(prompts), n_steps, r, -1).numpy()
+    return heard, waves, tokens, frames

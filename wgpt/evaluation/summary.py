@@ -13,6 +13,7 @@ from wgpt.errors import ConfigError, DataError
 from wgpt.evaluation.baselines import baselines
 from wgpt.evaluation.codec_ceiling import codec_ceiling, with_decoded_mel
 from wgpt.evaluation.drift import check_rollouts, drift
+from wgpt.evaluation.listeners import installed_listeners
 from wgpt.evaluation.scores import codebook_scores, score
 from wgpt.generation.generator import AudioGenerator
 from wgpt.model import HybridModel
@@ -34,6 +35,7 @@ def evaluate(
     context_s: float | None = None,
     download: bool = False,
     weight_dtype: str = "fp32",
+    metrics: bool = False,
 ) -> dict[str, Any]:
     """All figures of a trained model.
 
@@ -47,6 +49,7 @@ def evaluate(
         download: let a model of the Hub be downloaded.
         weight_dtype: fp32; bf16 or int8 score the model with its weights rounded as generation
             rounds them, in float32 arithmetic as generation's.
+        metrics: let trained listeners judge the rollouts, as far as they are installed.
 
     Returns {rows, codebooks, codec, rollout, context_steps, mel_source, data, split, baselines,
     weight_dtype}: `codebooks` are teacher-forced rows of every codebook that the model predicts,
@@ -63,6 +66,11 @@ def evaluate(
     check_weight_dtype(weight_dtype, device)
     if rollout_s:
         check_rollouts(rollout_s, rollout_clips)
+    elif metrics:
+        raise ConfigError("eval: --metrics judges rollouts; give their length too: --rollout-s S")
+    listeners = installed_listeners() if metrics else None
+    for measure, command in listeners.missing.items() if listeners else ():
+        log.warning("no %s: it needs a package: %s", measure, command)
     record = ModelRecord.read(model_folder(run, download))
     options: dict[str, Any] = {"context_steps": _context_steps(record, context_s)}
     dataset = record.dataset(data)
@@ -92,7 +100,7 @@ def evaluate(
         generator = AudioGenerator.load(
             record.folder, device, download=download, weight_dtype=weight_dtype
         )
-        rollout = drift(generator, split, rollout_s, rollout_clips)
+        rollout = drift(generator, split, rollout_s, rollout_clips, listeners=listeners)
     return {
         "run": str(run),
         "data": str(dataset.path),

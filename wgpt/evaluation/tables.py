@@ -53,6 +53,22 @@ def drift_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def listener_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `drift`'s listeners as a markdown table; a measure that no row has is left out."""
+    titles = {
+        "speaker": "speaker, cosine to the prompt",
+        "confidence": "recogniser's confidence",
+        "words_per_s": "words/s",
+    }
+    titles = {name: title for name, title in titles.items() if any(name in row for row in rows)}
+    lines = ["| sound | n | " + " | ".join(titles.values()) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(titles))
+    for row in rows:
+        cells = [f"{row[name]:.3f}" for name in titles]
+        lines.append(f"| {row['sound']} | {row['n']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def distance_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Results of `distances` by kind of sound, as a markdown table."""
     what = ("Frechet, dB", "spectrum, dB", "periodicity")

@@ -1,10 +1,11 @@
-"""Measures of a copy of a sound: distortion and intelligibility."""
+"""Measures of a copy of a sound: distortion, intelligibility, quality."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import soxr
 
 
 def si_sdr_db(estimate: np.ndarray, target: np.ndarray) -> float:
@@ -22,3 +23,20 @@ def stoi(estimate: np.ndarray, target: np.ndarray, sample_rate_hz: int) -> float
     except ImportError:
         return None
     return float(measure(target, estimate, sample_rate_hz, extended=False))
+
+
+def pesq(estimate: np.ndarray, target: np.ndarray, sample_rate_hz: int) -> float | None:
+    """Wideband PESQ (ITU-T P.862.2), 1 to 4.64; None without pesq, or where it finds no speech in
+    the target or no sound in the estimate."""
+    try:
+        from pesq import BufferTooShortError, NoUtterancesError
+        from pesq import pesq as measure
+    except ImportError:
+        return None
+    if not (target.any() and estimate.any()):
+        return None
+    pair = (soxr.resample(wave, sample_rate_hz, 16_000) for wave in (target, estimate))
+    try:
+        return float(measure(16_000, *pair, "wb"))
+    except (BufferTooShortError, NoUtterancesError, ValueError):  # the last where it is NaN
+        return None
