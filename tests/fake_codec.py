@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 import torch
 from torch import Tensor
+
+from wgpt.data.encode import Encoder, Job, Outcome
 
 HOP = 320
 
@@ -96,3 +99,20 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Lets a file, the `at`-th that this process encodes, interrupt it, as Ctrl-C would.
+
+    Returns a list that gets the path of each file that is begun.
+    """
+    whole, begun = Encoder.encode_file, list[str]()
+
+    def encode_file(self: Encoder, job: Job) -> Outcome:
+        begun.append(job.path)
+        if len(begun) == at:
+            raise KeyboardInterrupt
+        return whole(self, job)
+
+    monkeypatch.setattr(Encoder, "encode_file", encode_file)
+    return begun

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from fake_codec import FakeCodec, make_audio, tree
+from fake_codec import FakeCodec, interrupt, make_audio, tree
 
 from wgpt.cli import main
-from wgpt.data import Dataset, assemble, encode, merge, pipeline, prepare
+from wgpt.data import Dataset, assemble, merge, pipeline, prepare
 from wgpt.errors import ConfigError, DataError
 
 N = 4
@@ -105,24 +105,15 @@ def test_a_merge_that_failed_is_merged_again(made, plain, tmp_path: Path, fault)
 def test_a_part_that_was_interrupted_resumes(
     audio_dir, made, plain, tmp_path: Path, monkeypatch
 ) -> None:
-    whole, n_made = encode.Encoder.encode_file, 0
-
-    def dying(self, job):
-        nonlocal n_made
-        n_made += 1
-        if n_made == 3:
-            raise KeyboardInterrupt
-        return whole(self, job)
-
+    seen = interrupt(monkeypatch, 3)
     i = max(range(N), key=lambda i: len(list((made[i] / ".partial").iterdir()))) + 1
-    monkeypatch.setattr(encode.Encoder, "encode_file", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare_part(audio_dir, tmp_path / "part", i, jobs=1)
     with pytest.raises(DataError, match=r"is no finished part.*--shard\) resumes it"):
         merge([tmp_path / "part"], tmp_path / "data", codec=FakeCodec())
-    n_made = 10
+    n_before = len(seen)
     prepare_part(audio_dir, tmp_path / "part", i, jobs=1)
-    assert n_made - 10 == len(list((made[i - 1] / ".partial").glob("*.safetensors"))) - 2
+    assert len(seen) - n_before == len(list((made[i - 1] / ".partial").glob("*.safetensors"))) - 2
     parts = [tmp_path / "part", *made[: i - 1], *made[i:]]
     merge(parts, tmp_path / "data", codec=FakeCodec())
     assert tree(tmp_path / "data") == plain

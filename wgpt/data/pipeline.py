@@ -41,7 +41,7 @@ from wgpt.data.levels import MelLevels
 from wgpt.data.merged import Merged, fetch_parts, read_parts
 from wgpt.data.page import page
 from wgpt.data.parts import check_shard, hash_inputs, make_part, part_number
-from wgpt.data.places import is_address, places
+from wgpt.data.places import Place, is_address, places
 from wgpt.data.report import report
 from wgpt.data.scan import Found, hash_all, list_sources
 from wgpt.data.splits import SPLIT_BY, SplitRule, assign
@@ -127,38 +127,18 @@ def prepare(
     rule = SplitRule(split_by, valid_fraction, test_fraction)
     _check_settings(rule, jobs, max_seconds, mel)
     _check_engine(engine, parts, shard)
-    if shard is not None:
-        check_shard(shard, shard)
-    elif is_address(place):
-        raise ConfigError(
-            f"prepare: out must be a folder of this machine, from which training maps its arrays, "
-            f"got {place}; parts may be written there: --shard I/N, --parts"
-        )
-    else:
-        check_ours(Path(place))
+    _check_out(place, shard)
     given = places(recordings), places(valid), places(test)
     inputs = collect(*given, place, download)
     before = None if shard is not None else read_before(Path(place))
-    target_lufs = None if keep_loudness else TARGET_LUFS
-    treatment = Treatment(not keep_silence, target_lufs, PIECE_SECONDS)
+    treatment = Treatment(not keep_silence, None if keep_loudness else TARGET_LUFS, PIECE_SECONDS)
     loaded = load_codec(codec, download)
     sources = mel_sources if mel_sources is not None else default_mel_sources(loaded)
     if before is not None and not overwrite:  # adding never takes away
         sources = (*sources, *(name for name in before["mel_sources"] if name not in sources))
     spec = EncoderSpec(codec, mel, tuple(sources), treatment, max_seconds, download, levels)
     encoder = Encoder(loaded, mel, spec.mel_sources, treatment, max_seconds, levels)
-    settings = {
-        "codec": _codec_facts(loaded),
-        "mel": dataclasses.asdict(mel),
-        "mel_sources": sorted(spec.mel_sources, key=_source_order),
-        "treatment": dataclasses.asdict(treatment),
-        "max_seconds": max_seconds if math.isfinite(max_seconds) else None,
-        "split_by": split_by,
-        "valid_fraction": float(valid_fraction),
-        "test_fraction": float(test_fraction),
-    }
-    if levels is not None:
-        settings["mel_levels"] = levels.as_settings()
+    settings = _settings(spec, loaded, rule)
     try:
         if shard is not None:
             inputs_sha256 = hash_inputs(inputs)
@@ -207,7 +187,7 @@ def merge(
 
     Args:
         parts: all n, in any order: folders, or addresses, which are copied below `out` for the
-            time of merging; an address may hold * (s3://bucket/part-*).
+            time of merging; an address may be a pattern: `s3://bucket/part-*`.
         out: new, empty, the folder that holds the parts, or with overwrite one with old data.
         codec: that of the parts, a name, a path or a codec; by default what their settings name.
 
@@ -283,6 +263,19 @@ def _check_settings(rule: SplitRule, jobs: int | None, max_seconds: float, mel: 
             raise ConfigError(f"prepare: {name} must be {text}, got {got}")
 
 
+def _check_out(place: Place, shard: tuple[int, int] | None) -> None:
+    """Raises ConfigError or DataError unless it may become prepared data, or a part."""
+    if shard is not None:
+        check_shard(shard, shard)
+    elif is_address(place):
+        raise ConfigError(
+            f"prepare: out must be a folder of this machine, from which training maps its arrays, "
+            f"got {place}; parts may be written there: --shard I/N, --parts"
+        )
+    else:
+        check_ours(Path(place))
+
+
 def _check_engine(
     engine: str | None, parts: str | Path | None, shard: tuple[int, int] | None
 ) -> None:
@@ -292,6 +285,23 @@ def _check_engine(
         raise ConfigError("prepare: --engine makes all parts and --shard one; give one of them")
     if engine is None and parts is not None:
         raise ConfigError("prepare: --parts is for --engine ray; a part of --shard has its --out")
+
+
+def _settings(spec: EncoderSpec, codec: CodecProtocol, rule: SplitRule) -> dict[str, Any]:
+    """What the manifest keeps of how the data were made; that of every part is the same."""
+    settings = {
+        "codec": _codec_facts(codec),
+        "mel": dataclasses.asdict(spec.mel),
+        "mel_sources": sorted(spec.mel_sources, key=_source_order),
+        "treatment": dataclasses.asdict(spec.treatment),
+        "max_seconds": spec.max_seconds if math.isfinite(spec.max_seconds) else None,
+        "split_by": rule.by,
+        "valid_fraction": float(rule.valid_fraction),
+        "test_fraction": float(rule.test_fraction),
+    }
+    if spec.levels is not None:
+        settings["mel_levels"] = spec.levels.as_settings()
+    return settings
 
 
 def _build(
