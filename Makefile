@@ -199,7 +199,11 @@ lock: $(TOOLS)/uv
 	$(COMPILE) pyproject.toml --extra test --extra serve --extra browser-test --extra tools-test \
 	  --extra dev --constraint requirements/torch.txt \
 	  --constraint requirements/locked.txt -o requirements/ci.txt $(NOT_OF_TORCH)
+	$(COMPILE) pyproject.toml --extra sources-test --constraint requirements/torch.txt \
+	  --constraint requirements/locked.txt --constraint requirements/ci.txt \
+	  -o requirements/sources.txt $(NOT_OF_TORCH)
 	printf "encodec\neinops\n" | $(COMPILE) --no-deps - -o requirements/encodec.txt
+	printf "pesq\npocketsphinx\nresemblyzer\n" | $(COMPILE) --no-deps - -o requirements/metrics.txt
 
 sbom: build $(TOOLS)/uv
 	$(TOOLS)/cyclonedx-py environment $(VENV_PYTHON) --pyproject pyproject.toml -o build/sbom.json

@@ -11,7 +11,11 @@ if not (ROOT / "requirements").is_dir():
 from packaging.markers import Marker  # noqa: E402
 from packaging.utils import canonicalize_name  # noqa: E402
 
-EXTRAS = {"locked": ("test",), "ci": ("test", "serve", "browser-test", "tools-test", "dev")}
+EXTRAS = {
+    "locked": ("test",),
+    "ci": ("test", "serve", "browser-test", "tools-test", "dev"),
+    "sources": ("sources-test",),
+}
 NOT_LOCKED = {"torch"}  # by itself, in torch.txt
 
 
@@ -38,7 +42,7 @@ def asked_for(extras):
     return {canonicalize_name(name) for name in re.findall(r'"([\w.-]+)', lines)}
 
 
-@pytest.mark.parametrize("name", ["torch", "locked", "ci", "encodec"])
+@pytest.mark.parametrize("name", ["torch", "locked", "ci", "sources", "encodec", "metrics"])
 def test_every_pin_has_hashes(name):
     found = list(locked(name))
     assert found and all(hashes for *_, hashes in found)
@@ -57,7 +61,7 @@ def test_files_agree_on_versions_for_a_python(python):
     where = {"python_version": python, "python_full_version": f"{python}.0",
              "sys_platform": "linux", "platform_machine": "x86_64"}  # fmt: skip
     versions: dict[str, set[str]] = {}
-    for name in ("torch", "locked", "ci"):
+    for name in ("torch", "locked", "ci", "sources"):
         for package, version, marker, _ in locked(name):
             if not marker or Marker(marker).evaluate(where):
                 versions.setdefault(package, set()).add(version)

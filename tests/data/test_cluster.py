@@ -15,12 +15,13 @@ import pytest
 import soundfile
 from fake_codec import DeadlyOnce, FakeCodec, Witness, make_audio, tree
 
+import wgpt
 from wgpt.cli import main
 from wgpt.data import cluster, prepare
 from wgpt.data.progress import Progress
 from wgpt.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[2]
+ROOT, PACKAGE = Path(__file__).parents[2], Path(wgpt.__file__).parent
 OPTIONS = {"split_by": "group", "valid_fraction": 0.3, "keep_loudness": True, "progress": False}
 
 
@@ -50,7 +51,7 @@ def nodes():
 
     options = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(PACKAGE.parent), str(ROOT / "tests")]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = Cluster(initialize_head=True, head_node_args=options)
         made.add_node(num_cpus=1, object_store_memory=80 << 20)
@@ -154,7 +155,7 @@ def test_an_interrupted_run_resumes(nodes, audio_dir, plain, tmp_path: Path, mon
 def test_a_command_with_a_codec_beside_it(
     nodes, audio_dir, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    shutil.copytree(ROOT / "wgpt" / "assets" / "mini", tmp_path / "codec")
+    shutil.copytree(PACKAGE / "assets" / "mini", tmp_path / "codec")
     monkeypatch.chdir(tmp_path)  # tasks run elsewhere
     arguments = ["prepare", str(audio_dir), "--quiet", "--mel-sources", "wave", "--jobs", "2"]
     arguments += ["--codec", "codec"]
