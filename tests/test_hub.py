@@ -33,6 +33,9 @@ wgpt.push_to_hub(sys.argv[1], "me/again", license="mit")
 wgpt.load("me/again", download=True)
 wgpt.push_to_hub("me/again", "you/copy", license="mit")  # with the codec beside it
 wgpt.push_to_hub("starter", "me/again", license="mit")  # without the codec that was there
+
+wgpt.push_to_hub(sys.argv[2], "me/my-codec", license="cc0-1.0")
+wgpt.codec.load("me/my-codec", download=True)
 """
 
 FAIL = """
@@ -111,7 +114,7 @@ def with_packages_alone(folder, environment, names):
 @pytest.fixture(scope="module")
 def pushed(server, environment, own):
     """me/voice: main, and a branch v2 with the packaged model, which is then in the cache."""
-    done = python(environment, "-c", PUSH, str(own))
+    done = python(environment, "-c", PUSH, str(own), str(own.with_name("my-codec")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("/me/voice")
     return server.hub.files["me/voice"]
@@ -149,6 +152,23 @@ def test_a_model_of_the_hub_is_pushed_again_with_its_codec_and_one_header(pushed
     card = copy["README.md"].decode()
     assert card.count("---\n") == 2 and card.count("import wgpt") == 1
     assert not any(path.startswith("codec/") for path in server.hub.files["me/again"]["main"])
+
+
+def test_a_codec_is_pushed_with_a_card_and_found_in_the_cache(pushed, server, cache):
+    files = server.hub.files["me/my-codec"]["main"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors"}
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: wgpt\nlicense: cc0-1.0\n")
+    assert card.count("---\n") == 2 and 'wgpt.codec.load("me/my-codec", download=True)' in card
+    loaded, mini = codec.load("me/my-codec"), codec.load("mini")
+    assert codec.same_tokens(loaded.identity, mini.identity)
+
+
+def test_a_damaged_codec_is_not_pushed(own, tmp_path):
+    folder = shutil.copytree(own.with_name("my-codec"), tmp_path / "codec")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CodecError, match="is damaged"):
+        wgpt.push_to_hub(folder, "me/codec", license="mit")
 
 
 def test_revision_is_found_in_the_cache(pushed, cache):

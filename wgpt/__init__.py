@@ -81,13 +81,14 @@ def push_to_hub(
     private: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Uploads a trained model to the Hugging Face Hub, for `wgpt.load("user/model")`.
+    """Uploads a trained model, or a codec, to the Hugging Face Hub: `wgpt.load("user/model")`,
+    `wgpt.codec.load("user/codec")`.
 
     With it go its card, with a header that the Hub reads, and its codec where that is a folder of
     this machine. It needs `pip install 'wgpt[download]'`, and `hf auth login` once.
 
     Args:
-        run: a run folder, RUN@step-500, a model folder, or `starter`.
+        run: a run folder, RUN@step-500, a model folder, `starter`, or the folder of a codec.
         repository: `user/model`; made where there is none.
         license: of the weights, as the Hub spells it: `mit`, `cc-by-4.0`, `other`. The recordings
             that the model was trained on may ask for one.

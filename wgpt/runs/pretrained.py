@@ -107,8 +107,13 @@ def push_to_hub(
 ) -> str:
     """What `wgpt.push_to_hub` does."""
     hub.check_push(repository)
-    record = ModelRecord.read(model_folder(run))
     with tempfile.TemporaryDirectory(prefix="wgpt-push-") as temporary:
+        if (codec := _codec_folder(run)) is not None:
+            for name in hub.FILES:
+                shutil.copyfile(codec / name, Path(temporary, name))
+            Path(temporary, "README.md").write_text(_codec_card(codec, repository, license))
+            return hub.push(Path(temporary), repository, revision=revision, private=private)
+        record = ModelRecord.read(model_folder(run))
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(record.folder / name, Path(temporary, name))
         source = Path(record.codec_source)
@@ -123,6 +128,37 @@ def push_to_hub(
             log.warning("%s: is not uploaded; who loads the model needs that codec", source)
         Path(temporary, "README.md").write_text(_hub_card(record, repository, license))
         return hub.push(Path(temporary), repository, revision=revision, private=private)
+
+
+def _codec_folder(name: str | Path) -> Path | None:
+    """The folder of a codec of a user's own; None where the name is that of something else.
+
+    Raises CodecError where it is damaged.
+    """
+    config = Path(name) / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != "encodec":
+        return None
+    codecs.load(name)
+    return Path(name)
+
+
+def _codec_card(folder: Path, repository: str, license: str) -> str:
+    """The card of a codec with the header that the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    card, codec = folder / "README.md", codecs.load(folder)
+    header = ModelCardData(library_name="wgpt", license=license, tags=["audio-codec", "encodec"])
+    text = card.read_text() if card.is_file() else f"# {repository}, a codec for wgpt\n"
+    if text.startswith("---\n"):  # came from the Hub itself
+        text = text.split("---\n", 2)[2].partition("\n```python\nimport wgpt\n")[0]
+    return (
+        f"---\n{header}\n---\n{text}\n"
+        f"{codec.sample_rate_hz} Hz mono, {codec.frame_rate_hz:g} frames a second, "
+        f"{codec.n_codebooks} codebooks of {codec.codebook_size} entries.\n\n"
+        "```python\nimport wgpt\n\n"
+        f'codec = wgpt.codec.load("{repository}", download=True)\n'
+        "tokens = codec.encode(wave)  # float32 (L,) at 24 kHz to int64 (K, T)\n```\n"
+    )
 
 
 def _hub_card(record: ModelRecord, repository: str, license: str) -> str:
