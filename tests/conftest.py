@@ -1,7 +1,11 @@
 """Fixtures every test may use: the device, the CPU target, a fixed seed."""
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 
 # Before torch loads OpenMP: idle threads sleep instead of spinning, or a busy machine makes tests
@@ -165,3 +169,35 @@ def tiny_run(prepared, tmp_path_factory):
     train(prepared, out, "hybrid-xs", max_steps=3, batch_size=2, context_s=0.5, sample_s=0.2,
           eval_audio_s=3.0, warmup_steps=1, device="cpu")  # fmt: skip
     return out
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces joined by a cable, as two hosts: names and addresses."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    name = f"wgpt{uuid.uuid4().hex[:6]}"
+    names, addresses = [f"{name}{i}" for i in "ab"], ["10.77.0.1", "10.77.0.2"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for host in names:
+            ip("netns", "add", host)
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+        for host, address in zip(names, addresses, strict=True):
+            ip("link", "set", host, "netns", host)
+            ip("-n", host, "addr", "add", f"{address}/24", "dev", host)
+            ip("-n", host, "link", "set", host, "up")
+            ip("-n", host, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        for host in names:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    yield list(zip(names, addresses, strict=True))
+    for host in names:
+        for pid in subprocess.run(["ip", "netns", "pids", host], capture_output=True,
+                                  text=True).stdout.split():  # fmt: skip
+            os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "del", host], capture_output=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,15 @@ from wgpt.data import cluster, prepare
 from wgpt.data.progress import Progress
 from wgpt.errors import ConfigError, DataError
 
+ON_TWO_HOSTS = """
+import json, sys
+from pathlib import Path
+from fake_codec import Witness
+from wgpt.data import prepare
+recordings, out, seen, options = sys.argv[1:]
+codec = Witness(Path(seen), delay_s=0.3)
+prepare(recordings, out, codec=codec, engine="ray", **json.loads(options))
+"""
 ROOT, PACKAGE = Path(__file__).parents[2], Path(wgpt.__file__).parent
 OPTIONS = {"split_by": "group", "valid_fraction": 0.3, "keep_loudness": True, "progress": False}
 
@@ -76,6 +87,37 @@ def test_two_nodes_give_the_bytes_of_one_process(
     assert caplog.text.count("skipped broken.wav: must be audio") == 1
     with pytest.raises(DataError, match=r"holds prepared data; use another --out, or --overwrite"):
         prepare(audio_dir, tmp_path / "data", codec=FakeCodec(), engine="ray", **OPTIONS)
+
+
+@pytest.mark.slow
+def test_two_hosts_give_the_bytes_of_one_process(hosts, audio_dir, plain, tmp_path: Path) -> None:
+    """Two network namespaces, each with a node that `ray start` starts there."""
+    pytest.importorskip("ray")
+    (tmp_path / "seen").mkdir()
+    (head, address), (other, second) = hosts
+    path = os.pathsep.join([str(PACKAGE.parent), str(ROOT / "tests")])
+    env = os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {"RAY_ADDRESS": f"{address}:6379", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+    def start(host: str, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+        command += ["--object-store-memory=80000000", *flags]
+        with open(tmp_path / f"{host}.log", "w") as log:
+            return subprocess.Popen(["ip", "netns", "exec", host, *command],
+                                    env=env, stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
+
+    here = f"--node-ip-address={address}"
+    start(head, "--head", "--port=6379", "--include-dashboard=false", here)
+    start(other, f"--address={address}:6379", f"--node-ip-address={second}")
+    arguments = [str(audio_dir), str(tmp_path / "data"), str(tmp_path / "seen")]
+    done = subprocess.run(
+        ["ip", "netns", "exec", head, sys.executable, "-c", ON_TWO_HOSTS, *arguments,
+         json.dumps(OPTIONS)], env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "data") == plain
+    seen = {path.name.partition("-")[0] for path in (tmp_path / "seen").iterdir()}
+    assert len(seen) == 2, "both hosts encoded"
 
 
 @pytest.mark.slow
@@ -163,6 +205,18 @@ def test_a_command_with_a_codec_beside_it(
         assert main([*arguments, *engine, "--out", str(tmp_path / name), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["account"]["used"] == 10
     assert tree(tmp_path / "here") == tree(tmp_path / "there")
+
+
+def test_a_cluster_that_cannot_be_joined_is_one_sentence(audio_dir, tmp_path: Path, monkeypatch):
+    def refused(**options):
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=refused)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    errors = SimpleNamespace(RayError=Exception, RayTaskError=Exception)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", errors)
+    with pytest.raises(DataError, match=r"Failed to connect .* at 10\.0\.0\.1:6379; check RAY_ADD"):
+        prepare(audio_dir, tmp_path / "data", codec=FakeCodec(), engine="ray", **OPTIONS)
 
 
 def test_what_a_node_does_not_see_is_named(audio_dir, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -306,38 +304,6 @@ def test_a_store_with_words_of_ended_processes_is_begun_anew():
 def test_losses_of_no_collective_are_not_explained():
     assert ProcessGroup(0, 2).explain(RuntimeError("mat1 and mat2 shapes")) is None
     assert ProcessGroup().explain(RuntimeError("Connection closed by peer")) is None
-
-
-@pytest.fixture
-def hosts():
-    """Two network namespaces joined by a cable, as two hosts: names and addresses."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
-    name = f"wgpt{uuid.uuid4().hex[:6]}"
-    names, addresses = [f"{name}{i}" for i in "ab"], ["10.77.0.1", "10.77.0.2"]
-
-    def ip(*words):
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        for host in names:
-            ip("netns", "add", host)
-        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
-        for host, address in zip(names, addresses, strict=True):
-            ip("link", "set", host, "netns", host)
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", host)
-            ip("-n", host, "link", "set", host, "up")
-            ip("-n", host, "link", "set", "lo", "up")
-    except subprocess.CalledProcessError as error:
-        for host in names:
-            subprocess.run(["ip", "netns", "del", host], capture_output=True)
-        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-    yield list(zip(names, addresses, strict=True))
-    for host in names:
-        for pid in subprocess.run(["ip", "netns", "pids", host], capture_output=True,
-                                  text=True).stdout.split():  # fmt: skip
-            os.kill(int(pid), signal.SIGKILL)
-        subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
 
 @pytest.mark.slow

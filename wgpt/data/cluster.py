@@ -51,7 +51,7 @@ def make_parts(
 
     Raises:
         ConfigError: without Ray.
-        DataError: a part failed, or died too often; the same command resumes.
+        DataError: there is no cluster; a part failed, or died too often; the same command resumes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours tells nobody
     try:
@@ -71,7 +71,15 @@ def make_parts(
     outs = [below(folder, f"{i}-of-{n}") for i in range(1, n + 1)]
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except Exception as error:  # a network, a version, a token: many unrelated types
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"--engine ray: no Ray cluster can be joined or started: {reason}; check "
+                "RAY_ADDRESS, and where `ray start` said that token authentication is enabled, "
+                "set RAY_AUTH_MODE=token here too"
+            ) from error
     task: Any = ray.remote(num_cpus=1, max_retries=0)(make_part)
     meter = Progress("encoding parts", len(inputs.entries), n, progress, unit="part")
     tries = dict.fromkeys(range(1, n + 1), 0)
