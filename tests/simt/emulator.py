@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,6 +230,9 @@ def emulator_objects(variant, folder):
 
 def kernel_flags(variant, includes=(CSRC, HERE), optimize="-O2"):
     flags = ["-O1", "-fsanitize=thread"] if variant == "race" else [optimize]
+    if variant == "fma":
+        flags += ["-ffp-contract=fast", "-fexpensive-optimizations"]  # which make FMAs at -O1 too
+        flags += ["-mfma"] if platform.machine() == "x86_64" else []
     return [*WARNINGS, *flags, *(f"-I{path}" for path in includes)]
 
 
@@ -242,7 +246,8 @@ def build(host, variant, folder, includes=(CSRC, HERE), optimize="-O2", launcher
     """Compiles `host` with the emulator into a library in `folder`, once per content.
 
     variant "fast" is plain -O2; "race" instruments the kernels, not the emulator, with the hooks
-    of -fsanitize=thread. launchers: with the CUDA launchers. Returns the library's path.
+    of -fsanitize=thread; "fma" contracts a * b + c in the kernels, as nvcc does.
+    launchers: with the CUDA launchers. Returns the library's path.
     """
     flags = kernel_flags(variant, includes, optimize)
     objects = [compile_object(Path(host), flags, folder), *emulator_objects(variant, folder)]

@@ -26,6 +26,13 @@
 namespace wgpt::cuda {
 namespace flash {
 
+// 2^(c S - c max) as an FMA keeps of c S what c max lost to rounding: 2^9 at scores of 1e10. But where c S is above this, scores
+// that differ at all differ by 2^6 (16 bits: 2^4), and any larger c gives the same softmax: tiles with such a maximum take a
+// power of two, so that nothing rounds; then other scores of the row lie far below. Under it P is at most 2^(2^5)
+// (16 bits: 2^(2^3)), and so is the sum.
+template <typename T>
+constexpr float kHugeScore = sizeof(T) == 4 ? 0x1p30f : 0x1p28f;
+
 template <typename T>
 struct ForwardParams {
   Heads<const T> q, k, v;
@@ -33,7 +40,8 @@ struct ForwardParams {
   float* lse;
   PackedVisibility visible;  // first_key nullptr: not packed
   int n_heads, n_batch_heads, n_tiles;
-  float scale_log2;
+  float scale, scale_log2;
+  float huge, scale_of_huge;  // kHugeScore as a score; the power of two in [2, 4) of scale_log2
   bool aligned;
 };
 
@@ -43,11 +51,11 @@ constexpr int kForwardKeys = sizeof(T) == 2 ? 64
                              : D == 128     ? 16
                                             : 32;
 
-// Steps of k of which Q's fragments stay in registers: beside the borders of documents not all fit.
+// Steps of k of which Q's fragments stay in registers: as many as fit, at D = 128 none beside the borders of documents.
 template <typename T, int D, bool kPacked>
 constexpr int kKeptQueries = sizeof(T) == 4        ? 0
                              : kPacked && D == 128 ? 0
-                             : kPacked && D == 64  ? 3
+                             : D == 64             ? 3
                                                    : D / 16;
 
 template <typename T, int D>
@@ -148,11 +156,12 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, T* base, int row0, int 
           }
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
-          top = fmaxf(top * p.scale_log2, top_log2[m][half]);
+          const float scale = fabsf(top) > p.huge ? p.scale_of_huge : p.scale_log2;
+          const float new_top = fmaxf(top * scale, top_log2[m][half]);
           // A row that has seen no key yet keeps -inf; 0 in its place makes all its powers 2^-inf = 0.
-          const float shift = masked && top == -INFINITY ? 0.f : top;
+          const float shift = masked && new_top == -INFINITY ? 0.f : new_top;
           const float shrink = exp2_approx(top_log2[m][half] - shift);
-          top_log2[m][half] = top;
+          top_log2[m][half] = new_top;
           row_sum[m][half] *= shrink;
           WGPT_UNROLL
           for (int n = 0; n < D / 8; ++n) {
@@ -163,7 +172,7 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, T* base, int row0, int 
           for (int n = 0; n < kN; ++n) {
             WGPT_UNROLL
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              s[m][n][i] = exp2_approx(s[m][n][i] * p.scale_log2 - shift);
+              s[m][n][i] = exp2_approx(s[m][n][i] * scale - shift);
               row_sum[m][half] += s[m][n][i];
             }
           }
@@ -185,8 +194,10 @@ WGPT_DEVICE void forward_rows(const ForwardParams<T>& p, T* base, int row0, int 
       inverse[half] = sum > 0.f ? 1.f / sum : 0.f;
       const int row = warp_row0 + 16 * m + g + 8 * half;
       if (t == 0 && row < q_end) {
+        const bool is_huge = fabsf(top_log2[m][half]) > 1.5f * kHugeScore<T>;
+        const float unscale = is_huge ? p.scale / p.scale_of_huge : 1.f / kLog2E;
         p.lse[static_cast<int64_t>(end.head) * p.visible.q_steps + row] =
-            (top_log2[m][half] + log2f(sum)) * (1.f / kLog2E);
+            top_log2[m][half] * unscale + log2f(sum) * (1.f / kLog2E);
       }
     }
     // The warp's own rows of Q are read no more, and carry its output.
@@ -224,7 +235,10 @@ const char* forward(const FlashAttentionForward& a, Stream stream) {
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
   p.n_tiles = static_cast<int>(ceil_div(s.q_steps, int64_t{Sizes::kRows}));
+  p.scale = static_cast<float>(s.scale);
   p.scale_log2 = static_cast<float>(s.scale * kLog2E);
+  p.huge = kHugeScore<T> / p.scale_log2;
+  p.scale_of_huge = exp2f(ceilf(log2f(p.scale_log2)) + 1.f);
   p.aligned = rows_aligned<T>(a.q) && rows_aligned<T>(a.k) && rows_aligned<T>(a.v) &&
               rows_aligned<T>(a.out);
   const auto start = [&](auto kernel) {

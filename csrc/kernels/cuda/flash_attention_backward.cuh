@@ -2,17 +2,24 @@
 // kernels/flash_attention.h. Not yet run on hardware.
 //
 //   delta    delta[i] = d_out[i] . out[i] - d_lse[i]        a group of lanes per row, memory-bound
-//   dK, dV   one block per tile of keys, loop over the tiles of queries that see it:
-//              S^T = K Q^T   dP^T = V dO^T   P^T = 2^(c S^T - log2 e lse)   dS^T = P^T (dP^T - delta)
-//              dV += P^T dO  dK += dS^T Q    (keys are rows: accumulators of S^T, dS^T are the A fragments)
 //   dQ       one block per tile of queries, loop over the tiles of keys that they see:
-//              S = Q K^T     dP = dO V^T     dQ += dS K
+//              S = Q K^T     dP = dO V^T     P = 2^(c S - log2 e lse)     dS = P (dP - delta)
+//              dQ += dS K
+//   dK, dV   one block per tile of keys, loop over the tiles of queries that see it:
+//              S^T = K Q^T   dP^T = V dO^T   P^T and dS^T like P and dS
+//              dV += P^T dO  dK += dS^T Q    (keys are rows: accumulators of S^T, dS^T are the A fragments)
 //
 // S and dP are computed in both passes: 7 GEMMs, 14 D FLOPs per visible pair, instead of 5 and an unordered or
 // serialised addition into dQ. Every gradient has one owner and a fixed order, so the bits are always the same. float32
 // accumulators; P and dS are rounded to the element type for the second GEMMs (float32 keeps them: 3xTF32).
 // A block's rows that belong to several packed documents (first_key) are taken one document after the other.
-// The limit is what shared memory delivers to the fragments (docs/performance.md). Memory: delta, 4 bytes per row.
+//
+// Of a row whose |lse| is large (kLargeLse) a float32 lse has lost the logarithm of the sum, and delta carries the rounding
+// of out times a key as large. Blocks of dQ with such a row first pass over their keys for the row's maximum score, and
+// for the log2 of the sum and a delta relative to it: then P = 2^(c (S - top) - rest). The three passes must then have the
+// same bits of S, which is why S^T is mirrored.
+//
+// The limit is what shared memory delivers to the fragments (docs/performance.md). Memory: 12 bytes per row.
 #pragma once
 
 #include "kernels/cuda/flash_attention_common.cuh"
@@ -25,7 +32,8 @@ struct BackwardParams {
   Heads<const T> q, k, v, out, d_out;
   Heads<T> dq, dk, dv;
   const float *lse, *d_lse;
-  float* delta;              // (B, H, Tq)
+  // (B, H, Tq) each; top and rest only of rows with a large lse.
+  float *top, *rest, *delta;
   PackedVisibility visible;  // first_key nullptr: not packed
   int n_heads, n_batch_heads;
   float scale, scale_log2;
@@ -41,6 +49,14 @@ constexpr int kStreamedQueries = sizeof(T) == 4 || D == 128 ? 16 : 32;
 template <typename T, int D>
 constexpr int kStreamedKeys = sizeof(T) == 4 && D == 128 ? 16 : 32;
 
+// Above it a float32 log2 e lse loses digits that P would show: 2^-17 of P at 128. An infinite one is of a row that is not
+// there, or overflowed.
+constexpr float kLargeLse = 128.f;
+
+WGPT_DEVICE bool is_large(float lse_log2) {
+  return fabsf(lse_log2) > kLargeLse && fabsf(lse_log2) < INFINITY;
+}
+
 template <typename T, int D, int kBlocksOfRows, int kStreamedRows, int kFactsPerRow>
 struct BackwardTiles {
   static constexpr int kM = kBlocksOfRows;  // blocks of 16 rows that a warp owns
@@ -54,14 +70,15 @@ struct BackwardTiles {
   static constexpr int kKept = sizeof(T) == 2 && 16 * kM * D <= 1024 ? D / 16 : 0;
   // Numbers of 4 bytes that go with each streamed row.
   static constexpr int kFacts = kFactsPerRow;
-  // Two owned tiles; two streamed ones and the facts in two stages.
+  // Two owned tiles; two streamed ones, the facts and a flag in two stages.
   static constexpr int kElements = SmemTile<T, D>::elements(2 * kOwned + 4 * kStreamed);
-  static constexpr size_t kSharedBytes = sizeof(T) * kElements + 4 * 2 * kFacts * kStreamed;
+  static constexpr size_t kSharedBytes =
+      sizeof(T) * kElements + (kFacts > 0 ? 4 * 2 * (kFacts * kStreamed + 1) : 0);
 };
 // dK and dV take twice the accumulators of dQ: 32 rows a warp spill at D = 64.
 template <typename T, int D, bool kPacked>
 using KeyValueGradTiles =
-    BackwardTiles<T, D, sizeof(T) == 2 && D == 32 ? 2 : 1, kStreamedQueries<T, D>, kPacked ? 3 : 2>;
+    BackwardTiles<T, D, sizeof(T) == 2 && D == 32 ? 2 : 1, kStreamedQueries<T, D>, kPacked ? 4 : 3>;
 template <typename T, int D>
 using QueryGradTiles = BackwardTiles<T, D, kRowBlocks<T, D>, kStreamedKeys<T, D>, 0>;
 
@@ -108,8 +125,9 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
   const auto d_out_tile = [&](int stage) {
     return HeadTile{base + HeadTile::elements(2 * kKeys + (2 * stage + 1) * kQueries)};
   };
-  // [stage][log2 e lse | delta | first key, where packed][query]
+  // [stage][log2 e lse or rest | delta | top or 0 | first key, where packed][query], then [stage] whether a top is not 0.
   float* const row_facts = reinterpret_cast<float*>(base + Sizes::kElements);
+  int* const has_large = reinterpret_cast<int*>(row_facts + 2 * Sizes::kFacts * kQueries);
 
   const BlockWork work(p);
   const auto& visible = visibility_of_block<kPacked>(p);
@@ -122,7 +140,7 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
   TileStream<T, D, kQueries, kThreads> q_stream(p.q, work, first_tile, p.aligned),
       d_out_stream(p.d_out, work, first_tile, p.aligned);
   // A thread's facts of the next tile wait in registers until this one is done.
-  float lse_log2 = 0.f, delta = 0.f;
+  float lse_log2 = 0.f, delta = 0.f, top = 0.f;
   int first_key = 0;
   int64_t at = static_cast<int64_t>(work.head) * visible.q_steps + first_tile + threadIdx.x;
   const auto load_queries = [&](int stage, int query0) {
@@ -133,6 +151,8 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
       const int query = query0 + threadIdx.x;
       lse_log2 = query < q_end ? p.lse[at] * kLog2E : INFINITY;  // absent rows weigh 2^-inf = 0
       delta = query < q_end ? p.delta[at] : 0.f;
+      top = 0.f;
+      if (is_large(lse_log2)) top = p.top[at], lse_log2 = p.rest[at];
       if constexpr (kPacked) first_key = visible.keys_of(query).lo;
       at += kQueries;
     }
@@ -142,7 +162,10 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
       float* facts = row_facts + Sizes::kFacts * stage * kQueries + threadIdx.x;
       facts[0] = lse_log2;
       facts[kQueries] = delta;
-      if constexpr (kPacked) reinterpret_cast<int*>(facts)[2 * kQueries] = first_key;
+      facts[2 * kQueries] = top;
+      if constexpr (kPacked) reinterpret_cast<int*>(facts)[3 * kQueries] = first_key;
+      const int any = __any_sync(kFullWarp >> (kWarp - kQueries), top != 0.f);
+      if (threadIdx.x == 0) has_large[stage] = any;
     }
   };
 
@@ -185,13 +208,24 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
       const auto is_hidden = [&](int m, int n, int i) {
         Span span = p.visible.Visibility::keys_of(query + 8 * n + i % 2);
         if constexpr (kPacked) {  // the first key of each query is in shared memory
-          span.lo = reinterpret_cast<const int*>(facts)[2 * kQueries + 8 * n + 2 * t + i % 2];
+          span.lo = reinterpret_cast<const int*>(facts)[3 * kQueries + 8 * n + 2 * t + i % 2];
         }
         const int row = key + 16 * m + i / 2 * 8;
         return row < span.lo || row >= span.hi;
       };
       float s[kM][kN][4], ds[kM][kN][4];  // rows: keys, columns: queries
-      gemm_by_rows<T, D>(s, k_rows, q_tile(stage));
+      gemm_by_rows<T, D, true>(s, k_rows, q_tile(stage));
+      if (has_large[stage]) {
+        WGPT_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          const Vec<float, 2> top = load_vec<2>(facts + 2 * kQueries + 8 * n + 2 * t);
+          WGPT_UNROLL
+          for (int m = 0; m < kM; ++m) {
+            WGPT_UNROLL
+            for (int i = 0; i < 4; ++i) s[m][n][i] -= top.e[i % 2];
+          }
+        }
+      }
       WGPT_UNROLL
       for (int n = 0; n < kN; ++n) {
         const Vec<float, 2> lse = load_vec<2>(facts + 8 * n + 2 * t);
@@ -205,7 +239,7 @@ WGPT_DEVICE void key_value_grad_rows(const BackwardParams<T>& p, T* base, int ke
         }
       }
       add_weighted_rows<T, D>(dv, s, d_out_tile(stage));  // before dP: fewer registers at once
-      gemm_by_rows<T, D>(ds, v_rows, d_out_tile(stage));
+      gemm_by_rows<T, D, true>(ds, v_rows, d_out_tile(stage));
       WGPT_UNROLL
       for (int n = 0; n < kN; ++n) {
         const Vec<float, 2> row_delta = load_vec<2>(facts + kQueries + 8 * n + 2 * t);
@@ -279,6 +313,7 @@ WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, T* base, int row0, 
   TileRange tiles(visible.keys_of(warp_row0), visible.keys_of(warp_last), kKeys);
   if (warp_row0 >= q_end) tiles.end = tiles.begin;
   float lse_log2[kM][2], delta[kM][2];
+  bool has_large = false;
   WGPT_UNROLL
   for (int m = 0; m < kM; ++m) {
     WGPT_UNROLL
@@ -287,62 +322,152 @@ WGPT_DEVICE void query_grad_rows(const BackwardParams<T>& p, T* base, int row0, 
       const int64_t at = static_cast<int64_t>(work.head) * visible.q_steps + row;
       lse_log2[m][half] = row < q_end ? p.lse[at] * kLog2E : INFINITY;
       delta[m][half] = row < q_end ? p.delta[at] : 0.f;
+      has_large = has_large || is_large(lse_log2[m][half]);
     }
   }
   LeftRows<T, D, kM, Sizes::kKept> q_rows = {q_tile, 16 * kM * warp, {}},
                                    d_out_rows = {d_out_tile, 16 * kM * warp, {}};
-  float dq[kM][D / 8][4];
-  clear(dq);
-
-  TileStream<T, D, kKeys, kThreads> k_stream(p.k, work, first_tile, p.aligned),
-      v_stream(p.v, work, first_tile, p.aligned);
-  const auto load_keys = [&](int stage, int key0) {
-    k_stream.load(k_tile(stage), key0, key_end);
-    v_stream.load(v_tile(stage), key0, key_end);
-    copy_async_commit();
-  };
   load_tile<kRows, kThreads>(q_tile, p.q, work, row0, q_end, p.aligned);
   load_tile<kRows, kThreads>(d_out_tile, p.d_out, work, row0, q_end, p.aligned);
-  load_keys(0, first_tile);
-  if constexpr (Sizes::kKept > 0) {
-    copy_async_wait<0>();
-    __syncthreads();
-    q_rows.prepare();
-    d_out_rows.prepare();
-  }
-  for (int tile = first_tile, stage = 0; tile < tile_end; tile += kKeys, stage = 1 - stage) {
-    copy_async_wait<0>();
-    __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
-    if (tile + kKeys < tile_end) load_keys(1 - stage, tile + kKeys);
-    if (!tiles.holds(tile)) continue;
+  // Calls f(tile, stage, masked, S, dP) for the tiles of keys that the warp sees.
+  const auto for_each_tile = [&](auto&& f) {
+    TileStream<T, D, kKeys, kThreads> k_stream(p.k, work, first_tile, p.aligned),
+        v_stream(p.v, work, first_tile, p.aligned);
+    const auto load_keys = [&](int stage, int key0) {
+      k_stream.load(k_tile(stage), key0, key_end);
+      v_stream.load(v_tile(stage), key0, key_end);
+      copy_async_commit();
+    };
+    load_keys(0, first_tile);
+    if constexpr (Sizes::kKept > 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+      q_rows.prepare();
+      d_out_rows.prepare();
+    }
+    for (int tile = first_tile, stage = 0; tile < tile_end; tile += kKeys, stage = 1 - stage) {
+      copy_async_wait<0>();
+      __syncthreads();  // this tile is here, and everyone has done with the stage that is loaded next
+      if (tile + kKeys < tile_end) load_keys(1 - stage, tile + kKeys);
+      if (!tiles.holds(tile)) continue;
 
-    with_mask<T>(tiles.is_masked(tile), [&](auto masked) {
-      int row = warp_row0 + g, key0 = tile + 2 * t;        // the lane's first
-      if (masked) row = opaque(row), key0 = opaque(key0);  // masks are made where they are used
+      with_mask<T>(tiles.is_masked(tile), [&](auto masked) {
+        float s[kM][kN][4], dp[kM][kN][4];
+        gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
+        gemm_by_rows<T, D>(dp, d_out_rows, v_tile(stage));
+        f(tile, stage, masked, s, dp);
+      });
+    }
+  };
+
+  has_large = __syncthreads_or(has_large);
+  if (has_large) {
+    // What the lane has seen: maximum of S, sums of P and of P dP relative to it.
+    float top[kM][2], sum[kM][2], weighted[kM][2];
+    WGPT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      WGPT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        top[m][half] = -INFINITY, sum[m][half] = weighted[m][half] = 0.f;
+      }
+    }
+    for_each_tile([&](int tile, int, bool masked, auto& s, auto& dp) {
       const auto& seen = visibility_of_block<kPacked>(p);
-      float s[kM][kN][4], ds[kM][kN][4];
-      gemm_by_rows<T, D>(s, q_rows, k_tile(stage));
-      gemm_by_rows<T, D>(ds, d_out_rows, v_tile(stage));
       WGPT_UNROLL
       for (int m = 0; m < kM; ++m) {
         WGPT_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const Span span = seen.keys_of(row + 16 * m + 8 * half);
+          const Span span = seen.keys_of(warp_row0 + g + 16 * m + 8 * half);
           WGPT_UNROLL
           for (int n = 0; n < kN; ++n) {
             WGPT_UNROLL
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              const float weight = exp2_approx(s[m][n][i] * p.scale_log2 - lse_log2[m][half]);
-              ds[m][n][i] = weight * (ds[m][n][i] - delta[m][half]);
-              const int key = key0 + 8 * n + i % 2;
-              if (masked && (key < span.lo || key >= span.hi)) ds[m][n][i] = 0.f;
+              const int key = tile + 2 * t + 8 * n + i % 2;
+              if (s[m][n][i] == -INFINITY) continue;  // overflowed
+              if (masked && (key < span.lo || key >= span.hi)) continue;
+              const float old = top[m][half], now = fmaxf(old, s[m][n][i]);
+              const float shrink = exp2_approx((old - now) * p.scale_log2),
+                          weight = exp2_approx((s[m][n][i] - now) * p.scale_log2);
+              top[m][half] = now;
+              sum[m][half] = sum[m][half] * shrink + weight;
+              weighted[m][half] = weighted[m][half] * shrink + weight * dp[m][n][i];
             }
           }
         }
       }
-      add_weighted_rows<T, D>(dq, ds, k_tile(stage));
     });
+    WGPT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      WGPT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        // Over the four lanes that share the row; one that saw no key has sums of 0.
+        float row_top = top[m][half];
+        row_top = fmaxf(row_top, __shfl_xor_sync(kFullWarp, row_top, 1));
+        row_top = fmaxf(row_top, __shfl_xor_sync(kFullWarp, row_top, 2));
+        const float shrink = exp2_approx((top[m][half] - row_top) * p.scale_log2);
+        float row_sum = sum[m][half] * shrink, row_weighted = weighted[m][half] * shrink;
+        WGPT_UNROLL
+        for (int lane = 1; lane < 4; lane *= 2) {
+          row_sum += __shfl_xor_sync(kFullWarp, row_sum, lane);
+          row_weighted += __shfl_xor_sync(kFullWarp, row_weighted, lane);
+        }
+        if (!is_large(lse_log2[m][half])) continue;
+        const int64_t at = static_cast<int64_t>(BlockWork(p).head) * visible.q_steps + warp_row0 +
+                           16 * m + g + 8 * half;
+        lse_log2[m][half] = log2f(row_sum);
+        delta[m][half] = row_weighted / row_sum - (p.d_lse != nullptr ? p.d_lse[at] : 0.f);
+        if (t == 0) {
+          p.top[at] = row_top;
+          p.rest[at] = lse_log2[m][half];
+          p.delta[at] = delta[m][half];
+        }
+      }
+    }
+    __syncthreads();  // the tops are written, and everyone has done with the tiles of keys
   }
+
+  float dq[kM][D / 8][4];
+  clear(dq);
+  for_each_tile([&](int tile, int stage, auto masked, auto& s, auto& ds) {
+    int row = warp_row0 + g, key0 = tile + 2 * t;        // the lane's first
+    if (masked) row = opaque(row), key0 = opaque(key0);  // masks are made where they are used
+    const auto& seen = visibility_of_block<kPacked>(p);
+    if (has_large) {
+      WGPT_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        WGPT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int i = row + 16 * m + 8 * half;
+          const int64_t at = static_cast<int64_t>(BlockWork(p).head) * visible.q_steps + i;
+          if (i >= q_end || !is_large(p.lse[at] * kLog2E)) continue;
+          const float top = p.top[at];
+          WGPT_UNROLL
+          for (int n = 0; n < kN; ++n) {
+            s[m][n][2 * half] -= top;
+            s[m][n][2 * half + 1] -= top;
+          }
+        }
+      }
+    }
+    WGPT_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      WGPT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Span span = seen.keys_of(row + 16 * m + 8 * half);
+        WGPT_UNROLL
+        for (int n = 0; n < kN; ++n) {
+          WGPT_UNROLL
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            const float weight = exp2_approx(s[m][n][i] * p.scale_log2 - lse_log2[m][half]);
+            ds[m][n][i] = weight * (ds[m][n][i] - delta[m][half]);
+            const int key = key0 + 8 * n + i % 2;
+            if (masked && (key < span.lo || key >= span.hi)) ds[m][n][i] = 0.f;
+          }
+        }
+      }
+    }
+    add_weighted_rows<T, D>(dq, ds, k_tile(stage));
+  });
   const BlockWork end(p);
   WGPT_UNROLL
   for (int m = 0; m < kM; ++m) {
@@ -379,7 +504,9 @@ const char* backward(const FlashAttentionBackward& a, Stream stream) {
   p.dv = heads<T>(a.dv);
   p.lse = static_cast<const float*>(a.lse);
   p.d_lse = static_cast<const float*>(a.d_lse);
-  p.delta = static_cast<float*>(a.workspace);
+  p.top = static_cast<float*>(a.workspace);
+  p.rest = p.top + s.batch * s.heads * s.q_steps;
+  p.delta = p.rest + s.batch * s.heads * s.q_steps;
   p.visible = visibility(s, a.first_key);
   p.n_heads = static_cast<int>(s.heads);
   p.n_batch_heads = static_cast<int>(s.batch * s.heads);
@@ -395,15 +522,15 @@ const char* backward(const FlashAttentionBackward& a, Stream stream) {
       launch(delta_kernel<T, D>, static_cast<unsigned>(ceil_div(n_rows, int64_t{kRowsPerBlock})),
              kDeltaThreads, 0, stream, p, n_rows);
   if (error != nullptr) return error;
-  const int key_tiles = static_cast<int>(ceil_div(s.kv_steps, int64_t{KeyTiles::kOwned}));
-  error = launch(key_value_grad_kernel<T, D, kPacked>,
-                 static_cast<unsigned>(p.n_batch_heads) * key_tiles, KeyTiles::kThreads,
-                 KeyTiles::kSharedBytes, stream, p);
-  if (error != nullptr) return error;
   const int query_tiles = static_cast<int>(ceil_div(s.q_steps, int64_t{QueryTiles::kOwned}));
-  return launch(query_grad_kernel<T, D, kPacked>,
-                static_cast<unsigned>(p.n_batch_heads) * query_tiles, QueryTiles::kThreads,
-                QueryTiles::kSharedBytes, stream, p, query_tiles);
+  error =
+      launch(query_grad_kernel<T, D, kPacked>, static_cast<unsigned>(p.n_batch_heads) * query_tiles,
+             QueryTiles::kThreads, QueryTiles::kSharedBytes, stream, p, query_tiles);
+  if (error != nullptr) return error;
+  const int key_tiles = static_cast<int>(ceil_div(s.kv_steps, int64_t{KeyTiles::kOwned}));
+  return launch(key_value_grad_kernel<T, D, kPacked>,
+                static_cast<unsigned>(p.n_batch_heads) * key_tiles, KeyTiles::kThreads,
+                KeyTiles::kSharedBytes, stream, p);
 }
 
 }  // namespace flash
@@ -423,7 +550,7 @@ const char* flash_attention_backward(const FlashAttentionBackward& a, Stream str
 }
 
 size_t flash_attention_backward_workspace_bytes(const FlashAttentionShape& s) {
-  return static_cast<size_t>(s.batch * s.heads * s.q_steps) * sizeof(float);
+  return static_cast<size_t>(s.batch * s.heads * s.q_steps) * 3 * sizeof(float);
 }
 
 }  // namespace wgpt::cuda

@@ -304,8 +304,9 @@ struct LeftRows {
   }
 };
 
-// c[m][n] = left rows 16m to 16m + 15 times right[8n .. 8n + 7]^T, summed over D.
-template <typename T, int D, int kM, int kKept, int kN>
+// c[m][n] = left rows 16m to 16m + 15 times right[8n .. 8n + 7]^T, summed over D. kMirrored: with the bits of the transpose of
+// what the GEMM of right and left gives.
+template <typename T, int D, bool kMirrored = false, int kM, int kKept, int kN>
 WGPT_DEVICE void gemm_by_rows(float (&c)[kM][kN][4], const LeftRows<T, D, kM, kKept>& left,
                               const SmemTile<T, D>& right) {
   clear(c);
@@ -319,8 +320,8 @@ WGPT_DEVICE void gemm_by_rows(float (&c)[kM][kN][4], const LeftRows<T, D, kM, kK
       load_b_rows(b, right, 8 * n, 16 * k);
       WGPT_UNROLL
       for (int m = 0; m < kM; ++m) {
-        mma<T>(c[m][n], a[m], b[0]);
-        mma<T>(c[m][n + 1], a[m], b[1]);
+        mma<T, kMirrored>(c[m][n], a[m], b[0]);
+        mma<T, kMirrored>(c[m][n + 1], a[m], b[1]);
       }
     }
   }

@@ -189,8 +189,9 @@ WGPT_DEVICE void a_from_accumulators(FragmentA<T>& a, const float (&left)[4],
 
 // c += a b. float32 is 3xTF32: every value is two tf32 terms, x = high + low up to 2^-22 of x; three of the four term
 // pairs matter, small ones first. A tensor core cuts its sums toward zero (docs/kernels.md): it adds
-// up these products only, from zero, and a float32 addition, which rounds to nearest, adds them to c.
-template <typename T>
+// up these products only, from zero, and a float32 addition, which rounds to nearest, adds them to c. kMirrored: the order
+// that gives b^T a^T the same bits.
+template <typename T, bool kMirrored = false>
 WGPT_DEVICE void mma(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (sizeof(T) == 4) {
     uint32_t a_high[2][4], a_low[2][4], b_high[2][2], b_low[2][2];
@@ -210,8 +211,9 @@ WGPT_DEVICE void mma(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b
     float sum[4] = {};
     WGPT_UNROLL
     for (int h = 0; h < 2; ++h) {
+      if constexpr (kMirrored) mma_m16n8k8_tf32(sum, a_high[h], b_low[h]);
       mma_m16n8k8_tf32(sum, a_low[h], b_high[h]);
-      mma_m16n8k8_tf32(sum, a_high[h], b_low[h]);
+      if constexpr (!kMirrored) mma_m16n8k8_tf32(sum, a_high[h], b_low[h]);
     }
     WGPT_UNROLL
     for (int h = 0; h < 2; ++h) mma_m16n8k8_tf32(sum, a_high[h], b_high[h]);
