@@ -113,7 +113,15 @@ def test_the_ceiling_by_hand() -> None:
     assert [row["codebooks"] for row in found["rows"]] == [1, 8]
     assert found["rows"][1]["si_sdr_db"] == pytest.approx(20.0, abs=0.1)
     assert found["rows"][0]["si_sdr_db"] < -10
+    assert [row["pesq"] for row in found["rows"]] == [None, None]  # too short
     assert ceiling.codec_ceiling([], RATE) is None
+
+
+def test_pesq_is_of_the_clips_that_are_long_enough(monkeypatch) -> None:
+    monkeypatch.setattr("wgpt.codec.training.score.pesq", lambda copy, wave, rate: len(wave) / rate)
+    waves = [noise(seconds).astype(np.float32) for seconds in (3.1, 3.2, 4.8)]
+    found = ceiling.codec_ceiling([ceiling.Heard("a", wave, {8: wave}) for wave in waves], RATE)
+    assert found is not None and found["rows"][0]["pesq"] == 4.0
 
 
 def test_measures_of_the_codec_are_told_as_far_as_they_are_known(manifest) -> None:

@@ -19,6 +19,7 @@ from wgpt.ops.runtime import one_thread
 N_CLIPS = 20
 CLIP_S = 8.0
 SHORTEST_S = 1.0  # STOI needs 30 frames of 12.8 ms
+SHORTEST_PESQ_S = 3.2  # ITU-T P.862.3 asks for as much speech; PESQ takes 10 ms for each second
 # (good from, poor below). Opus at 12 kbit/s: STOI 0.93 on fillets-nl; at 6 kbit/s 0.83.
 STOI_LIMITS = (0.9, 0.75)
 SI_SDR_LIMITS_DB = (12.0, 6.0)
@@ -91,7 +92,8 @@ def codec_ceiling(heard: list[Heard], rate_hz: int) -> dict[str, Any] | None:
     Returns:
         {"n_clips", "rows": [{"codebooks", "si_sdr_db", "stoi", "pesq"}], "word": good, fair or
         poor, by the first two}; None without clips. STOI says how well speech is understood, PESQ
-        how good it sounds (None also where it finds no speech); of music SI-SDR tells more.
+        how good it sounds (of clips of 3.2 s or more; None where it finds no speech in any); of
+        music SI-SDR tells more.
     """
     from wgpt.codec.training.score import pesq, si_sdr_db, stoi  # what `--help` should not import
 
@@ -102,7 +104,8 @@ def codec_ceiling(heard: list[Heard], rate_hz: int) -> dict[str, Any] | None:
         pairs = [(clip.decoded[k][: len(clip.wave)], clip.wave) for clip in heard]
         si_sdr = round(float(np.mean([si_sdr_db(*pair) for pair in pairs])), 2)
         mean_stoi = _mean([stoi(*pair, rate_hz) for pair in pairs])
-        mean_pesq = _mean([pesq(*pair, rate_hz) for pair in pairs])
+        long = [pair for pair in pairs if len(pair[1]) >= SHORTEST_PESQ_S * rate_hz]
+        mean_pesq = _mean([pesq(*pair, rate_hz) for pair in long])
         rows.append({"codebooks": k, "si_sdr_db": si_sdr, "stoi": mean_stoi, "pesq": mean_pesq})
         word = _word(si_sdr, mean_stoi)  # of the last: all codebooks
     return {"n_clips": len(heard), "rows": rows, "word": word}
