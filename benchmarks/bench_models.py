@@ -2,8 +2,9 @@
 
 transformers' own classes with random weights of real configurations (no download): GPT-2, a small
 Llama (also with grouped keys), Whisper-tiny's encoder and decoder, ViT-S, MusicGen-small's decoder
-at two layers. Forward (inference) and training step (forward, backward; no optimizer), with and
-without the line, taken in turns in one process; median times and their ratio. What bounds a ratio
+at two layers. Forward (inference), training step (forward, backward; no optimizer) and, of those
+that generate, one decoding step with the cache full, with and without the line, taken in turns in
+one process; median times and their ratio. What bounds a ratio
 is attention's share of a step; `ops.info()["sdpa"]` says how many calls ours served. The last line
 of stdout is JSON.
 
@@ -11,12 +12,13 @@ of stdout is JSON.
 thread, in rounds of its own: what others do on the machine hardly moves it.
 
     python benchmarks/bench_models.py [--models gpt2 llama ...] [--rounds 9] [--dtype float32]
-        [--clock wall cpu]
+        [--clock wall cpu] [--what forward "training step" decode]
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -30,6 +32,9 @@ from torch import Tensor, nn
 
 from wgpt import ops
 
+GENERATING = ("gpt2", "llama", "llama-gqa", "llama-long", "whisper-decoder", "musicgen")
+WHATS = ("forward", "training step", "decode")
+DECODED = 16  # steps in a row
 CLOCKS = {"wall": "speedup", "cpu": "cpu_speedup"}
 Case = tuple[nn.Module, Callable[[], dict[str, Tensor]], Callable[[Any], Tensor], int]
 
@@ -47,7 +52,7 @@ def gpt2() -> Case:
     return model, lambda: {"input_ids": _ids(4, 1024, 50257)}, lambda out: out.logits, 4096
 
 
-def llama(kv_heads: int = 8) -> Case:
+def llama(kv_heads: int = 8, batch: int = 4, length: int = 1024) -> Case:
     """A Llama of 8 heads of 64, as many key as query heads, 4 layers, 4 x 1024 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,12 +61,22 @@ def llama(kv_heads: int = 8) -> Case:
         num_attention_heads=8, num_key_value_heads=kv_heads, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    return model, lambda: {"input_ids": _ids(4, 1024, 8192)}, lambda out: out.logits, 4096
+    return (
+        model,
+        lambda: {"input_ids": _ids(batch, length, 8192)},
+        lambda out: out.logits,
+        batch * length,
+    )
 
 
 def llama_gqa() -> Case:
     """The same with 2 key heads: grouped-query attention."""
     return llama(kv_heads=2)
+
+
+def llama_long() -> Case:
+    """The same model at 1 x 4096 tokens: a longer context, and attention a larger share."""
+    return llama(batch=1, length=4096)
 
 
 def whisper_encoder() -> Case:
@@ -128,6 +143,7 @@ MODELS: dict[str, Callable[[], Case]] = {
     "gpt2": gpt2,
     "llama": llama,
     "llama-gqa": llama_gqa,
+    "llama-long": llama_long,
     "whisper-encoder": whisper_encoder,
     "whisper-decoder": whisper_decoder,
     "vit": vit,
@@ -166,8 +182,36 @@ def _speedup(plain: list[float], ours: list[float], prefix: str = "") -> dict[st
     }
 
 
-def measure(name: str, rounds: int, dtype: torch.dtype, clocks: list[str]) -> list[dict[str, Any]]:
-    """Rows for the forward and the training step of one model."""
+def _decoding(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
+    """DECODED times a step of every sequence: its last token after the others, in the cache."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    # transformers 5.39 calls its argument `cache`.
+    names = inspect.signature(model.forward).parameters
+    word = "cache" if "cache" in names else "past_key_values"
+    ids = inputs["input_ids"]
+    before = ids.shape[1] - 1
+    cache: Any = DynamicCache(config=model.config)
+    if "encoder_hidden_states" in inputs:
+        cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
+
+    @torch.inference_mode()
+    def run(tokens: Tensor) -> None:
+        model.eval()(**{**inputs, "input_ids": tokens, word: cache}, use_cache=True)
+
+    def steps() -> None:
+        for _ in range(DECODED):
+            run(ids[:, before:])
+            cache.crop(-1)  # that token again
+
+    run(ids[:, :before])
+    return steps
+
+
+def measure(
+    name: str, rounds: int, dtype: torch.dtype, clocks: list[str], whats: list[str]
+) -> list[dict[str, Any]]:
+    """Rows of one model for each of `whats`; decode only if it generates."""
     torch.manual_seed(0)
     model, make, pick, n_tokens = MODELS[name]()
     model = model.to(dtype)
@@ -181,8 +225,15 @@ def measure(name: str, rounds: int, dtype: torch.dtype, clocks: list[str]) -> li
         model.zero_grad(set_to_none=True)
         pick(model.train()(**inputs)).float().square().mean().backward()
 
+    cases = [("forward", forward, n_tokens), ("training step", step, n_tokens)]
+    if name in GENERATING and "decode" in whats:
+        n_decoded = DECODED * n_tokens // inputs["input_ids"].shape[1]
+        cases.append(("decode", _decoding(model, inputs), n_decoded))
+
     rows = []
-    for what, function in (("forward", forward), ("training step", step)):
+    for what, function, n_tokens in cases:
+        if what not in whats:
+            continue
         before = ops.info()["sdpa"]
         row: dict[str, Any] = {
             "model": name,
@@ -220,11 +271,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--clock", nargs="+", choices=tuple(CLOCKS), default=list(CLOCKS))
+    parser.add_argument("--what", nargs="+", choices=WHATS, default=list(WHATS))
     args = parser.parse_args()
     rows = [
         row
         for name in args.models
-        for row in measure(name, args.rounds, getattr(torch, args.dtype), args.clock)
+        for row in measure(name, args.rounds, getattr(torch, args.dtype), args.clock, args.what)
     ]
     result = {
         "question": __doc__.splitlines()[0],

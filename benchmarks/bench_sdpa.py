@@ -1,6 +1,6 @@
 """From how much work on is our attention faster than torch's behind scaled_dot_product_attention?
 
-Below it, `wgpt.ops.use_for_sdpa` should leave a call to torch (`_LEAST_WORK` of wgpt/ops/sdpa.py,
+Below it, `wgpt.ops.use_for_sdpa` should leave a call to torch (`least_work` of wgpt/ops/sdpa.py,
 multiply-adds of q k^T): the way into Python costs more than the kernel gains. Calls of growing
 length, with and without the line and without its limit, taken in turns in one process; the median
 ratio of each call and, by power of two of work, the smallest. The answer is the power from which on
@@ -9,7 +9,9 @@ no ratio is below 1. The last line of stdout is JSON.
     python benchmarks/bench_sdpa.py [--rounds 31] [--dtypes float32 bfloat16] [--threads 2]
 
 With --head-dims, each of these numbers of channels instead, 4 heads and 512 steps, whether the line
-would take it or not (`is_fast` of wgpt/ops/sdpa.py). With --threads 1 times are CPU times.
+would take it or not (`is_fast` of wgpt/ops/sdpa.py). With --decode, one query against growing
+numbers of keys, the caches emptied before every call as a model's weights do, since what Python
+costs then is several times what it costs in a loop. With --threads 1 times are CPU times.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from wgpt.ops import sdpa
 LAYOUTS = [(1, 4, 32), (1, 8, 64), (8, 6, 64), (1, 8, 128), (4, 16, 64)]
 STEPS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MOST_WORK = 1 << 28  # nothing is in doubt there
+DECODE_LAYOUTS = [(1, 4, 64), (1, 8, 64), (4, 12, 64), (1, 8, 128)]
+KEYS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-def _seconds(function: Callable[[], None]) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     function()
@@ -45,7 +49,7 @@ def _seconds(function: Callable[[], None]) -> float:
 def measure(
     shape: tuple[int, int, int, int], causal: bool, trains: bool, dtype: torch.dtype, rounds: int
 ) -> float:
-    """Torch's time over ours for one call, the median of turns of some milliseconds each."""
+    """Torch's time over ours for a square call, the median of turns of some milliseconds each."""
     q, k, v = (torch.randn(shape).to(dtype).requires_grad_(trains) for _ in range(3))
     d_out = torch.ones_like(q)
 
@@ -71,6 +75,40 @@ def measure(
     return statistics.median(ratios)
 
 
+@torch.inference_mode()
+def measure_decode(shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int) -> float:
+    """Torch's time over ours for one query against (B, H, Tk, D) keys, from memory: median."""
+    q, k, v = (torch.randn(shape).to(dtype) for _ in range(3))
+    weights = torch.zeros(1 << 24)  # 64 MB
+
+    def once() -> float:
+        weights.sum()
+        return _seconds(lambda: scaled_dot_product_attention(q[:, :, -1:], k, v))
+
+    ratios = []
+    for turn in range(rounds + 1):
+        plain = once()
+        with ops.use_for_sdpa():
+            ours = once()
+        if turn:  # the first warms up
+            ratios.append(plain / ours)
+    return statistics.median(ratios)
+
+
+def _decode_rows(dtype: str, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch, heads, head_dim in DECODE_LAYOUTS:
+        for keys in KEYS:
+            ratio = measure_decode((batch, heads, keys, head_dim), getattr(torch, dtype), rounds)
+            work = batch * heads * keys * head_dim
+            rows.append({
+                "dtype": dtype, "keys": (batch, heads, keys, head_dim), "what": "decode",
+                "log2_work": work.bit_length() - 1, "speedup": round(ratio, 3),
+            })  # fmt: skip
+            sys.stderr.write(f"{rows[-1]}\n")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,16 +117,20 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--head-dims", type=int, nargs="+")
+    parser.add_argument("--decode", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    limit, sdpa._LEAST_WORK = sdpa._LEAST_WORK, 0
+    sdpa.least_work = lambda queries, dtype: 0
     layouts, lengths = LAYOUTS, STEPS
     if args.head_dims:
         layouts, lengths = [(1, 4, head_dim) for head_dim in args.head_dims], (512,)
         sdpa.is_fast = lambda head_dim, dtype, is_causal: True
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:
+        if args.decode:
+            rows += _decode_rows(dtype, args.rounds)
+            continue
         for batch, heads, head_dim in layouts:
             for steps in lengths:
                 work = batch * heads * steps * steps * head_dim
@@ -114,7 +156,6 @@ def main() -> None:
         "machine": harness.machine_facts("cpu"),
         "smallest_speedup_by_log2_work": dict(sorted(smallest.items())),
         "faster_from_log2_work": max(lost) + 1 if lost else min(smallest),
-        "least_work_now": limit,
         "rows": rows,
     }
     sys.stdout.write(json.dumps(result) + "\n")

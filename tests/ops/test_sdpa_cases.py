@@ -32,7 +32,7 @@ TORCH_TOLERANCES = {
 @pytest.fixture
 def any_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ours serves small calls too, where the way into Python costs more than it gains."""
-    monkeypatch.setattr(sdpa, "_LEAST_WORK", 0)
+    monkeypatch.setattr(sdpa, "least_work", lambda queries, dtype: 0)
     yield
 
 
@@ -152,6 +152,16 @@ def test_packed_projections(
         (train,) * 3,
         is_causal=causal,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_decoding_step(dtype: torch.dtype, is_masked: bool) -> None:
+    """One query needs less work than a square call for ours to be faster."""
+    for keys, heads in ((2, 4), (1024, 16)):
+        tensors = dense((1, heads, 1, 64), (1, heads, keys, 64), dtype)
+        mask = torch.arange(keys)[None] < keys - 1 if is_masked else None
+        check(tensors, "torch" if keys == 2 else "ours", (False,) * 3, attn_mask=mask)
 
 
 @pytest.mark.slow

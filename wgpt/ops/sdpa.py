@@ -21,9 +21,6 @@ from wgpt.ops.flash_attention import HEAD_DIMS
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Below this many multiply-adds of q k^T the call into Python costs more than our kernel gains
-# (about 40 us, both kernels near 100 GFLOP/s).
-_LEAST_WORK = 1 << 24
 
 
 class SdpaCalls(TypedDict):
@@ -151,6 +148,17 @@ def is_fast(head_dim: int, dtype: torch.dtype, is_causal: bool) -> bool:
     return dtype != torch.float32 or (is_causal and head_dim < 128)
 
 
+def least_work(queries: int, dtype: torch.dtype) -> int:
+    """Multiply-adds of q k^T below which the way into Python costs more than our kernel gains.
+
+    About 40 us; both kernels compute near 100 GFLOP/s, but torch's reads keys for one query more
+    slowly, in 16 bits 10 times (`benchmarks/bench_sdpa.py`, with --decode too).
+    """
+    if queries > 1:
+        return 1 << 24
+    return 1 << 20 if dtype == torch.float32 else 1 << 17
+
+
 def _like(pattern: Tensor, value: Tensor) -> Tensor:
     """value, in the memory layout of torch.empty_like(pattern)."""
     wanted = torch.empty_like(pattern)
@@ -199,7 +207,9 @@ def _serves(
     batch, heads, q_steps, head_dim = query.shape
     kv_heads, k_steps = key.shape[1:3]
     return (
-        dropout_p == 0.0
+        # First, since a call of little work should pay for little else.
+        batch * heads * q_steps * k_steps * head_dim >= least_work(q_steps, query.dtype)
+        and dropout_p == 0.0
         and (attn_mask is None or _serves_mask(query, key, is_causal, attn_mask))
         and query.dtype in _DTYPES
         and is_fast(head_dim, query.dtype, is_causal)
@@ -211,7 +221,6 @@ def _serves(
         and kv_heads > 0
         and heads % kv_heads == 0
         and key.shape == value.shape == (batch, kv_heads, k_steps, head_dim)
-        and batch * heads * q_steps * k_steps * head_dim >= _LEAST_WORK
     )
 
 
@@ -223,8 +232,9 @@ def use_for_sdpa() -> SdpaHandle:
 
     Ours runs, forward and backward, for float32, bfloat16 and float16, D in {32, 64, 96, 128, 256},
     no mask, a square causal one or, at D 64, an `attn_mask` (bool or numbers, broadcast over batch
-    or heads; one that wants a gradient runs torch's formula), no dropout, and enough work, with
-    fewer key than query heads too (`enable_gqa`, where torch does not repeat them first); for other
+    or heads; one that wants a gradient runs torch's formula), no dropout, and enough work (a
+    decoding step in 16 bits of 8 heads over 256 keys is enough, in float32 over 2048), with fewer
+    key than query heads too (`enable_gqa`, where torch does not repeat them first); for other
     multiples of 8 up to 256 in 16 bits, and in float32 if causal and D < 128. Any other call runs
     torch's own kernel, to the same bits as without this. `ops.info()["sdpa"]` counts both.
 
