@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 
@@ -168,4 +167,6 @@ def installed_listeners() -> Listeners:
 
 
 def _at_16_khz(wave: Wave) -> np.ndarray:
+    import soxr  # here: training on prepared data needs none
+
     return soxr.resample(wave, SAMPLE_RATE_HZ, RATE_HZ).astype(np.float32)
