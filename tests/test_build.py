@@ -222,7 +222,7 @@ def test_configure_errors_name_the_switch_to_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "archs, said",
     [
-        ("", "machine code for 80;86;89;90a;100;120, PTX of 90;120)"),
+        ("", "machine code for 80;86;90a;100;120, PTX of 90;120)"),
         ("80;90a", "machine code for 80;90a, PTX of 90)"),
         ("100;80", "machine code for 100;80, PTX of 100)"),
     ],

@@ -17,7 +17,7 @@ from wgpt.ops import cuda
 from wgpt.ops.cuda import Build, Gpu
 from wgpt.ops.runtime import resolve_device
 
-OURS = Build(("80", "86", "89", "90a", "100", "120"), ("90", "120"), "13.0.88")
+OURS = Build(("80", "86", "90a", "100", "120"), ("90", "120"), "13.0.88")
 WITHOUT_NVCC = Build((), (), "")
 
 
