@@ -76,7 +76,8 @@ class Witness(FakeCodec):
         """As FakeCodec's."""
         import ray
 
-        (self.folder / f"{ray.get_runtime_context().get_node_id()}-{os.getpid()}").touch()
+        if ray.is_initialized():  # not in a process that a task has made for one file
+            (self.folder / f"{ray.get_runtime_context().get_node_id()}-{os.getpid()}").touch()
         return super().encode(wave)
 
 

@@ -24,16 +24,27 @@ from wgpt.data.progress import Progress
 from wgpt.errors import ConfigError, DataError
 
 ON_TWO_HOSTS = """
-import json, sys
+import json, sys, time
 from pathlib import Path
+import ray
 from fake_codec import Witness
 from wgpt.data import prepare
 recordings, out, seen, options = sys.argv[1:]
+ray.init(log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < 2:
+    time.sleep(0.1)
+ray.shutdown()
 codec = Witness(Path(seen), delay_s=0.3)
 prepare(recordings, out, codec=codec, engine="ray", **json.loads(options))
 """
 ROOT, PACKAGE = Path(__file__).parents[2], Path(wgpt.__file__).parent
 OPTIONS = {"split_by": "group", "valid_fraction": 0.3, "keep_loudness": True, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the source tree, whose wgpt has no compiled module: Ray's workers look there first."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
