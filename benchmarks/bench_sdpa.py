@@ -121,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    sdpa.least_work = lambda queries, dtype: 0
+    sdpa.least_work = lambda queries, head_dim, dtype: 0
     layouts, lengths = LAYOUTS, STEPS
     if args.head_dims:
         layouts, lengths = [(1, 4, head_dim) for head_dim in args.head_dims], (512,)

@@ -32,7 +32,7 @@ TORCH_TOLERANCES = {
 @pytest.fixture
 def any_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ours serves small calls too, where the way into Python costs more than it gains."""
-    monkeypatch.setattr(sdpa, "least_work", lambda queries, dtype: 0)
+    monkeypatch.setattr(sdpa, "least_work", lambda queries, head_dim, dtype: 0)
     yield
 
 
@@ -162,6 +162,15 @@ def test_a_decoding_step(dtype: torch.dtype, is_masked: bool) -> None:
         tensors = dense((1, heads, 1, 64), (1, heads, keys, 64), dtype)
         mask = torch.arange(keys)[None] < keys - 1 if is_masked else None
         check(tensors, "torch" if keys == 2 else "ours", (False,) * 3, attn_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_16_bits_need_less_work(head_dim: int, dtype: torch.dtype) -> None:
+    """2^22 multiply-adds; of 72 channels, which are padded, too few."""
+    is_ours = head_dim == 64 and dtype != torch.float32
+    tensors = packed(1, 4, 128, head_dim, dtype)
+    check(tensors, "ours" if is_ours else "torch", is_causal=True)
 
 
 @pytest.mark.slow

@@ -148,14 +148,17 @@ def is_fast(head_dim: int, dtype: torch.dtype, is_causal: bool) -> bool:
     return dtype != torch.float32 or (is_causal and head_dim < 128)
 
 
-def least_work(queries: int, dtype: torch.dtype) -> int:
+def least_work(queries: int, head_dim: int, dtype: torch.dtype) -> int:
     """Multiply-adds of q k^T below which the way into Python costs more than our kernel gains.
 
-    About 40 us; both kernels compute near 100 GFLOP/s, but torch's reads keys for one query more
-    slowly, in 16 bits 10 times (`benchmarks/bench_sdpa.py`, with --decode too).
+    That way is 5 us in a loop and 20 where code comes from memory. In 16 bits torch's kernel takes
+    several times ours (`benchmarks/bench_sdpa.py`, and with --decode for one query). Keys and
+    values of a padded number of channels are copied first.
     """
-    if queries > 1:
+    if head_dim not in HEAD_DIMS:
         return 1 << 24
+    if queries > 1:
+        return 1 << 24 if dtype == torch.float32 else 1 << 21
     return 1 << 20 if dtype == torch.float32 else 1 << 17
 
 
@@ -208,7 +211,7 @@ def _serves(
     kv_heads, k_steps = key.shape[1:3]
     return (
         # First, since a call of little work should pay for little else.
-        batch * heads * q_steps * k_steps * head_dim >= least_work(q_steps, query.dtype)
+        batch * heads * q_steps * k_steps * head_dim >= least_work(q_steps, head_dim, query.dtype)
         and dropout_p == 0.0
         and (attn_mask is None or _serves_mask(query, key, is_causal, attn_mask))
         and query.dtype in _DTYPES
