@@ -69,17 +69,7 @@ def make_parts(
         entries[part_number(entry, n) - 1].append(here)
     folder = places(absolute(folder))[0]
     outs = [below(folder, f"{i}-of-{n}") for i in range(1, n + 1)]
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        except Exception as error:  # a network, a version, a token: many unrelated types
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"--engine ray: no Ray cluster can be joined or started: {reason}; check "
-                "RAY_ADDRESS, and where `ray start` said that token authentication is enabled, "
-                "set RAY_AUTH_MODE=token here too"
-            ) from error
+    started = _join()
     task: Any = ray.remote(num_cpus=1, max_retries=0)(make_part)
     meter = Progress("encoding parts", len(inputs.entries), n, progress, unit="part")
     tries = dict.fromkeys(range(1, n + 1), 0)
@@ -128,6 +118,24 @@ def make_parts(
         if started:
             ray.shutdown()
     return outs
+
+
+def _join() -> bool:
+    """Joins a cluster or starts one; False if this process is in one. DataError if it cannot."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # a network, a version, a token: many unrelated types
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"--engine ray: no Ray cluster can be joined or started: {reason}; check "
+            "RAY_ADDRESS, and where `ray start` said that token authentication is enabled, "
+            "set RAY_AUTH_MODE=token here too"
+        ) from error
+    return True
 
 
 def _count_parts(n_entries: int) -> int:
